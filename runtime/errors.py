@@ -1,0 +1,58 @@
+"""What a user can do wrong, and how files are written so that nothing is ever left half done.
+
+`UserError` is for mistakes that the person at the keyboard can mend: its message is one plain line
+that names what was found, what was expected and what to do. The command line prints that line and
+exits with 2; every other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in the input; `str(error)` is one line for the user."""
+
+
+class FormatError(UserError, ValueError):
+    """A file that is not what it claims to be, or not what was asked for."""
+
+
+@contextlib.contextmanager
+def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `final`; renames it onto `final` only if the block succeeds.
+
+    A crash, a full disk or Ctrl-C leaves nothing under the final name, and an older file of that
+    name stays as it was. The temporary file keeps the suffix of `final`, since exporters choose
+    their format by it. Raises UserError where the folder cannot be written to or the disk is full.
+    """
+    final = Path(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{final.stem[:40]}-", suffix=final.suffix, dir=final.parent
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another place") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private (0600); a result is an ordinary file under the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {final}: {error.strerror or error}; free some space or choose another "
+            "place (nothing was left under that name)"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

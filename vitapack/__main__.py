@@ -1,0 +1,6 @@
+"""`python -m vitapack` is the same program as the command `vitapack`."""
+
+from vitapack.cli import main
+
+if __name__ == "__main__":
+    main()
