@@ -1,0 +1,369 @@
+"""The canonical double/single-block Diffusion Transformer: Hunyuan3D's, and with other names Step1X-3D's.
+
+Read top to bottom it is Fig. 2 of the paper: two token streams (latents and image condition) meet in
+joint attention in the double blocks, are then concatenated [condition ; latents], pass the single
+blocks, and the latent tokens leave as a velocity. Parameter names are those of the released Hunyuan3D
+checkpoints (after their prefix `model.`), so that family needs no key mapping.
+
+Pruning is a list: `DiTConfig.double_blocks` and `.single_blocks` hold the ORIGINAL indices of the
+blocks that are kept, and parameters keep those indices in their names. A linear is anything that is
+called on x: `nn.Linear` here, `vitapack.runtime.linear.PackedLinear` in a packed model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TimeEmbedding:
+    """How a family turns its time (or guidance) value into the modulation vector."""
+
+    channels: int  # of the sinusoid: 256 (Hunyuan3D) or the hidden size (Step1X-3D)
+    hidden: int  # of the MLP between: the hidden size, or 4x of it
+    scale: float  # t is multiplied by this first: 1000 for t in 0..1, 1 for t in 0..1000
+    max_period: float  # 1000 in Hunyuan3D (its time_factor lands in that argument), else 10000
+    cos_first: bool
+    activation: str  # "silu" or "gelu" (exact)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Hyper-parameters of one (possibly pruned) network."""
+
+    in_channels: int
+    cond_channels: int
+    hidden: int
+    heads: int
+    double_blocks: tuple[int, ...]  # original indices of the kept blocks, ascending
+    single_blocks: tuple[int, ...]
+    mlp_ratio: float
+    qkv_bias: bool
+    guidance_embed: bool
+    time: TimeEmbedding
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        for name in ("double_blocks", "single_blocks"):
+            kept = getattr(self, name)
+            if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
+                raise ValueError(f"{name} {kept} must be ascending distinct original indices")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+
+def hunyuan_time(hidden: int) -> TimeEmbedding:
+    """The time embedding of the Hunyuan3D family: t in 0..1, [cos | sin] of 256 channels."""
+    return TimeEmbedding(256, hidden, 1000.0, 1000.0, cos_first=True, activation="silu")
+
+
+def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
+    """(B,) times to (B, channels) sinusoids, float32.
+
+    Kept in float32 whatever the model's dtype: in fp16 the arguments near 1000 are rounded to 0.5.
+    """
+    half = config.channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(config.max_period) * steps / half)
+    angles = (t.float() * config.scale)[:, None] * frequencies
+    parts = [angles.cos(), angles.sin()]
+    return torch.cat(parts if config.cos_first else parts[::-1], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, H, n, d), returned as (B, n, H*d)."""
+    if torch.is_grad_enabled() and q.device.type == "cpu" and q.requires_grad:
+        # torch's CPU flash attention has a slow backward at ~100 tokens: 0.273 s a training step
+        # with it, 0.154 s with the explicit form (furniture model, 2 cores).
+        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+        out = weights @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine, eps 1e-6."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: (1 + scale) * LayerNorm(x) + shift, with (B or 1, 1, h) modulation."""
+    return (1 + scale) * layer_norm(x) + shift
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation over the head dimension, statistics in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return wide.to(x.dtype) * self.scale
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+@dataclass
+class When:
+    """What the modulation of one step depends on: t (and guidance), and nothing else.
+
+    `vector` (B or 1, h) feeds modulation linears; `rows` (B or 1,) selects rows of tables.
+    """
+
+    vector: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class Modulation(nn.Module):
+    """`count` chunks (B, 1, h) of lin(SiLU(vec)): shifts, scales and gates."""
+
+    def __init__(self, hidden: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(hidden, count * hidden)
+
+    def forward(self, when: When) -> tuple[Tensor, ...]:
+        assert when.vector is not None
+        return self.lin(when.vector)[:, None].chunk(self.count, dim=-1)
+
+
+class ModulationTable(nn.Module):
+    """The same chunks read from an exact table (T, count*h) at the sampler's own times."""
+
+    def __init__(self, table: Tensor, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.register_buffer("table", table)
+
+    def forward(self, when: When) -> tuple[Tensor, ...]:
+        assert when.rows is not None
+        return self.table[when.rows][:, None].chunk(self.count, dim=-1)
+
+
+class TimeMLP(nn.Module):
+    """in_layer -> activation -> out_layer on a sinusoid: (B,) to (B, h)."""
+
+    def __init__(self, config: TimeEmbedding, out: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_layer = nn.Linear(config.channels, config.hidden)
+        self.out_layer = nn.Linear(config.hidden, out)
+
+    def forward(self, t: Tensor) -> Tensor:
+        wide = self.in_layer(sinusoid(t, self.config).to(self.in_layer.weight.dtype))
+        return self.out_layer(F.silu(wide) if self.config.activation == "silu" else F.gelu(wide))
+
+
+class StreamAttention(nn.Module):
+    """The projections of one stream: (B, n, h) to q, k, v of (B, H, n, d), and back."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
+        self.norm = QKNorm(config.head_dim)
+        self.proj = nn.Linear(config.hidden, config.hidden)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return *self.norm(q, k), v
+
+
+def mlp(config: DiTConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(config.hidden, config.mlp_hidden),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(config.mlp_hidden, config.hidden),
+    )
+
+
+class DoubleBlock(nn.Module):
+    """Two streams with their own weights, joined in one attention over [condition ; latents]."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.img_mod = Modulation(config.hidden, 6)
+        self.img_attn = StreamAttention(config)
+        self.img_mlp = mlp(config)
+        self.txt_mod = Modulation(config.hidden, 6)
+        self.txt_attn = StreamAttention(config)
+        self.txt_mlp = mlp(config)
+
+    def forward(self, x: Tensor, y: Tensor, when: When) -> tuple[Tensor, Tensor]:
+        """Latents x (B, L, h) and condition y (B, C, h)."""
+        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = self.img_mod(when)
+        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = self.txt_mod(when)
+        x_qkv = self.img_attn(modulate(x, x_shift1, x_scale1))
+        y_qkv = self.txt_attn(modulate(y, y_shift1, y_scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
+        joint = attention(q, k, v)
+        y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
+        x = x + x_gate1 * self.img_attn.proj(x_out)
+        x = x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2))
+        y = y + y_gate1 * self.txt_attn.proj(y_out)
+        y = y + y_gate2 * self.txt_mlp(modulate(y, y_shift2, y_scale2))
+        return x, y
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel over all tokens, with fused input and output projections."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.widths = [3 * config.hidden, config.mlp_hidden]
+        self.linear1 = nn.Linear(config.hidden, sum(self.widths))
+        self.linear2 = nn.Linear(config.hidden + config.mlp_hidden, config.hidden)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(config.hidden, 3)
+
+    def forward(self, z: Tensor, when: When) -> Tensor:
+        """All tokens z (B, C+L, h), condition first."""
+        shift, scale, gate = self.modulation(when)
+        qkv, wide = self.linear1(modulate(z, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.norm(q, k)
+        out = torch.cat([attention(q, k, v), F.gelu(wide, approximate="tanh")], dim=-1)
+        return z + gate * self.linear2(out)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden, config.in_channels)
+        # Named as in the released files: element 0 is the SiLU, which `When` already holds.
+        self.adaLN_modulation = nn.ModuleList(
+            [nn.Identity(), nn.Linear(config.hidden, 2 * config.hidden)]
+        )
+
+    def forward(self, x: Tensor, when: When) -> Tensor:
+        modulation = self.adaLN_modulation[1]
+        if isinstance(modulation, ModulationTable):
+            shift, scale = modulation(when)
+        else:
+            shift, scale = modulation(when.vector)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class TimeNodes(nn.Module):
+    """Finds the table row of each time: exact nodes only, never between them.
+
+    Interpolating modulation is not safe: at 128 nodes the error is still 45 % with weights that use
+    the sinusoid's fast components, so a time that has no row is an error that lists what there is.
+    """
+
+    def __init__(self, nodes: Tensor, guidance: float | None, schedules: str) -> None:
+        super().__init__()
+        self.register_buffer("nodes", nodes)  # (T,) float64, ascending
+        self.guidance = guidance
+        self.schedules = schedules
+
+    def forward(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        wanted = t.double()
+        rows = torch.searchsorted(self.nodes, wanted).clamp(max=len(self.nodes) - 1)
+        before = (rows - 1).clamp(min=0)
+        nearer = (wanted - self.nodes[before]).abs() < (self.nodes[rows] - wanted).abs()
+        rows = torch.where(nearer, before, rows)
+        # float32 rounding of a time near 1000 is 6e-5; schedules lie at least 1e-3 apart there.
+        off = (self.nodes[rows] - wanted).abs() > 1e-6 * (1 + wanted.abs())
+        if off.any():
+            raise ValueError(
+                f"no modulation table at t={wanted[off][0].item():.6g}: this file holds "
+                f"{self.schedules}; choose one of these or compress again with --steps"
+            )
+        if guidance is not None and self.guidance is not None:
+            asked = guidance.double()
+            if ((asked - self.guidance).abs() > 1e-3 * (1 + abs(self.guidance))).any():
+                raise ValueError(
+                    f"the modulation tables hold guidance {self.guidance:g}, "
+                    f"not {asked.flatten()[0].item():g}; compress again with that value"
+                )
+        return rows
+
+
+class DiT(nn.Module):
+    """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_in = nn.Linear(config.in_channels, config.hidden)
+        self.cond_in = nn.Linear(config.cond_channels, config.hidden)
+        self.time_in: nn.Module = TimeMLP(config.time, config.hidden)
+        if config.guidance_embed:
+            self.guidance_in = TimeMLP(config.time, config.hidden)
+        self.double_blocks = nn.ModuleDict(
+            {str(index): DoubleBlock(config) for index in config.double_blocks}
+        )
+        self.single_blocks = nn.ModuleDict(
+            {str(index): SingleBlock(config) for index in config.single_blocks}
+        )
+        self.final_layer = FinalLayer(config)
+
+    def when(self, t: Tensor, guidance: Tensor | None = None) -> When:
+        """The step's modulation input. Raises ValueError for a guidance-embedded model without a
+        guidance value, and for a time that the modulation tables do not hold."""
+        if self.config.guidance_embed and guidance is None:
+            raise ValueError("this model embeds its guidance: pass guidance as a (B,) tensor")
+        if isinstance(self.time_in, TimeNodes):
+            return When(rows=self.time_in(t, guidance))
+        vector = self.time_in(t)
+        if self.config.guidance_embed:
+            vector = vector + self.guidance_in(guidance)
+        return When(vector=F.silu(vector))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+        when = self.when(t, guidance)
+        x, y = self.latent_in(x), self.cond_in(cond)
+        for block in self.double_blocks.values():
+            x, y = block(x, y, when)
+        z = torch.cat([y, x], dim=1)
+        for block in self.single_blocks.values():
+            z = block(z, when)
+        return self.final_layer(z[:, y.shape[1] :], when)
+
+    def without(self, *blocks: tuple[str, int]) -> DiT:
+        """The same network, weights shared, with the given ("double" | "single", index) left out."""
+        kept = {
+            kind: tuple(
+                index
+                for index in getattr(self.config, f"{kind}_blocks")
+                if (kind, index) not in blocks
+            )
+            for kind in ("double", "single")
+        }
+        pruned = copy.copy(self)
+        pruned._modules = dict(self._modules)
+        for kind, indices in kept.items():
+            name = f"{kind}_blocks"
+            ours = getattr(self, name)
+            pruned._modules[name] = nn.ModuleDict({str(i): ours[str(i)] for i in indices})
+        pruned.config = replace(
+            self.config, double_blocks=kept["double"], single_blocks=kept["single"]
+        )
+        return pruned
