@@ -1,0 +1,209 @@
+"""Trains the image encoder against the autoencoder's latents, then writes the DiT's training set.
+
+    python -m benchmarks.furniture.encoder data.npz runs/autoencoder -o runs/encoder --minutes 12
+    python -m benchmarks.furniture.encoder ... --cache     # runs/encoder/tokens.npz for the DiT
+
+A weak image encoder was the main failure of the first model: the DiT then draws another, perfectly
+sharp, training shape. So the encoder is trained first, on what the DiT will need from it (a head of
+64 queries regresses the latents), and frozen, as the published models do with DINOv2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.furniture.autoencoder import Autoencoder, distances
+from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
+from vitapack.runtime.furniture_model import (
+    LATENT_TOKENS,
+    Attention,
+    Block,
+    FurnitureEncoder,
+    FurnitureEncoderConfig,
+    FurnitureVAEConfig,
+)
+
+HELD_OUT_VIEWS = 4  # the last views of every shape are never trained on
+
+
+class LatentHead(nn.Module):
+    """Condition tokens (B, 50, width) to latents (B, 64, C): thrown away after this training."""
+
+    def __init__(self, config: FurnitureEncoderConfig, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(LATENT_TOKENS, config.width) * 0.02)
+        self.cross = nn.ModuleList(Attention(config.width, config.heads) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(2))
+        self.out = nn.Linear(config.width, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.query.expand(len(tokens), -1, -1)
+        for cross, block in zip(self.cross, self.blocks, strict=True):
+            x = block(x + cross(x, tokens))
+        return self.out(x)
+
+
+class Regressor(nn.Module):
+    def __init__(self, config: FurnitureEncoderConfig, channels: int) -> None:
+        super().__init__()
+        self.encoder = FurnitureEncoder(config)
+        self.head = LatentHead(config, channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def chosen_shapes(data: dict, count: int) -> np.ndarray:
+    """Indices of the training shapes of this stage: the first `count` in the order of their ids'
+    hashes, so that a larger stage contains the smaller one."""
+    train = np.where(data["split"] == "train")[0]
+    order = sorted(train, key=lambda i: hash_order(data["entries"][i]["id"]))
+    return np.array(order[:count])
+
+
+def hash_order(name: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(name.encode()).hexdigest()[16:32]
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    model = Autoencoder(FurnitureVAEConfig())
+    model.load_state_dict(state["average"])
+    return model.eval()
+
+
+@torch.no_grad()
+def all_latents(model: Autoencoder, data: dict, index: np.ndarray) -> Tensor:
+    """(N, 2, 64, C): the mean latents of each shape, as it is and mirrored in x."""
+    out = []
+    for mirrored in (False, True):
+        parts = [
+            model.encoder(distances(data, part, np.full(len(part), mirrored)))[0]
+            for part in np.array_split(index, max(1, len(index) // 16))
+        ]
+        out.append(torch.cat(parts))
+    return torch.stack(out, dim=1)
+
+
+def pictures(data: dict, shape: np.ndarray, view: np.ndarray, mirror: np.ndarray) -> Tensor:
+    """(B, 112, 112) in 0..1."""
+    batch = data["images"][shape, view].astype(np.float32) / 255
+    batch[mirror] = batch[mirror][:, :, ::-1]
+    return torch.from_numpy(batch)
+
+
+def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Small shifts and gains of the object's grey, so that a photo's exposure does not matter."""
+    count = len(images)
+    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (count, 1, 1)).astype(np.float32))
+    images = torch.where(images < 0.999, (images * gain).clamp(0, 0.995), images)
+    shift = rng.integers(-3, 4, (count, 2))
+    return torch.stack(
+        [image.roll(tuple(map(int, s)), (0, 1)) for image, s in zip(images, shift, strict=True)]
+    )
+
+
+def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
+    data = load_data(options.data, options.body)
+    shapes = chosen_shapes(data, options.shapes)
+    autoencoder = load_autoencoder(options.autoencoder)
+    latents = all_latents(autoencoder, data, shapes)
+    mean = latents.mean((0, 1))
+    scale = (latents - mean).std((0, 1, 2))
+    latents = (latents - mean) / scale
+    torch.manual_seed(rank)
+    rng = np.random.default_rng(rank + 77)
+    config = FurnitureEncoderConfig()
+    model = Regressor(config, latents.shape[-1])
+    trainer = Trainer(
+        model, options.out, rank=rank, workers=workers, minutes=options.minutes,
+        rate=options.rate, ema=0.998, weight_decay=0.05, save_every=120,
+    )  # fmt: skip
+    if rank == 0:
+        names = [data["entries"][i]["id"] for i in shapes]
+        torch.save({"mean": mean, "scale": scale, "shapes": names}, options.out / "latents.pt")
+    views = data["images"].shape[1]
+    recent: list[float] = []
+
+    def evaluate() -> None:
+        if rank:
+            return
+        average = trainer.averaged(Regressor(config, latents.shape[-1]))
+        shape = np.repeat(np.arange(len(shapes)), 2)
+        view = np.tile([views - 1, views - 2], len(shapes))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            guess = average(pictures(data, shapes[shape], view, np.zeros(len(shape), bool))).float()
+            error = (guess - latents[shape, 0]).square().mean()
+            distance = torch.cdist(guess.flatten(1), latents[:, 0].flatten(1))
+            right = (distance.argmin(1).numpy() == shape).mean()
+            some = np.arange(0, len(shape), 8)
+            grids = autoencoder.decoder(guess[some] * scale + mean)
+        truth = distances(data, shapes[shape[some]], np.zeros(len(some), bool)) < 0
+        trainer.log(
+            loss=np.mean(recent[-100:]), unseen_view_error=error, retrieval=right,
+            unseen_view_iou=grid_iou(grids, truth).mean(),
+        )  # fmt: skip
+
+    for share in trainer.steps(evaluate, options.evaluate_every):
+        index = rng.integers(0, len(shapes), options.batch)
+        view = rng.integers(0, views - HELD_OUT_VIEWS, options.batch)
+        mirror = rng.random(options.batch) < 0.5
+        images = augment(pictures(data, shapes[index], view, mirror), rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = model(images)
+        loss = (guess.float() - latents[index, mirror.astype(int)]).square().mean()
+        recent.append(trainer.update(loss, share, options.batch))
+
+
+def cache(options: argparse.Namespace) -> None:
+    """tokens.npz: (shapes, views, mirrored, 50, width) float16 beside the normalised latents."""
+    data = load_data(options.data, options.body)
+    found = torch.load(options.out / "latents.pt", weights_only=True)
+    place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
+    shapes = np.array([place[name] for name in found["shapes"]])
+    latents = all_latents(load_autoencoder(options.autoencoder), data, shapes)
+    state = torch.load(options.out / "checkpoint.pt", weights_only=True)
+    model = Regressor(FurnitureEncoderConfig(), latents.shape[-1])
+    model.load_state_dict(state["average"])
+    model.eval()
+    tokens = []
+    with torch.no_grad():
+        for shape in shapes:
+            view = np.tile(np.arange(data["images"].shape[1]), 2)
+            mirror = np.repeat([False, True], data["images"].shape[1])
+            batch = pictures(data, np.full(len(view), shape), view, mirror)
+            made = model.encoder(batch).unflatten(0, (2, -1)).transpose(0, 1)
+            tokens.append(made.half().numpy())
+    latents = (latents - found["mean"]) / found["scale"]
+    np.savez(options.out / "tokens.npz", tokens=np.stack(tokens), latents=latents.numpy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("autoencoder", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--body", type=float, default=0.25)
+    parser.add_argument("--shapes", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--batch", type=int, default=48, help="a process")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--evaluate-every", type=float, default=90, help="seconds")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache", action="store_true", help="only write tokens.npz")
+    options = parser.parse_args()
+    if options.cache:
+        cache(options)
+    else:
+        launch(worker, options.workers, options)
+
+
+if __name__ == "__main__":
+    main()

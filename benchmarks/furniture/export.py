@@ -1,0 +1,161 @@
+"""Writes the trained parts as one checkpoint in the released layout of the Hunyuan3D family.
+
+    python -m benchmarks.furniture.export data.npz runs/autoencoder runs/encoder runs/dit \\
+        -o runtime/bundled/furniture
+
+`config.yaml` + `model.fp16.safetensors` (model.*, vae.*, conditioner.*), the attribution of every
+shape, and held-out pictures with their true shapes: unseen views of training shapes, and (only for
+the final table) unseen shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from benchmarks.furniture.encoder import hash_order, load_autoencoder
+from benchmarks.furniture.train import furniture_config
+from benchmarks.furniture.training import load_data
+
+HELD_OUT = {"unseen-views": 48, "validation-shapes": 24, "test-shapes": 24}
+
+
+def weights(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """All tensors in fp16; the latents' normalisation is folded into the decoder's first layer."""
+    norm = torch.load(options.encoder / "latents.pt", weights_only=True)
+    decoder = load_autoencoder(options.autoencoder).decoder.state_dict()
+    first = decoder["post_kl.weight"]
+    decoder["position"] = decoder["position"] + norm["mean"] @ first.T
+    decoder["post_kl.weight"] = first * norm["scale"]
+    dit = torch.load(options.dit / "checkpoint.pt", weights_only=True)["average"]
+    encoder = torch.load(options.encoder / "checkpoint.pt", weights_only=True)["average"]
+    parts = {
+        "model": dit,
+        "vae": decoder,
+        "conditioner": {
+            key.removeprefix("encoder."): value
+            for key, value in encoder.items()
+            if key.startswith("encoder.")
+        },
+    }
+    return {
+        f"{part}.{key}": value.half().contiguous()
+        for part, tensors in parts.items()
+        for key, value in tensors.items()
+    }
+
+
+def config(hidden: int) -> dict:
+    dit = furniture_config(hidden)
+    return {
+        "model": {
+            "target": "vitapack.furniture.FurnitureDiT",
+            "params": {
+                "in_channels": dit.in_channels,
+                "context_in_dim": dit.cond_channels,
+                "hidden_size": dit.hidden,
+                "mlp_ratio": dit.mlp_ratio,
+                "num_heads": dit.heads,
+                "depth": len(dit.double_blocks),
+                "depth_single_blocks": len(dit.single_blocks),
+                "qkv_bias": dit.qkv_bias,
+                "guidance_embed": dit.guidance_embed,
+            },
+        },
+        "vae": {
+            "target": "vitapack.furniture.FurnitureDecoder",
+            "params": {
+                "latent_channels": 16,
+                "width": 192,
+                "heads": 4,
+                "layers": 2,
+                "scale_factor": 1.0,
+            },
+        },
+        "conditioner": {
+            "target": "vitapack.furniture.FurnitureEncoder",
+            "params": {"width": 192, "heads": 4, "layers": 4},
+        },
+        "scheduler": {
+            "target": "vitapack.furniture.FlowMatchEulerDiscreteScheduler",
+            "params": {"num_train_timesteps": 1000, "shift": 1.0},
+        },
+        "pipeline": {"num_inference_steps": 20, "guidance_scale": 2.0},
+    }
+
+
+def held_out(data: dict, shapes: list[str], out: Path) -> None:
+    """PNG pictures with alpha and the true 64^3 solids as packed bits, three sets never mixed."""
+    place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
+    last = data["images"].shape[1] - 1
+    trained = [place[name] for name in shapes]
+    step = len(trained) / HELD_OUT["unseen-views"]
+    sets = {"unseen-views": [trained[int(i * step)] for i in range(HELD_OUT["unseen-views"])]}
+    for name, split in (("validation-shapes", "validation"), ("test-shapes", "test")):
+        index = np.where(data["split"] == split)[0]
+        index = sorted(index, key=lambda i: hash_order(data["entries"][i]["id"]))
+        sets[name] = index[: HELD_OUT[name]]
+    for name, index in sets.items():
+        folder = out / "held-out" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        index = [int(i) for i in index]
+        solids, labels = [], {}
+        for number, i in enumerate(index):
+            entry = data["entries"][i]
+            words = "".join(c if c.isalnum() else "-" for c in entry["name"].lower())
+            stem = f"{number:02d}-{words}"
+            grey = data["images"][i, last]
+            alpha = np.where(grey == 255, 0, 255).astype(np.uint8)
+            Image.fromarray(np.dstack([grey, alpha]), "LA").save(
+                folder / f"{stem}.png", optimize=True
+            )
+            solids.append(np.packbits(data["distance"][i] < 0))
+            labels[stem] = {"id": entry["id"], "category": entry["category"]}
+        np.savez_compressed(folder / "solids.npz", **dict(zip(labels, solids, strict=True)))
+        (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
+
+
+def attribution(data: dict, shapes: list[str]) -> str:
+    """One line a shape: what the licences ask for, whatever the legal status of weights is."""
+    keys = ("id", "name", "creator", "library", "licence")
+    lines = ["\t".join([*keys, "used for"])]
+    for entry in data["entries"]:
+        use = "autoencoder and DiT" if entry["id"] in shapes else "autoencoder"
+        use = use if entry["split"] == "train" else f"{entry['split']} only"
+        lines.append("\t".join([*(str(entry[key]) for key in keys), use]))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("autoencoder", type=Path)
+    parser.add_argument("encoder", type=Path)
+    parser.add_argument("dit", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--body", type=float, default=0.25)
+    parser.add_argument("--hidden", type=int, default=128)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = load_data(options.data, options.body)
+    shapes = torch.load(options.encoder / "latents.pt", weights_only=True)["shapes"]
+    tensors = weights(options)
+    save_file(tensors, options.out / "model.fp16.safetensors", metadata={"format": "pt"})
+    text = yaml.safe_dump(config(options.hidden), sort_keys=False)
+    (options.out / "config.yaml").write_text(text)
+    (options.out / "ATTRIBUTION.tsv").write_text(attribution(data, shapes))
+    held_out(data, shapes, options.out)
+    for part in ("model", "vae", "conditioner"):
+        size = sum(v.numel() for k, v in tensors.items() if k.startswith(part + "."))
+        print(f"{part}: {size / 1e6:.2f} M parameters, {2 * size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What the three trainings share: two data-parallel processes, EMA, checkpoints, a log.
+
+One thread a process and gloo between them: intra-op threads collapse when the cores are shared.
+A checkpoint holds everything, is written atomically every few minutes, and is resumed from, so a
+run that is cut off loses minutes. Learning rates follow the share of the time budget that is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+
+def launch(worker: Callable[..., None], workers: int, *arguments: object) -> None:
+    """Runs worker(rank, workers, *arguments) in that many processes of one thread each."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    mp.spawn(_start, (workers, worker, arguments), nprocs=workers)
+
+
+def _start(rank: int, workers: int, worker: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    worker(rank, workers, *arguments)
+    dist.destroy_process_group()
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay over a time budget, clipping, EMA and checkpoints."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        rank: int,
+        workers: int,
+        minutes: float,
+        rate: float,
+        ema: float,
+        weight_decay: float = 0.01,
+        save_every: float = 180.0,
+    ) -> None:
+        self.model, self.folder, self.rank, self.workers = model, folder, rank, workers
+        self.seconds, self.rate, self.decay = minutes * 60, rate, ema
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay
+        )
+        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.step, self.used, self.samples, self.save_every = 0, 0.0, 0, save_every
+        self.checkpoint = folder / "checkpoint.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+            self.step, self.used, self.samples = state["step"], state["used"], state["samples"]
+
+    def save(self) -> None:
+        if self.rank:
+            return
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "step": self.step,
+                "used": self.used,
+                "samples": self.samples,
+            },
+            part,
+        )
+        part.replace(self.checkpoint)
+
+    def log(self, **values: float) -> None:
+        if self.rank == 0:
+            row = {"step": self.step, "hours": round(self.used / 3600, 4), "samples": self.samples}
+            row |= {key: round(float(value), 5) for key, value in values.items()}
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+    def steps(self, evaluate: Callable[[], None], evaluate_every: float) -> Iterator[float]:
+        """Yields the learning rate's share of its peak until the budget is used; calls `evaluate`
+        on all ranks now and then with the time it takes not counted."""
+        last_save = last_evaluation = self.used
+        while True:
+            # Every rank must take the same decision: rank 0's clock is the clock.
+            clock = torch.tensor([self.used])
+            dist.broadcast(clock, 0)
+            self.used = clock.item()
+            share = min(1.0, self.used / self.seconds)
+            if share >= 1:
+                break
+            start = time.perf_counter()
+            yield min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+            # A pause (SIGSTOP) must not eat the budget: no real step takes 20 seconds.
+            self.used += min(20.0, time.perf_counter() - start)
+            if self.used - last_evaluation > evaluate_every:
+                last_evaluation = self.used
+                evaluate()
+            if self.used - last_save > self.save_every:
+                last_save = self.used
+                self.save()
+        evaluate()
+        self.save()
+
+    def update(self, loss: Tensor, share: float, batch: int) -> float:
+        """One optimizer step on the mean gradient of all ranks; returns this rank's loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        if self.workers > 1:
+            dist.all_reduce(flat)
+            flat /= self.workers
+        norm = flat.norm()
+        flat *= torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+        for p, g in zip(
+            self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
+        ):
+            p.grad = g.view_as(p)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * share
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.step += 1
+        self.samples += batch * self.workers
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for key, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    self.average[key].lerp_(value, 1 - decay)
+        return loss.item()
+
+    def averaged(self, blank: nn.Module) -> nn.Module:
+        """`blank` with the EMA weights, in evaluation mode."""
+        blank.load_state_dict(self.average)
+        return blank.eval()
+
+
+def grid_iou(logits: Tensor, inside: Tensor) -> Tensor:
+    """IoU of logits > 0 with a boolean grid, (B,)."""
+    ours = (logits > 0).flatten(1)
+    theirs = inside.flatten(1)
+    return (ours & theirs).sum(1) / (ours | theirs).sum(1).clamp(min=1)
+
+
+def load_data(path: Path, body: float) -> dict:
+    """The arrays of data.npz for shapes of which at least the share `body` survives an erosion by
+    two cells (0: all shapes); `entries` parsed, `split` (N,) beside them."""
+    with np.load(path) as file:
+        chosen = file["body"] >= body
+        data = {key: file[key][chosen] for key in file.files if key != "entries"}
+        entries = json.loads(str(file["entries"]))
+    data["entries"] = [entry for entry, keep in zip(entries, chosen, strict=True) if keep]
+    data["split"] = np.array([entry["split"] for entry in data["entries"]])
+    return data
