@@ -16,6 +16,7 @@ data - noise; the others run sigma from 1 (noise) to 0 (data) and predict noise 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -84,10 +85,8 @@ class SamplerDefaults:
     def from_json(cls, data: Mapping[str, Any]) -> SamplerDefaults:
         """The inverse of `to_json`; FormatError for missing or unknown keys."""
         known = {field.name for field in fields(cls)}
-        if (
-            not isinstance(data, Mapping)
-            or not {"name", "steps", "guidance"} <= data.keys() <= known
-        ):
+        needed = {"name", "steps", "guidance"}
+        if not isinstance(data, Mapping) or not needed <= data.keys() <= known:
             found = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise FormatError(f"sampler settings hold {found}; expected {', '.join(sorted(known))}")
         interval = data.get("guidance_interval")
@@ -135,7 +134,7 @@ def schedule(settings: SamplerDefaults) -> Schedule:
         times = [_float32(TRAIN_STEPS * level) for level in levels[:-1]]
     evaluated = [
         before != after and not (i == 0 and settings.zero_init and not reverse)
-        for i, (before, after) in enumerate(zip(levels[:-1], levels[1:], strict=True))
+        for i, (before, after) in enumerate(itertools.pairwise(levels))
     ]
     return Schedule(tuple(levels), tuple(times), tuple(evaluated))
 
@@ -173,7 +172,7 @@ def sample(
     settings: SamplerDefaults,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents of the shape and dtype of `noise`; keep that float32, whatever the network's dtype."""
+    """Latents of the shape and dtype of `noise`: float32, also where the network's is lower."""
     x = noise
     for x in trajectory(velocity, noise, settings, progress):  # noqa: B007
         pass
