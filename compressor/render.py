@@ -9,6 +9,7 @@ samples a pixel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,7 @@ def _rasterise(
     best = np.zeros(side * side, dtype=np.uint64)
     splits = np.searchsorted(np.cumsum(width), np.arange(_CHUNK, int(width.sum()), _CHUNK))
     bounds = [0, *np.unique(splits).tolist(), len(width)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         row, x = _ragged(width[start:stop], first[start:stop])
         f, line = face[start:stop][row], y[start:stop][row]
         near = gain[f, 0] * (x + 0.5) + gain[f, 1] * (line + 0.5) + gain[f, 2]

@@ -65,13 +65,13 @@ def test_camera_looks_from_where_it_says(point, angles, place):
 
 def test_nearer_surfaces_hide_farther_ones_whatever_their_order():
     near, far = square(0.2, 0.5), square(0.6, -0.5)
-    both = render(joined(near, far), 64, 0, 0, frame=UNIT)
-    assert np.array_equal(
-        both[31:33, 31:33], render(joined(far, near), 64, 0, 0, frame=UNIT)[31:33, 31:33]
+    here = slice(31, 33), slice(31, 33)
+    one, other = (
+        render(mesh, 64, 0, 0, frame=UNIT)[here] for mesh in (joined(near, far), joined(far, near))
     )
-    tilted = Mesh(
-        near.vertices @ np.array([[1, 0, 0], [0, 0.9, 0.436], [0, -0.436, 0.9]]), near.faces
-    )
+    assert np.array_equal(one, other)
+    turn = np.array([[1, 0, 0], [0, 0.8, 0.6], [0, -0.6, 0.8]])
+    tilted = Mesh(square(0.2, 0).vertices @ turn + [0, 0, 0.5], near.faces)
     alone = render(tilted, 64, 0, 0, frame=UNIT)[32, 32].astype(int)
     over = render(joined(far, tilted), 64, 0, 0, frame=UNIT)[32, 32].astype(int)
     under = render(joined(far, tilted), 64, 180, 0, frame=UNIT)[32, 32].astype(int)
