@@ -270,6 +270,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
+class MissingTime(ValueError):
+    """A time or guidance value that the modulation tables of a packed file do not hold."""
+
+
 class TimeNodes(nn.Module):
     """Finds the table row of each time: exact nodes only, never between them.
 
@@ -292,14 +296,14 @@ class TimeNodes(nn.Module):
         # float32 rounding of a time near 1000 is 6e-5; schedules lie at least 1e-3 apart there.
         off = (self.nodes[rows] - wanted).abs() > 1e-6 * (1 + wanted.abs())
         if off.any():
-            raise ValueError(
+            raise MissingTime(
                 f"no modulation table at t={wanted[off][0].item():.6g}: this file holds "
                 f"{self.schedules}; choose one of these or compress again with --steps"
             )
         if guidance is not None and self.guidance is not None:
             asked = guidance.double()
             if ((asked - self.guidance).abs() > 1e-3 * (1 + abs(self.guidance))).any():
-                raise ValueError(
+                raise MissingTime(
                     f"the modulation tables hold guidance {self.guidance:g}, "
                     f"not {asked.flatten()[0].item():g}; compress again with that value"
                 )

@@ -4,8 +4,10 @@
     python -m benchmarks.furniture.encoder ... --cache     # runs/encoder/tokens.npz for the DiT
 
 A weak image encoder was the main failure of the first model: the DiT then draws another, perfectly
-sharp, training shape. So the encoder is trained first, on what the DiT will need from it (a head of
-64 queries regresses the latents), and frozen, as the published models do with DINOv2.
+sharp, training shape. So the encoder is trained first, on what the DiT will need from it, and
+frozen, as the published models do with DINOv2: a head of 64 queries regresses the latents, and the
+summary token tells the shapes apart (the regression alone knew 1.5 % of unseen views after 34,000
+pictures: most of a latent's variance is detail, which teaches slowly).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.furniture.autoencoder import Autoencoder, distances
@@ -28,6 +31,7 @@ from vitapack.runtime.furniture_model import (
     FurnitureVAEConfig,
 )
 
+IDENTITY = 0.3  # weight of telling shapes apart beside the latents' mean squared error
 HELD_OUT_VIEWS = 4  # the last views of every shape are never trained on
 
 
@@ -49,13 +53,17 @@ class LatentHead(nn.Module):
 
 
 class Regressor(nn.Module):
-    def __init__(self, config: FurnitureEncoderConfig, channels: int) -> None:
+    """Pictures (B, 112, 112) to latents (B, 64, C) and shape scores (B, shapes)."""
+
+    def __init__(self, config: FurnitureEncoderConfig, channels: int, shapes: int) -> None:
         super().__init__()
         self.encoder = FurnitureEncoder(config)
         self.head = LatentHead(config, channels)
+        self.which = nn.Linear(config.width, shapes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encoder(images)
+        return self.head(tokens), self.which(tokens[:, 0])
 
 
 def chosen_shapes(data: dict, count: int) -> np.ndarray:
@@ -121,7 +129,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     torch.manual_seed(rank)
     rng = np.random.default_rng(rank + 77)
     config = FurnitureEncoderConfig()
-    model = Regressor(config, latents.shape[-1])
+    model = Regressor(config, latents.shape[-1], len(shapes))
     trainer = Trainer(
         model, options.out, rank=rank, workers=workers, minutes=options.minutes,
         rate=options.rate, ema=0.998, weight_decay=0.05, save_every=120,
@@ -135,14 +143,15 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     def evaluate() -> None:
         if rank:
             return
-        average = trainer.averaged(Regressor(config, latents.shape[-1]))
+        average = trainer.averaged(Regressor(config, latents.shape[-1], len(shapes)))
         shape = np.repeat(np.arange(len(shapes)), 2)
         view = np.tile([views - 1, views - 2], len(shapes))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            guess = average(pictures(data, shapes[shape], view, np.zeros(len(shape), bool))).float()
+            unseen = pictures(data, shapes[shape], view, np.zeros(len(shape), bool))
+            guess, scores = average(unseen)
+            guess = guess.float()
             error = (guess - latents[shape, 0]).square().mean()
-            distance = torch.cdist(guess.flatten(1), latents[:, 0].flatten(1))
-            right = (distance.argmin(1).numpy() == shape).mean()
+            right = (scores.argmax(1).numpy() == shape).mean()
             some = np.arange(0, len(shape), 8)
             grids = autoencoder.decoder(guess[some] * scale + mean)
         truth = distances(data, shapes[shape[some]], np.zeros(len(some), bool)) < 0
@@ -157,8 +166,10 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         mirror = rng.random(options.batch) < 0.5
         images = augment(pictures(data, shapes[index], view, mirror), rng)
         with torch.autocast("cpu", torch.bfloat16):
-            guess = model(images)
+            guess, scores = model(images)
         loss = (guess.float() - latents[index, mirror.astype(int)]).square().mean()
+        known = F.cross_entropy(scores.float(), torch.from_numpy(index), label_smoothing=0.05)
+        loss = loss + IDENTITY * known
         recent.append(trainer.update(loss, share, options.batch))
 
 
@@ -170,7 +181,7 @@ def cache(options: argparse.Namespace) -> None:
     shapes = np.array([place[name] for name in found["shapes"]])
     latents = all_latents(load_autoencoder(options.autoencoder), data, shapes)
     state = torch.load(options.out / "checkpoint.pt", weights_only=True)
-    model = Regressor(FurnitureEncoderConfig(), latents.shape[-1])
+    model = Regressor(FurnitureEncoderConfig(), latents.shape[-1], len(shapes))
     model.load_state_dict(state["average"])
     model.eval()
     tokens = []

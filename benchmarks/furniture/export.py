@@ -20,9 +20,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.furniture.autoencoder import Autoencoder, distances
 from benchmarks.furniture.encoder import hash_order, load_autoencoder
 from benchmarks.furniture.train import furniture_config
-from benchmarks.furniture.training import load_data
+from benchmarks.furniture.training import grid_iou, load_data
 
 HELD_OUT = {"unseen-views": 48, "validation-shapes": 24, "test-shapes": 24}
 
@@ -91,8 +92,10 @@ def config(hidden: int) -> dict:
     }
 
 
-def held_out(data: dict, shapes: list[str], out: Path) -> None:
-    """PNG pictures with alpha and the true 64^3 solids as packed bits, three sets never mixed."""
+def held_out(data: dict, shapes: list[str], out: Path, autoencoder: Autoencoder) -> None:
+    """PNG pictures with alpha beside the true signed distances, three sets never mixed; and for each
+    shape what no DiT can beat (the autoencoder's IoU) and what it must beat to be more than a memory
+    (the IoU of the nearest training shape, found with the truth in hand)."""
     place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
     last = data["images"].shape[1] - 1
     trained = [place[name] for name in shapes]
@@ -102,11 +105,19 @@ def held_out(data: dict, shapes: list[str], out: Path) -> None:
         index = np.where(data["split"] == split)[0]
         index = sorted(index, key=lambda i: hash_order(data["entries"][i]["id"]))
         sets[name] = index[: HELD_OUT[name]]
+    known = data["distance"][trained] < 0
+    known = np.concatenate([known, known[:, ::-1]]).reshape(2 * len(trained), -1)
     for name, index in sets.items():
         folder = out / "held-out" / name
         folder.mkdir(parents=True, exist_ok=True)
         index = [int(i) for i in index]
-        solids, labels = [], {}
+        exact = distances(data, np.array(index), np.zeros(len(index), bool))
+        with torch.no_grad():
+            made = torch.cat(
+                [autoencoder.decoder(autoencoder.encoder(part)[0]) for part in exact.split(8)]
+            )
+        ceiling = grid_iou(made, exact < 0)
+        clipped, labels = [], {}
         for number, i in enumerate(index):
             entry = data["entries"][i]
             words = "".join(c if c.isalnum() else "-" for c in entry["name"].lower())
@@ -116,9 +127,16 @@ def held_out(data: dict, shapes: list[str], out: Path) -> None:
             Image.fromarray(np.dstack([grey, alpha]), "LA").save(
                 folder / f"{stem}.png", optimize=True
             )
-            solids.append(np.packbits(data["distance"][i] < 0))
-            labels[stem] = {"id": entry["id"], "category": entry["category"]}
-        np.savez_compressed(folder / "solids.npz", **dict(zip(labels, solids, strict=True)))
+            clipped.append(np.clip(data["distance"][i], -64, 64))
+            truth = (data["distance"][i] < 0).reshape(-1)
+            nearest = (known & truth).sum(1) / (known | truth).sum(1)
+            labels[stem] = {
+                "id": entry["id"],
+                "category": entry["category"],
+                "autoencoder_iou": round(float(ceiling[number]), 4),
+                "nearest_training_iou": round(float(nearest.max()), 4),
+            }
+        np.savez_compressed(folder / "distances.npz", **dict(zip(labels, clipped, strict=True)))
         (folder / "labels.json").write_text(json.dumps(labels, indent=1) + "\n")
 
 
@@ -151,7 +169,7 @@ def main() -> None:
     text = yaml.safe_dump(config(options.hidden), sort_keys=False)
     (options.out / "config.yaml").write_text(text)
     (options.out / "ATTRIBUTION.tsv").write_text(attribution(data, shapes))
-    held_out(data, shapes, options.out)
+    held_out(data, shapes, options.out, load_autoencoder(options.autoencoder))
     for part in ("model", "vae", "conditioner"):
         size = sum(v.numel() for k, v in tensors.items() if k.startswith(part + "."))
         print(f"{part}: {size / 1e6:.2f} M parameters, {2 * size / 1e6:.1f} MB")

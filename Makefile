@@ -1,0 +1,32 @@
+# Two commands: `make demo` takes the bundled model through the whole way, `make test` checks the
+# house. Both set up .venv first. On a machine with a GPU, name its torch build, for example
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(RUN) -m vitapack demo --out demo-out
+
+test: setup lint
+	$(RUN) -m pytest -q
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+setup: $(VENV)/.ready
+
+# torch first and pinned: left to itself pip may choose a build of several gigabytes.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q $(TORCH)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out vitapack/_C*.so vitapack/libvitapack_cuda.so

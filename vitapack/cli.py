@@ -1,0 +1,325 @@
+"""The command line over both halves: `vitapack COMMAND --help` has an example each.
+
+Progress goes to stderr, results to stdout (`--json` for machines). A user's mistake is one plain
+line and exit code 2, an interruption exit code 130; every long command can be started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import vitapack
+from vitapack.runtime.errors import UserError, atomic_path
+
+Report = Callable[[int, int, str], None]  # done, total, what
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Report]:
+    """A bar with ETA on stderr; each new description starts its own bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def say(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:
+    """The result: JSON if asked for, else the text."""
+    print(json.dumps(data, indent=1) if options.json else text)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_images(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+    from vitapack.runtime.images import find_images, load_image
+
+    return [(path.stem, load_image(path)) for path in find_images(list(paths))]
+
+
+def demo(options: argparse.Namespace) -> None:
+    from vitapack.compressor.demo import run_demo
+
+    with progress(options.quiet) as report:
+        figures = run_demo(options.out, images=options.images, progress=report)
+    say(options, figures.data, figures.text)
+
+
+def analyze(options: argparse.Namespace) -> None:
+    from vitapack.compressor import vitality
+    from vitapack.runtime.pipeline import Pipeline
+
+    images = read_images([options.images])[: options.limit]
+    pipeline = Pipeline.from_model(options.model, device=options.device)
+    with progress(options.quiet) as report:
+        result = vitality.analyze(
+            pipeline, images, options.out, metric=options.metric, points=options.points,
+            steps=options.steps, guidance=options.guidance, seed=options.seed,
+            resume=options.resume, progress=report,
+        )  # fmt: skip
+    say(options, result.to_json(), vitality.describe(result))
+
+
+def plan(options: argparse.Namespace) -> None:
+    from vitapack.compressor import plan as planner
+
+    layer_map = planner.from_options(
+        options.vitality,
+        target_size=options.target_size,
+        paper=options.paper,
+        max_distance=options.max_distance,
+        taus={
+            name: getattr(options, name)
+            for name in ("tau_double", "tau_single", "tau8_double", "tau8_single")
+            if getattr(options, name) is not None
+        },
+    )
+    write_json(options.out, layer_map.to_json())
+    say(options, layer_map.to_json(), planner.describe(layer_map))
+
+
+def compress(options: argparse.Namespace) -> None:
+    from vitapack.compressor import compress as compressor
+    from vitapack.compressor.plan import resolve_plan
+    from vitapack.runtime.families import open_checkpoint
+
+    checkpoint = open_checkpoint(options.model)
+    layer_map = resolve_plan(options.plan, checkpoint)
+    with progress(options.quiet) as report:
+        sizes = compressor.compress(
+            checkpoint, layer_map, options.out, quantizer=options.quantizer,
+            modulation=options.modulation, steps=options.steps, embed=options.embed,
+            dry_run=options.dry_run, progress=report,
+        )  # fmt: skip
+    say(options, sizes.to_json(), sizes.describe())
+
+
+def generate(options: argparse.Namespace) -> None:
+    from vitapack.runtime.images import find_images, load_image
+    from vitapack.runtime.mesh import save
+    from vitapack.runtime.pipeline import Pipeline
+
+    paths = find_images(options.images)
+    stems = [path.stem for path in paths]
+    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UserError(
+            f"two pictures are called {repeated[0]!r}, so one mesh would overwrite the other; "
+            "rename one of them"
+        )
+    pipeline = Pipeline.open(options.packed, device=options.device, compute=options.compute)
+    written, failed = [], []
+    with progress(options.quiet) as report:
+        for number, path in enumerate(paths):
+            report(number, len(paths), "meshes")
+            target = options.out / f"{path.stem}.{options.format}"
+            try:
+                mesh = pipeline(
+                    load_image(path), name=str(path), seed=options.seed, steps=options.steps,
+                    guidance=options.guidance, sampler=options.sampler,
+                )  # fmt: skip
+            except UserError as error:
+                # One bad picture must not cost the folder its other meshes.
+                if len(paths) == 1:
+                    raise
+                failed.append(str(error))
+                continue
+            save(mesh, target)
+            written.append({"file": str(target), **mesh.metadata, "seconds": pipeline.seconds})
+        report(len(paths), len(paths), "meshes")
+    lines = [f"{row['file']}  {sum(row['seconds'].values()):.1f} s" for row in written]
+    say(options, {"written": written, "failed": failed}, "\n".join(lines))
+    if failed:
+        for line in failed:
+            print(f"vitapack: {line}", file=sys.stderr)
+        raise UserError(f"{len(failed)} of {len(paths)} pictures gave no mesh (named above)")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from vitapack.compressor import metrics
+
+    with progress(options.quiet) as report:
+        result = metrics.evaluate_folders(options.reference, options.candidate, progress=report)
+    if options.out:
+        write_json(options.out, result)
+    say(options, result, metrics.describe(result))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from vitapack.runtime.packed import describe, read_header
+
+    header = read_header(options.packed)
+    say(options, header.to_json(), describe(header))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    from vitapack.runtime.doctor import examine
+
+    report = examine()
+    say(options, report, "\n".join(f"{key:12} {value}" for key, value in report.items()))
+
+
+def at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+def steps_list(text: str) -> list[int]:
+    return [at_least_one(part) for part in text.split(",")]
+
+
+def size_bytes(text: str) -> int:
+    """Bytes from 450MB, 0.45GiB, ..."""
+    units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    for unit in sorted(units, key=len, reverse=True):
+        if text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * units[unit])
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 450MB or 0.45GiB")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="vitapack", description=vitapack.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=vitapack.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(run: Callable[..., None], words: str, example: str) -> Parser:
+        sub = commands.add_parser(
+            run.__name__, help=words, description=words, epilog=f"example: vitapack {example}"
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="the result as JSON")
+        sub.add_argument("--quiet", action="store_true", help="no progress")
+        return sub
+
+    sub = command(demo, "the whole way on the bundled furniture model", "demo --out demo-out")
+    sub.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    sub.add_argument("--images", type=at_least_one, default=8, help="pictures in the report")
+
+    sub = command(
+        analyze,
+        "how vital each block is to the geometry",
+        "analyze furniture --images photos -o vitality.json",
+    )
+    sub.add_argument("model", help="folder or file in released layout, or `furniture`")
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR")
+    sub.add_argument("-o", "--out", type=Path, required=True)
+    sub.add_argument("--metric", choices=("emd", "chamfer"), default="emd")
+    sub.add_argument("--points", type=at_least_one, default=10_000)
+    sub.add_argument("--steps", type=at_least_one)
+    sub.add_argument("--guidance", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--limit", type=at_least_one, help="use only so many pictures")
+    sub.add_argument("--resume", action="store_true", help="go on after an interruption")
+    sub.add_argument("--device", default="cpu")
+
+    sub = command(
+        plan,
+        "which blocks to keep, in how many bits",
+        "plan vitality.json -o plan.json --target-size 6MB",
+    )
+    sub.add_argument("vitality", type=Path)
+    sub.add_argument("-o", "--out", type=Path, required=True)
+    sub.add_argument("--auto", action="store_true", help="thresholds from the curve (the default)")
+    sub.add_argument("--max-distance", type=float, help="auto: largest EMD to the full output")
+    sub.add_argument("--target-size", type=size_bytes, metavar="SIZE")
+    sub.add_argument("--paper", action="store_true", help="the family's published layer map")
+    for name in ("tau-double", "tau-single", "tau8-double", "tau8-single"):
+        sub.add_argument(f"--{name}", type=float)
+
+    sub = command(
+        compress,
+        "writes the packed file",
+        "compress furniture --plan int8 -o model.safetensors",
+    )
+    sub.add_argument("model")
+    sub.add_argument("--plan", required=True, help="plan.json, or int8, int4, paper")
+    sub.add_argument("-o", "--out", type=Path, required=True)
+    sub.add_argument("--quantizer", default="search")
+    sub.add_argument("--modulation", choices=("table", "int8", "both"), default="table")
+    sub.add_argument("--steps", type=steps_list, help="step counts of the tables, e.g. 20,30")
+    sub.add_argument("--embed", action=argparse.BooleanOptionalAction, default=None,
+                     help="decoder and image encoder inside the file")  # fmt: skip
+    sub.add_argument("--dry-run", action="store_true", help="only the sizes")
+
+    sub = command(
+        generate, "pictures to meshes", "generate model.safetensors chair.png -o meshes --seed 1"
+    )
+    sub.add_argument("packed", help="a packed file, or an original checkpoint")
+    sub.add_argument("images", type=Path, nargs="+", help="pictures or folders of pictures")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--steps", type=at_least_one)
+    sub.add_argument("--guidance", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--sampler", choices=("euler", "unipc", "consistency"))
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--compute", choices=("a16", "a8"), default="a16")
+    sub.add_argument("--format", choices=("glb", "obj", "ply", "stl"), default="glb")
+
+    sub = command(
+        evaluate,
+        "two folders of meshes, compared by name",
+        "evaluate originals compressed -o report.json",
+    )
+    sub.add_argument("reference", type=Path, metavar="REFERENCE_DIR")
+    sub.add_argument("candidate", type=Path, metavar="CANDIDATE_DIR")
+    sub.add_argument("-o", "--out", type=Path)
+
+    sub = command(inspect, "what a packed file holds (without torch)", "inspect model.safetensors")
+    sub.add_argument("packed", type=Path)
+
+    command(doctor, "what this installation can do, and what it lacks", "doctor")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 2 the user's mistake, 130 interrupted."""
+    try:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+    except UserError as error:
+        sys.exit(_complain(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted; nothing half-written was left", 130))
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            where = f" ({error.filename})" if error.filename else ""
+            sys.exit(_complain(f"{error.strerror}{where}", 2))
+        raise
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"vitapack: {' '.join(line.split())}", file=sys.stderr)
+    return code
