@@ -133,7 +133,7 @@ def search_int4(weight: Tensor, group_size: int, name: str = "weight") -> Int4We
     First every group finds the step it would like best; then for each candidate of the channel
     scale the two integers s around that step are tried, with three windows of codes each, and the
     row keeps the candidate with the least total error. 0.8 CPU s for a (4096, 1024) weight (one
-    Zen-class AVX-512 core); within 3 % of the error that free real group steps would give.
+    AVX-512 core of an EPYC); within 3 % of the error that free real group steps would give.
     """
     w = _as_matrix(weight, name)
     parts: list[Int4Weight] = []

@@ -1,0 +1,374 @@
+"""An original checkpoint and a layer map become one packed file.
+
+    sizes = compress(open_checkpoint("Hunyuan3D-2mini"), layer_map, "model.safetensors")
+
+The file is laid out from shapes alone (`--dry-run` stops there, with its exact size), then filled
+one linear at a time: memory peaks at about one layer, whatever the size of the checkpoint. An
+interrupted job continues where it was. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from vitapack.compressor.modulation import ModulationTables, stored
+from vitapack.compressor.partial import partial_file
+from vitapack.compressor.quantize import QUANTIZERS, Quantizer, check_finite
+from vitapack.runtime.container import ITEM_BYTES, Layout, lay_out
+from vitapack.runtime.dit import DiTConfig
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.layermap import LayerMap
+from vitapack.runtime.packed import torch_dtype
+from vitapack.runtime.packed_header import (
+    KEY,
+    MODULATIONS,
+    NETWORK_KIND,
+    PARTS,
+    RESTS,
+    encode,
+    schedule_nodes,
+)
+from vitapack.runtime.packed_layout import (
+    BITS_OF,
+    GROUP_OF,
+    W16,
+    Linear,
+    SizeTable,
+    model_tensors,
+    network_linears,
+    network_norms,
+    plan_linears,
+    size_table,
+)
+from vitapack.runtime.sampling import SamplerDefaults
+
+import vitapack
+
+# Decoder and conditioner travel inside the file up to this size together: all of the furniture
+# model's do, while DINOv2-giant (2.2 GB) stays where it is.
+EMBED_BELOW = 64 << 20
+
+Report = Callable[[int, int, str], None]  # weights done, weights in all, what
+
+
+class Checkpoint(Protocol):
+    """What compressing needs of an original; `runtime.families.open_checkpoint` opens one."""
+
+    family: str
+    variant: str
+    config: DiTConfig
+    sampler: SamplerDefaults
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the network by canonical name, in its source's dtype."""
+
+    def source(self, hashed: bool) -> dict[str, Any]:
+        """{"name", "sha256", "bytes"} of the source; 64 zeros for the sha256 unless `hashed`."""
+
+    def part_config(self, part: str) -> dict[str, Any]:
+        """JSON settings of "shape_decoder" or "conditioner"."""
+
+    def part_shapes(self, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Its tensors' dtypes and shapes by name; empty where the source has none."""
+
+    def part_tensor(self, part: str, name: str) -> Tensor:
+        """One of them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything of a packed file that is known before a weight is read."""
+
+    network: dict[str, Any]
+    linears: dict[str, str]
+    modulation: dict[str, Any]
+    nodes: list[float]
+    rest: str
+    embedded: tuple[str, ...]  # parts whose tensors go into the file
+    layout: Layout
+
+    def sizes(self) -> SizeTable:
+        sizes = {name: info.nbytes for name, info in self.layout.tensors.items()}
+        return size_table(sizes, self.linears, len(self.layout.header))
+
+
+def compress(
+    checkpoint: Checkpoint,
+    layer_map: LayerMap,
+    out: str | Path,
+    *,
+    quantizer: str = "search",
+    modulation: str = "table",
+    steps: Sequence[int] | None = None,
+    schedules: Sequence[SamplerDefaults] | None = None,
+    table_dtype: str = "F16",
+    rest: str = "F16",
+    embed: bool | None = None,
+    dry_run: bool = False,
+    progress: Report | None = None,
+) -> SizeTable:
+    """Writes the packed file and returns its bytes by part.
+
+    modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
+    (as in the source). schedules: what the tables serve; default the family's sampler, with its
+    own step count or with `steps`. embed: decoder and conditioner inside the file; default: if they
+    take at most 64 MiB together. rest: dtype of what is not quantized, "F16" or "F32".
+    Raises UserError for a layer map of another network, broken weights, a full disk.
+    """
+    for what, value, known in (
+        ("quantizer", quantizer, tuple(QUANTIZERS)),
+        ("modulation", modulation, MODULATIONS),
+        ("rest", rest, RESTS),
+        ("table dtype", table_dtype, RESTS),
+    ):
+        if value not in known:
+            raise UserError(f"no {what} {value!r}: choose one of {', '.join(known)}")
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder: name the file to write, such as {out}/model.safetensors"
+        )
+    if schedules is None:
+        counts = steps or [checkpoint.sampler.steps]
+        schedules = [replace(checkpoint.sampler, steps=count) for count in counts]
+    plan = make_plan(
+        checkpoint, layer_map, quantizer=quantizer, modulation=modulation, schedules=schedules,
+        table_dtype=table_dtype, rest=rest, embed=embed, hashed=not dry_run,
+    )  # fmt: skip
+    if dry_run:
+        return plan.sizes()
+    report = progress or (lambda done, total, what: None)
+    jobs = list(_jobs(checkpoint, plan, QUANTIZERS[quantizer]))
+    total, done = sum(job.weights for job in jobs), 0
+    with partial_file(out, plan.layout) as file:
+        for job in jobs:
+            report(done, total, "compress")
+            if not file.kept.issuperset(job.names):
+                for name, tensor in job.make().items():
+                    if name not in file.kept:
+                        file.put(name, as_bytes(tensor, plan.layout.tensors[name].dtype, name))
+            done += job.weights
+        file.publish()
+    report(total, total, "compress")
+    return plan.sizes()
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    layer_map: LayerMap,
+    *,
+    quantizer: str,
+    modulation: str,
+    schedules: Sequence[SamplerDefaults],
+    table_dtype: str,
+    rest: str,
+    embed: bool | None,
+    hashed: bool,
+) -> Plan:
+    """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
+    network = network_json(pruned_config(checkpoint, layer_map))
+    linears = plan_linears(network, layer_map, modulation)
+    tables = modulation in ("table", "both")
+    nodes = schedule_nodes(schedules) if tables else []
+    modulation_json = {
+        "kind": modulation,
+        "dtype": table_dtype,
+        "guidance": checkpoint.sampler.guidance if network["guidance_embed"] and tables else None,
+        "nodes": len(nodes),
+        "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
+    }
+    tensors = model_tensors(network, linears, rest, modulation_json)
+    parts = {part: _part_specs(checkpoint, part) for part in PARTS}
+    if embed is None:
+        sizes = (_nbytes(spec) for specs in parts.values() for spec in specs.values())
+        embed = sum(sizes) <= EMBED_BELOW
+    source = checkpoint.source(hashed)
+    references, embedded = {}, []
+    for part, specs in parts.items():
+        storage = "none" if not specs else "embedded" if embed else "referenced"
+        references[part] = {
+            "storage": storage,
+            "config": checkpoint.part_config(part),
+            "source": source if storage == "referenced" else None,
+        }
+        if storage == "embedded":
+            tensors |= specs
+            embedded.append(part)
+    text = encode(
+        tool=f"vitapack {vitapack.__version__}",
+        family=checkpoint.family,
+        variant=checkpoint.variant,
+        network=network,
+        source=source,
+        layer_map=layer_map,
+        linears=linears,
+        rest=rest,
+        quantizer=quantizer,
+        modulation=modulation_json,
+        sampler=checkpoint.sampler.to_json(),
+        shape_decoder=references["shape_decoder"],
+        conditioner=references["conditioner"],
+    )
+    layout = lay_out(tensors, {KEY: text})
+    return Plan(network, linears, modulation_json, nodes, rest, tuple(embedded), layout)
+
+
+def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig:
+    """The kept network's hyper-parameters. UserError if the map belongs to another network."""
+    config = checkpoint.config
+    held = {"double": len(config.double_blocks), "single": len(config.single_blocks)}
+    asked = {kind: count for kind, count in layer_map.totals.items() if count}
+    if asked != {kind: count for kind, count in held.items() if count}:
+        raise UserError(
+            f"the layer map is for a network of {_counts(asked)}, "
+            f"this checkpoint ({checkpoint.family} {checkpoint.variant}) has {_counts(held)}"
+        )
+    return replace(
+        config, double_blocks=layer_map.kept("double"), single_blocks=layer_map.kept("single")
+    )
+
+
+def network_json(config: DiTConfig) -> dict[str, Any]:
+    """DiTConfig as the packed header states it."""
+    data = {"kind": NETWORK_KIND, **asdict(config)}
+    for kind in ("double_blocks", "single_blocks"):
+        data[kind] = list(data[kind])
+    return data
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some tensors that are made together, from one linear as a rule."""
+
+    names: tuple[str, ...]
+    weights: int  # read for it: the unit of progress
+    make: Callable[[], dict[str, Tensor]]
+
+
+def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[Job]:
+    placed = plan.layout.tensors
+    tables: list[ModulationTables] = []  # made when the first one is needed, then kept
+
+    def owned(name: str) -> tuple[str, ...]:
+        suffixes = (
+            "table",
+            "weight",
+            "weight.q8",
+            "weight.q4",
+            "weight.group",
+            "weight.scale",
+            "bias",
+        )
+        every = (f"model.{name}.{suffix}" for suffix in suffixes)
+        return tuple(full for full in every if full in placed)
+
+    def linear(name: str, shape: Linear, names: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        if f"model.{name}.table" in names:
+            if not tables:
+                tables.append(
+                    ModulationTables(
+                        checkpoint.config,
+                        checkpoint.tensor,
+                        plan.nodes,
+                        plan.modulation["guidance"],
+                    )
+                )
+            dtype = torch_dtype(plan.modulation["dtype"])
+            tensors["table"] = stored(tables[0].rows(name), dtype, f"{name}.table")
+        if any(f"model.{name}.weight" in full for full in names):
+            tensors |= pack(
+                _fetch(checkpoint, f"{name}.weight", (shape.out, shape.inputs)),
+                plan.linears.get(name, W16), quantizer, f"{name}.weight",
+            )  # fmt: skip
+        if f"model.{name}.bias" in names:
+            tensors["bias"] = _fetch(checkpoint, f"{name}.bias", (shape.out,))
+        return {f"model.{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    if plan.nodes:
+        yield Job(
+            ("modulation.t",),
+            0,
+            lambda: {"modulation.t": torch.tensor(plan.nodes, dtype=torch.float64)},
+        )
+    for name, shape in network_linears(plan.network).items():
+        if names := owned(name):
+            yield Job(
+                names,
+                shape.out * shape.inputs,
+                lambda name=name, shape=shape, names=names: linear(name, shape, names),
+            )
+    head_dim = (plan.network["hidden"] // plan.network["heads"],)
+    for name in network_norms(plan.network):
+        yield Job(
+            (f"model.{name}",),
+            head_dim[0],
+            lambda name=name: {f"model.{name}": _fetch(checkpoint, name, head_dim)},
+        )
+    for part in plan.embedded:
+        for full in _part_specs(checkpoint, part):
+            name = full.removeprefix(f"{PARTS[part]}.")
+            yield Job(
+                (full,),
+                placed[full].nbytes // 2,
+                lambda part=part, full=full, name=name: {full: checkpoint.part_tensor(part, name)},
+            )
+
+
+def pack(weight: Tensor, layout: str, quantizer: Quantizer, name: str) -> dict[str, Tensor]:
+    """One weight's tensors by suffix, such as "weight.q8"."""
+    if layout == W16:
+        return {"weight": weight}
+    if BITS_OF[layout] == 8:
+        packed = quantizer.int8(weight, name=name)
+    else:
+        packed = quantizer.int4(weight, GROUP_OF[layout], name=name)
+    return {f"weight.{suffix}": tensor for suffix, tensor in packed.tensors().items()}
+
+
+def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:
+    """The tensor's bytes in a file dtype. UserError for NaN, inf, or what fp16 cannot hold."""
+    if tensor.is_floating_point():
+        check_finite(tensor, name)
+        wide, tensor = tensor, tensor.to(torch_dtype(dtype))
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{name}: a value of {float(wide.abs().max()):.3g} does not fit {dtype}; "
+                "compress with rest F32"
+            )
+    elif tensor.dtype != torch_dtype(dtype):
+        raise ValueError(f"{name}: {tensor.dtype} cannot be stored as {dtype}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = checkpoint.tensor(name)
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
+    return tensor
+
+
+def _part_specs(checkpoint: Checkpoint, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors of a part as the file would hold them: floats in fp16, integers as they are."""
+    floats = {"F64", "F32", "F16", "BF16"}
+    return {
+        f"{PARTS[part]}.{name}": ("F16" if dtype in floats else dtype, shape)
+        for name, (dtype, shape) in checkpoint.part_shapes(part).items()
+    }
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    count = ITEM_BYTES[spec[0]]
+    for size in spec[1]:
+        count *= size
+    return count
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {kind} blocks" for kind, count in counts.items()) or "no blocks"

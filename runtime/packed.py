@@ -1,0 +1,220 @@
+"""A packed file becomes a network: `load_packed_dit`, and the parts embedded beside it.
+
+    dit = load_packed_dit("model.safetensors", device="cpu", compute="a16")
+
+The network is built on the meta device, so nothing is allocated but the packed tensors themselves.
+This module imports torch only where tensors are made; `read_header` works without it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vitapack.runtime.container import content_digest
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.inspect_file import describe
+from vitapack.runtime.packed_header import PARTS, PackedHeader, read_header
+from vitapack.runtime.packed_layout import GROUP_OF, W16, network_linears
+
+if TYPE_CHECKING:
+    import torch
+    from vitapack.runtime.dit import DiT, DiTConfig
+
+__all__ = [
+    "PackedHeader",
+    "describe",
+    "embedded_tensors",
+    "load_packed_dit",
+    "read_header",
+    "verify",
+]
+
+# Up to this size the content's sha256 is checked on every load (0.2 s here); beyond, on request.
+VERIFY_BELOW = 256 << 20
+
+
+def verify(path: str | os.PathLike[str]) -> str:
+    """Computes the content's sha256 and returns it; FormatError if the file states another."""
+    stated, actual = content_digest(path)
+    if stated != actual:
+        raise FormatError(
+            f"{path}: the content's sha256 is {actual[:16]}..., the file states {stated[:16]}...; "
+            "it was damaged or changed: copy or compress it again"
+        )
+    return actual
+
+
+def dit_config(header: PackedHeader) -> DiTConfig:
+    from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+
+    fields = {name: value for name, value in header.network.items() if name != "kind"}
+    fields["time"] = TimeEmbedding(**fields["time"])
+    for kind in ("double_blocks", "single_blocks"):
+        fields[kind] = tuple(fields[kind])
+    return DiTConfig(**fields)
+
+
+def load_packed_dit(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    compute: str = "a16",
+    *,
+    dtype: torch.dtype | None = None,
+    modulation: str | None = None,
+    verify_content: bool | None = None,
+) -> DiT:
+    """The network of a packed file, in eval mode.
+
+    compute: "a16" (weight-only) or "a8" (int8 activations as well). dtype: of everything that is
+    not packed; float32 on CPUs and float16 elsewhere by default. modulation: "table" or "int8"
+    where the file holds both (default: the exact tables). verify_content: check the sha256; by
+    default up to 256 MiB. Raises FormatError (a UserError) for anything wrong with the file.
+    """
+    import torch
+    from vitapack.runtime.dit import DiT, ModulationTable, TimeNodes
+    from vitapack.runtime.linear import COMPUTES, PackedLinear
+
+    header = read_header(path)
+    if compute not in COMPUTES:
+        raise UserError(f"compute {compute!r}: expected one of {', '.join(COMPUTES)}")
+    chosen = _modulation(header, modulation)
+    if verify_content or (verify_content is None and header.size <= VERIFY_BELOW):
+        verify(path)
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    with torch.device("meta"):
+        dit = DiT(dit_config(header)).eval()
+
+    with TensorReader(header, device) as reader:
+        for name, linear in network_linears(header.network).items():
+            if chosen == "table" and linear.role == "modulation":
+                count = linear.out // header.network["hidden"]
+                table = reader.floats(f"model.{name}.table", dtype)
+                # In the blocks the table takes the place of the module around the linear.
+                _replace(dit, name.removesuffix(".lin"), ModulationTable(table, count))
+            elif layout := _packed_layout(header, name):
+                prefix = f"model.{name}"
+                bias = reader.floats(f"{prefix}.bias", dtype) if linear.bias else None
+                codes = {
+                    suffix: reader.read(f"{prefix}.weight.{suffix}")
+                    for suffix in ("q8", "q4", "group")
+                    if f"{prefix}.weight.{suffix}" in header.tensors
+                }
+                packed = PackedLinear(
+                    linear.inputs,
+                    reader.floats(f"{prefix}.weight.scale", torch.float32),
+                    bias,
+                    group_size=GROUP_OF.get(layout, 0),
+                    # Modulation runs once a step on one row: int8 activations would only cost.
+                    compute="a16" if linear.role == "modulation" else compute,
+                    **codes,
+                )
+                _replace(dit, name, packed)
+        if chosen == "table":
+            nodes = reader.floats("modulation.t", torch.float64)
+            if nodes.tolist() != header.nodes():
+                raise FormatError(
+                    f"{header.path}: tensor 'modulation.t': expected the times of "
+                    f"{header.schedules()}, found others"
+                )
+            guidance = header.modulation["guidance"]
+            dit.time_in = TimeNodes(nodes, guidance, header.schedules())
+            if header.network["guidance_embed"]:
+                del dit.guidance_in
+        rest = {
+            name: reader.floats(f"model.{name}", dtype)
+            for name, parameter in dit.state_dict().items()
+            if parameter.is_meta
+        }
+    dit.load_state_dict(rest, strict=False, assign=True)
+    if left := [name for name, tensor in dit.state_dict().items() if tensor.is_meta]:
+        raise AssertionError(f"never loaded: {left}")
+    return dit.requires_grad_(False)
+
+
+def embedded_tensors(
+    path: str | os.PathLike[str] | PackedHeader, part: str
+) -> dict[str, torch.Tensor]:
+    """Tensors of an embedded part ("shape_decoder" or "conditioner"), names without its prefix.
+
+    Raises UserError where the part is only referenced: the message names the file that holds it.
+    """
+    header = path if isinstance(path, PackedHeader) else read_header(path)
+    entry = getattr(header, part)
+    if entry["storage"] != "embedded":
+        source = entry["source"]
+        where = f"it is in {source['name']}" if source else "the file says nothing of one"
+        raise UserError(f"{header.path}: the {part.replace('_', ' ')} is not embedded; {where}")
+    prefix = f"{PARTS[part]}."
+    with TensorReader(header, "cpu") as reader:
+        return {
+            name.removeprefix(prefix): reader.read(name)
+            for name in header.tensors
+            if name.startswith(prefix)
+        }
+
+
+class TensorReader:
+    """Reads tensors of a checked file one by one, straight into memory of their own."""
+
+    def __init__(self, header: PackedHeader, device: str | torch.device) -> None:
+        self.header, self.device = header, device
+        self.file = header.path.open("rb")
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+
+        info = self.header.tensors[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        self.file.seek(self.header.data_start + info.start)
+        if self.file.readinto(buffer.numpy()) != info.nbytes:
+            raise FormatError(f"{self.header.path}: tensor {name!r} is cut off")
+        return buffer.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+
+    def floats(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """As `read`, in another float dtype; FormatError if a value is NaN or infinite."""
+        import torch
+
+        tensor = self.read(name)
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"{self.header.path}: tensor {name!r} holds NaN or infinite values")
+        return tensor.to(dtype)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U8": torch.uint8, "BOOL": torch.bool,
+    }[name]  # fmt: skip
+
+
+def _modulation(header: PackedHeader, wanted: str | None) -> str:
+    kind = header.modulation["kind"]
+    held = ("table", "int8") if kind == "both" else (kind,)
+    if wanted is not None and wanted not in held:
+        raise UserError(
+            f"{header.path}: holds modulation as {' and '.join(held)}, not as {wanted!r}; "
+            "compress it again with --modulation"
+        )
+    return wanted or held[0]
+
+
+def _packed_layout(header: PackedHeader, name: str) -> str | None:
+    layout = header.linears.get(name, W16)
+    return None if layout == W16 else layout
+
+
+def _replace(dit: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(dit.get_submodule(parent), last, module)
