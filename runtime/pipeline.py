@@ -22,10 +22,37 @@ from PIL import Image
 from torch import Tensor
 
 import vitapack
-from vitapack.runtime import sampling
+from vitapack.runtime import packed, sampling
 from vitapack.runtime.dit import DiT, MissingTime
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import BUNDLED, furniture, open_checkpoint
+from vitapack.runtime.load import dit_of
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
+from vitapack.runtime.weights import is_packed
+
+# Families whose whole way from picture to mesh is here; of the others, the network alone is.
+WHOLE = {furniture.NAME: furniture}
+
+
+def _family(name: str, source: str) -> Any:
+    if name not in WHOLE:
+        raise UserError(
+            f"{source}: the image encoder of the family {name} is not supported yet; its network "
+            "can be loaded (load_dit), analyzed bytes and compressed, not run from a picture"
+        )
+    return WHOLE[name]
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return name
 
 
 class Pipeline:
@@ -46,6 +73,56 @@ class Pipeline:
         self.conditioner, self.decoder = conditioner, decoder
         self.family, self.source, self.source_sha256 = family, source, sha256
         self.seconds: dict[str, float] = {}  # of the last call, by phase
+
+    @classmethod
+    def open(cls, path: str | Path, device: str = "auto", compute: str = "a16") -> Pipeline:
+        """A packed file, an original checkpoint (folder or file), or a bundled model's name."""
+        place = Path(path)
+        if str(path) not in BUNDLED and is_packed(place):
+            return cls.from_packed(place, device, compute)
+        return cls.from_model(path, device)
+
+    @classmethod
+    def from_packed(cls, path: str | Path, device: str = "auto", compute: str = "a16") -> Pipeline:
+        """Loads a packed file; the fp16 network is never in memory."""
+        header = packed.read_header(path)
+        family = _family(header.family, str(path))
+        dit = packed.load_packed_dit(path, device=_device(device), compute=compute)
+        return cls(
+            dit,
+            sampling.SamplerDefaults.from_json(header.sampler),
+            family.Conditioner(
+                header.conditioner["config"], packed.embedded_tensors(header, "conditioner")
+            ),
+            family.ShapeDecoder(
+                header.shape_decoder["config"], packed.embedded_tensors(header, "shape_decoder")
+            ),
+            family=header.family,
+            source=str(path),
+            sha256=header.sha256,
+        )
+
+    @classmethod
+    def from_model(cls, model: str | Path, device: str = "auto") -> Pipeline:
+        """Loads an original checkpoint in float32 on CPUs, fp16 elsewhere."""
+        checkpoint = open_checkpoint(model)
+        family = _family(checkpoint.family, str(model))
+        where = _device(device)
+        dtype = torch.float32 if where == "cpu" else torch.float16
+
+        def part(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            tensors = {key: checkpoint.part_tensor(name, key) for key in checkpoint.part_shapes(name)}
+            return checkpoint.part_config(name), tensors
+
+        return cls(
+            dit_of(checkpoint, dtype=dtype, device=where),
+            checkpoint.sampler,
+            family.Conditioner(*part("conditioner")),
+            family.ShapeDecoder(*part("shape_decoder")),
+            family=checkpoint.family,
+            source=str(checkpoint.path),
+            sha256=checkpoint.source(hashed=True)["sha256"],
+        )
 
     # The sampler's own times (and so the tables' rows) never depend on the picture or the seed.
     def settings(

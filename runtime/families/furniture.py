@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.checkpoint import (
+    Checkpoint,
+    Family,
+    Found,
+    Params,
+    check_part,
+    dit_shapes,
+    shapes_of,
+)
+from vitapack.runtime.families.hunyuan3d import dit_config
 from vitapack.runtime.furniture_model import (
     GRID,
     IMAGE,
@@ -29,7 +39,9 @@ from vitapack.runtime.furniture_model import (
     FurnitureVAEConfig,
 )
 from vitapack.runtime.images import recentre, separate
+from vitapack.runtime.sampling import SamplerDefaults
 
+NAME = "furniture"
 FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "furniture"
 # Logits live on cell centres; one ring of empty cells closes shapes that touch the border.
 BOUNDS = 1 + 1 / GRID
@@ -66,15 +78,6 @@ def held_out(which: str = "unseen-views", folder: Path = FOLDER) -> Iterator[Hel
             yield HeldOut(name, place / f"{name}.png", distances[name], label)
 
 
-def _config(kind: type, params: Mapping[str, Any]) -> Any:
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(set(params) - known):
-        raise UserError(
-            f"config.yaml: unknown parameters {', '.join(unknown)}; known: {', '.join(known)}"
-        )
-    return kind(**params)
-
-
 def preprocess(image: Image.Image, name: str = "image") -> Tensor:
     """(1, 112, 112) float32 grey in 0..1: the object in the middle of a white square."""
     rgb, alpha = separate(image, name)
@@ -87,8 +90,9 @@ class Conditioner:
     """A picture to condition tokens (1, 50, width); unconditional tokens are zeros."""
 
     def __init__(self, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.encoder = FurnitureEncoder(_config(FurnitureEncoderConfig, params)).eval()
-        load_into(self.encoder, tensors, "conditioner")
+        config = encoder_config(params, "conditioner")
+        self.encoder = FurnitureEncoder(config).eval()
+        self.encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, name: str = "image") -> Tensor:
@@ -101,10 +105,10 @@ class ShapeDecoder:
     bounds = BOUNDS
 
     def __init__(self, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.config = _config(FurnitureVAEConfig, params)
-        self.decoder = FurnitureDecoder(self.config).eval()
-        load_into(self.decoder, tensors, "vae")
-        self.latent_shape = (LATENT_TOKENS, self.config.latent_channels)
+        config = decoder_config(params, "shape decoder")
+        self.decoder = FurnitureDecoder(config).eval()
+        self.decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        self.latent_shape = (LATENT_TOKENS, config.latent_channels)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> np.ndarray:
@@ -112,19 +116,66 @@ class ShapeDecoder:
         return np.pad(logits.numpy(), 1, constant_values=-4.0)
 
 
-def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], part: str) -> None:
-    """Loads every tensor as float32; a missing, unexpected or mis-shaped one is named."""
-    wanted = module.state_dict()
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise UserError(f"{part}: {len(missing)} tensors are missing, first {missing[0]}")
-    if extra := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{part}: {len(extra)} tensors are unexpected, first {extra[0]}")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise UserError(
-                f"{part}.{name}: found shape {tuple(tensor.shape)}, "
-                f"expected {tuple(wanted[name].shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{part}.{name}: holds NaN or infinite values; the file is damaged")
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:
+    """`conditioner.params` of a config.yaml. FormatError."""
+    params = Params(values, where)
+    config = FurnitureEncoderConfig(
+        width=params.size("width"), heads=params.size("heads"), layers=params.size("layers")
+    )
+    params.done()
+    return config
+
+
+def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
+    """`vae.params` of a config.yaml. FormatError."""
+    params = Params(values, where)
+    config = FurnitureVAEConfig(
+        latent_channels=params.size("latent_channels"),
+        width=params.size("width"),
+        heads=params.size("heads"),
+        layers=params.size("layers"),
+        scale_factor=params.take("scale_factor", float, 1.0),
+    )
+    params.done()
+    return config
+
+
+def read(found: Found) -> Checkpoint:
+    """Names, numbers and shapes of the three parts; no tensor is loaded."""
+    where = str(found.folder / "config.yaml")
+    config = dit_config(found.params("model"), f"{where}: model.params")
+    decoder = decoder_config(found.params("vae"), f"{where}: vae.params")
+    encoder = encoder_config(found.params("conditioner"), f"{where}: conditioner.params")
+    check_part(found.weights, "model", dit_shapes(config), found.path)
+    for part, network in (
+        ("vae", lambda: FurnitureDecoder(decoder)),
+        ("conditioner", lambda: FurnitureEncoder(encoder)),
+    ):
+        check_part(found.weights, part, shapes_of(network), found.path)
+    defaults = Params((found.config or {}).get("pipeline") or {}, f"{where}: pipeline")
+    sampler = SamplerDefaults(
+        defaults.take("sampler", str, "euler"),
+        steps=defaults.size("num_inference_steps", 20),
+        guidance=defaults.take("guidance_scale", float, 2.0),
+    )
+    defaults.done()
+    return Checkpoint(
+        family=NAME,
+        variant=NAME,
+        path=found.path,
+        config=config,
+        sampler=sampler,
+        latents=(LATENT_TOKENS, decoder.latent_channels),
+        decoder=decoder,
+        scale_factor=decoder.scale_factor,
+        weights=found.weights,
+        sections=found.config or {},
+    )
+
+
+FAMILY = Family(
+    name=NAME,
+    looks_for="config.yaml with model.target ...FurnitureDiT beside model.fp16.safetensors",
+    recognises=lambda found: found.target() == "FurnitureDiT",
+    read=read,
+)
