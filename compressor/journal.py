@@ -1,0 +1,82 @@
+"""An append-only journal of measurements, so that a killed run loses only what was in flight.
+
+    journal = Journal(path, key="3f0a...", resume=True)
+    if task not in journal: journal.add(task, record)
+
+One JSON line each: first the key of the settings that the records belong to, then the records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vitapack.runtime.errors import UserError
+
+
+class Journal:
+    """Records by name. A half-written last line, as a kill leaves it, is cut off and forgotten."""
+
+    def __init__(self, path: Path, key: str, *, resume: bool) -> None:
+        """Raises UserError where `resume` meets a journal of other settings."""
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keep = self._read(key) if resume and path.exists() else 0
+            self._file = path.open("r+b" if keep else "wb")
+            self._file.truncate(keep)
+            self._file.seek(keep)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        if not keep:
+            self._append({"key": key})
+
+    def _read(self, key: str) -> int:
+        """Fills `records`; returns how many bytes of the file are whole lines."""
+        raw = self.path.read_bytes()
+        keep = 0
+        for line in raw.splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                break
+            if keep == 0 and entry.get("key") != key:
+                raise UserError(
+                    f"{self.path}: was written for another model or other settings; "
+                    "run without --resume, or choose another output file"
+                )
+            if keep:
+                self.records[entry["task"]] = entry["record"]
+            keep += len(line)
+        return keep
+
+    def __contains__(self, task: str) -> bool:
+        return task in self.records
+
+    def __getitem__(self, task: str) -> dict[str, Any]:
+        return self.records[task]
+
+    def add(self, task: str, record: dict[str, Any]) -> None:
+        """On the disk when this returns."""
+        self._append({"task": task, "record": record})
+        self.records[task] = record
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, sort_keys=True, allow_nan=False).encode() + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; free some space and run again with "
+                "--resume"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
