@@ -1,0 +1,240 @@
+"""Hunyuan3D 2.0, 2.0-fast, 2.0-turbo, 2mini (fast, turbo) and 2mv: names, numbers, defaults.
+
+Released layout: a folder with config.yaml (sections model, vae, conditioner, scheduler, ...) and
+model.fp16.safetensors, whose keys start with model., vae. or conditioner.; the first are the
+canonical DiT's own names. A DiT file alone, without config.yaml, is read by its tensors' shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vitapack.runtime.dit import DiTConfig, hunyuan_time
+from vitapack.runtime.errors import FormatError
+from vitapack.runtime.families.checkpoint import (
+    Checkpoint,
+    Family,
+    Found,
+    Params,
+    check_part,
+    dit_shapes,
+    shapes_of,
+)
+from vitapack.runtime.sampling import SamplerDefaults
+from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.weights import Weights
+
+NAME = "hunyuan3d"
+RELEASED = {(16, 32): "2.0", (8, 16): "2mini"}
+SCHEDULERS = {
+    "": "euler",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "ConsistencyFlowMatchEulerDiscreteScheduler": "consistency",
+}
+# The autoencoder's other half, in some released files.
+NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
+
+
+def dit_config(values: Mapping[str, Any], where: str) -> DiTConfig:
+    """`model.params` of a config.yaml; defaults are the reference class'. FormatError."""
+    params = Params(values, where)
+    params.drop("axes_dim", "theta", "ckpt_path")  # no rotary embedding is ever applied
+    hidden = params.size("hidden_size", 1024)
+    # The reference passes time_factor where its sinusoid expects max_period; the times themselves
+    # are always multiplied by 1000.
+    period = params.take("time_factor", float, 1000.0)
+    config = _dit(
+        in_channels=params.size("in_channels", 64),
+        cond_channels=params.size("context_in_dim", 1536),
+        hidden=hidden,
+        heads=params.size("num_heads", 16),
+        depth=params.size("depth", 16, least=0),
+        single=params.size("depth_single_blocks", 32, least=0),
+        mlp_ratio=params.take("mlp_ratio", float, 4.0),
+        qkv_bias=params.take("qkv_bias", bool, True),
+        guidance_embed=params.take("guidance_embed", bool, False),
+        where=where,
+    )
+    params.done()
+    return replace(config, time=replace(config.time, max_period=period))
+
+
+def dit_config_from_shapes(weights: Weights, where: str) -> DiTConfig:
+    """The same from a bare file: every number but the time factor shows in a shape."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if f"model.{name}" not in weights:
+            raise FormatError(f"{where}: no tensor {name}; without config.yaml it is needed")
+        return weights.shape(f"model.{name}")
+
+    def depth(kind: str) -> int:
+        found = {n.split(".")[2] for n in weights if n.startswith(f"model.{kind}.")}
+        return max((int(index) + 1 for index in found if index.isdecimal()), default=0)
+
+    double = "double_blocks.0.img_attn"
+    hidden, channels = shape("latent_in.weight")
+    return _dit(
+        in_channels=channels,
+        cond_channels=shape("cond_in.weight")[1],
+        hidden=hidden,
+        heads=hidden // shape(f"{double}.norm.query_norm.scale")[0],
+        depth=depth("double_blocks"),
+        single=depth("single_blocks"),
+        mlp_ratio=shape("double_blocks.0.img_mlp.0.weight")[0] / hidden,
+        qkv_bias=f"model.{double}.qkv.bias" in weights,
+        guidance_embed="model.guidance_in.in_layer.weight" in weights,
+        where=where,
+    )
+
+
+def decoder_config(values: Mapping[str, Any], where: str) -> ShapeDecoderConfig:
+    """`vae.params` of a config.yaml. FormatError."""
+    params = Params(values, where)
+    # Of the encoder, of training, or set by the caller; none changes what the decoder computes.
+    params.drop(
+        "num_encoder_layers", "pc_size", "pc_sharpedge_size", "point_feats", "downsample_ratio"
+    )
+    params.drop("label_type", "drop_path_rate", "use_ln_post", "ckpt_path")
+    width = params.size("width", 1024)
+    config = ShapeDecoderConfig(
+        latents=params.size("num_latents", 3072),
+        channels=params.size("embed_dim", 64),
+        width=width,
+        heads=params.size("heads", 16),
+        layers=params.size("num_decoder_layers", 16),
+        num_freqs=params.size("num_freqs", 8),
+        include_pi=params.take("include_pi", bool, True),
+        qkv_bias=params.take("qkv_bias", bool, True),
+        qk_norm=params.take("qk_norm", bool, False),
+        scale_factor=params.take("scale_factor", float, 1.0),
+        geo_downsample=params.size("geo_decoder_downsample_ratio", 1),
+        geo_mlp_expand=params.size("geo_decoder_mlp_expand_ratio", 4),
+        geo_ln_post=params.take("geo_decoder_ln_post", bool, True),
+    )
+    params.done()
+    if config.width % config.heads or config.heads % config.geo_downsample:
+        raise FormatError(
+            f"{where}: width {config.width}, heads {config.heads} and geo decoder downsampling "
+            f"{config.geo_downsample} do not divide one another"
+        )
+    if not 0 < config.scale_factor < 1e6:
+        raise FormatError(f"{where}: scale_factor is {config.scale_factor}; expected one near 1")
+    return config
+
+
+def sampler_defaults(found: Found, guidance_embed: bool) -> SamplerDefaults:
+    """The pipeline's defaults: 50 Euler steps, or 5 on the distilled consistency schedule."""
+    target = found.target("scheduler")
+    where = f"{found.folder / 'config.yaml'}: scheduler"
+    if target not in SCHEDULERS:
+        raise FormatError(f"{where} is {target}; expected one of {', '.join(list(SCHEDULERS)[1:])}")
+    params = found.params("scheduler")
+    train_steps = params.get("num_train_timesteps", 1000)
+    if train_steps != 1000:
+        raise FormatError(f"{where} has {train_steps!r} training steps; expected 1000")
+    made = SamplerDefaults(
+        SCHEDULERS[target], steps=50, guidance=5.0, shift=params.get("shift", 1.0)
+    )
+    if made.name == "consistency":
+        return replace(made, steps=5, pcm_timesteps=params.get("pcm_timesteps", 50))
+    return made
+
+
+def variant(config: DiTConfig, sampler: SamplerDefaults, views: bool) -> str:
+    """The released model's name, or its depths where there is no such release."""
+    depths = len(config.double_blocks), len(config.single_blocks)
+    size = RELEASED.get(depths, "{}+{}".format(*depths))
+    size = "2mv" if views and size == "2.0" else f"{size}-mv" if views else size
+    if sampler.name == "consistency":
+        return f"{NAME}-{size}-turbo"
+    return f"{NAME}-{size}-fast" if config.guidance_embed else f"{NAME}-{size}"
+
+
+def recognises(found: Found) -> bool:
+    if found.config is not None:
+        return found.target() == "Hunyuan3DDiT"
+    return found.path.is_file() and "model.latent_in.weight" in found.weights
+
+
+def read(found: Found) -> Checkpoint:
+    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    weights, path = found.weights, found.path
+    where = str(found.folder / "config.yaml")
+    alone = found.config is None
+    config = (
+        dit_config_from_shapes(weights, str(path))
+        if alone
+        else dit_config(found.params("model"), f"{where}: model.params")
+    )
+    check_part(weights, "model", dit_shapes(config), path)
+    ignored = tuple(name for name in weights if name.startswith(NOT_NEEDED))
+    decoder = None
+    if found.target("vae"):
+        decoder = decoder_config(found.params("vae"), f"{where}: vae.params")
+        if any(name.startswith("vae.") for name in weights):
+            expected = shapes_of(lambda: ShapeDecoder(decoder))
+            check_part(weights, "vae", expected, path, ignored)
+    stray = [name for name in weights if not name.startswith(("model.", "vae.", "conditioner."))]
+    if stray:
+        raise FormatError(
+            f"{path}: {len(stray)} tensors are neither model.*, vae.* nor conditioner.*: "
+            f"{', '.join(stray[:3])}"
+        )
+    sampler = sampler_defaults(found, config.guidance_embed)
+    encoder = found.params("conditioner").get("main_image_encoder") or {}
+    views = isinstance(encoder, dict) and str(encoder.get("type", "")).endswith("MV")
+    return Checkpoint(
+        family=NAME,
+        variant=variant(config, sampler, views),
+        path=path,
+        config=config,
+        sampler=sampler,
+        latents=None if decoder is None else (decoder.latents, decoder.channels),
+        decoder=decoder,
+        scale_factor=None if decoder is None else decoder.scale_factor,
+        weights=weights,
+        ignored=ignored,
+        sections=found.config or {},
+    )
+
+
+def _dit(
+    *,
+    in_channels: int,
+    cond_channels: int,
+    hidden: int,
+    heads: int,
+    depth: int,
+    single: int,
+    mlp_ratio: float,
+    qkv_bias: bool,
+    guidance_embed: bool,
+    where: str,
+) -> DiTConfig:
+    if max(depth, single) > 1000:
+        raise FormatError(f"{where}: {depth} double and {single} single blocks; expected <= 1000")
+    try:
+        return DiTConfig(
+            in_channels=in_channels,
+            cond_channels=cond_channels,
+            hidden=hidden,
+            heads=heads,
+            double_blocks=tuple(range(depth)),
+            single_blocks=tuple(range(single)),
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            guidance_embed=guidance_embed,
+            time=hunyuan_time(hidden),
+        )
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+FAMILY = Family(
+    name=NAME,
+    looks_for="config.yaml with model.target ...Hunyuan3DDiT beside model.fp16.safetensors",
+    recognises=recognises,
+    read=read,
+)

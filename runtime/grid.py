@@ -1,0 +1,189 @@
+"""Evaluates a logit field on the nodes of a cube: densely, or only near the surface.
+
+    grid = coarse_to_fine(decoder.field(latents), resolution=384, bounds=1.01)
+    mesh = surface_from_grid(grid.values, grid.bounds)           # vitapack.runtime.mesh
+
+Grids have R + 1 nodes a side, both ends of [-bounds, bounds] included, 'ij' order. The reference
+pipelines scale marching-cubes vertices by 2 bounds / (R + 1), not / R, which shrinks every mesh
+towards the lower corner: that is `reference_scale` in `vitapack.runtime.mesh`, not decided here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vitapack.runtime.errors import UserError
+
+Field = Callable[[Tensor], Tensor]  # points (P, 3) -> logits (P,)
+Progress = Callable[[int, int], None]  # (points done, points known so far)
+
+# Fewer cells a side than this lose whole legs of chairs; the reference uses the same number.
+COARSEST = 63
+MAX_RESOLUTION = 2048
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Logits at the nodes and how many of them were asked for."""
+
+    values: Tensor  # (R+1, R+1, R+1) float32, on the CPU
+    queries: int
+    bounds: float
+
+
+def dense(
+    field: Field,
+    resolution: int,
+    bounds: float,
+    *,
+    chunk: int = 8000,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Grid:
+    """Every node of the grid: (R + 1)^3 queries, `chunk` of them a call."""
+    _check(resolution, bounds, chunk)
+    nodes = torch.arange((resolution + 1) ** 3, dtype=torch.int64)
+    values = torch.empty(len(nodes), dtype=torch.float32)
+    asker = _Asker(field, resolution, bounds, chunk, device, progress)
+    asker(nodes, values, resolution)
+    side = resolution + 1
+    return Grid(values.view(side, side, side), asker.queries, bounds)
+
+
+def coarse_to_fine(
+    field: Field,
+    resolution: int,
+    bounds: float,
+    *,
+    level: float = 0.0,
+    margin: float = 0.0,
+    chunk: int = 8000,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Grid:
+    """The same surface as `dense` from a small part of its queries.
+
+    The coarsest grid (R halved while it stays >= 63 cells) is evaluated whole. Each finer one
+    starts as its interpolation; then every cell that the surface crosses has its eight nodes
+    evaluated, and this is repeated until no crossed cell has an unevaluated node. So all triangles
+    of the result are those of the dense grid, and every connected piece of the dense surface that
+    is touched anywhere is complete; what can be missed is a whole piece thinner than a coarse cell.
+    `margin` > 0 also refines cells with a node within that distance (in logits) of the surface,
+    which finds thinner pieces for more queries.
+    """
+    _check(resolution, bounds, chunk)
+    sizes = [resolution]
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= COARSEST:
+        sizes.append(sizes[-1] // 2)
+    asker = _Asker(field, resolution, bounds, chunk, device, progress)
+    size = sizes.pop()
+    values = torch.empty((size + 1) ** 3, dtype=torch.float32)
+    asker(torch.arange(len(values)), values, size)
+    for finer in reversed(sizes):
+        values = _refine(asker, values.view(size + 1, size + 1, size + 1), finer, level, margin)
+        size = finer
+    return Grid(values.view(size + 1, size + 1, size + 1), asker.queries, bounds)
+
+
+def _refine(asker: _Asker, coarse: Tensor, size: int, level: float, margin: float) -> Tensor:
+    """The next grid, flat, exact at every node of every cell that the surface crosses."""
+    side = size + 1
+    grid = F.interpolate(
+        coarse[None, None], size=(side, side, side), mode="trilinear", align_corners=True
+    )[0, 0].contiguous()
+    grid[::2, ::2, ::2] = coarse  # to the bit
+    known = torch.zeros_like(grid, dtype=torch.bool)
+    known[::2, ::2, ::2] = True
+    inside = grid > level
+    cells = _any_corner(inside) & _any_corner(~inside)
+    if margin > 0:
+        cells |= _any_corner((grid - level).abs() < margin)
+    wanted = _all_corners(cells) & ~known
+    values, known = grid.view(-1), known.view(-1)
+    corner = torch.tensor(
+        [(i * side + j) * side + k for i, j, k in itertools.product((0, 1), repeat=3)]
+    )
+    new = wanted.view(-1).nonzero()[:, 0]
+    while len(new):
+        asker(new, values, size)
+        known[new] = True
+        # A value can differ in sign from its interpolation: look at the cells around it again.
+        i, j, k = new // (side * side), new // side % side, new % side
+        around = []
+        for di, dj, dk in itertools.product((0, 1), repeat=3):
+            a, b, c = i - di, j - dj, k - dk
+            whole = (a.minimum(b).minimum(c) >= 0) & (a.maximum(b).maximum(c) < size)
+            around.append((((a * side) + b) * side + c)[whole])
+        nodes = torch.cat(around).unique()[:, None] + corner
+        above = values[nodes] > level
+        crossed = above.any(1) & ~above.all(1)
+        candidates = nodes[crossed].view(-1)
+        new = candidates[~known[candidates]].unique()
+    return values
+
+
+def _any_corner(nodes: Tensor) -> Tensor:
+    """(n+1)^3 node flags to (n)^3 cell flags: does any corner have it?"""
+    for axis in range(3):
+        count = nodes.shape[axis] - 1
+        nodes = nodes.narrow(axis, 0, count) | nodes.narrow(axis, 1, count)
+    return nodes
+
+
+def _all_corners(cells: Tensor) -> Tensor:
+    """(n)^3 cell flags to (n+1)^3 node flags: the corners of flagged cells."""
+    for axis in range(3):
+        pad = [0] * 6
+        pad[5 - 2 * axis] = 1
+        after = F.pad(cells, pad)
+        pad[5 - 2 * axis], pad[4 - 2 * axis] = 0, 1
+        cells = after | F.pad(cells, pad)
+    return cells
+
+
+class _Asker:
+    """Evaluates nodes by their flat index, in chunks, and counts them."""
+
+    def __init__(
+        self,
+        field: Field,
+        resolution: int,
+        bounds: float,
+        chunk: int,
+        device: torch.device | str,
+        progress: Progress | None,
+    ) -> None:
+        self.field, self.chunk, self.device, self.progress = field, chunk, device, progress
+        # One axis for all levels: a node has the same coordinates, to the bit, on each.
+        self.axis = torch.linspace(-bounds, bounds, resolution + 1, dtype=torch.float32)
+        self.queries = 0
+
+    def __call__(self, nodes: Tensor, values: Tensor, size: int) -> None:
+        axis = self.axis[:: (len(self.axis) - 1) // size]
+        side, total = size + 1, self.queries + len(nodes)
+        for part in nodes.split(self.chunk):
+            index = torch.stack([part // (side * side), part // side % side, part % side], dim=1)
+            values[part] = self.field(axis[index].to(self.device)).to("cpu", torch.float32)
+            self.queries += len(part)
+            if self.progress is not None:
+                self.progress(self.queries, total)
+
+
+def _check(resolution: int, bounds: float, chunk: int) -> None:
+    if (
+        not isinstance(resolution, int)
+        or isinstance(resolution, bool)
+        or not 1 <= resolution <= 2048
+    ):
+        raise UserError(
+            f"grid resolution {resolution!r}: expected a whole number from 1 to {MAX_RESOLUTION}"
+        )
+    if not bounds > 0:
+        raise ValueError(f"bounds {bounds}: expected a positive half side")
+    if chunk < 1:
+        raise ValueError(f"chunk {chunk}: expected at least 1")

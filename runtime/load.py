@@ -1,0 +1,114 @@
+"""Opens networks: `load_dit` for original and packed files alike, `load_shape_decoder` beside it.
+
+dit = load_dit("hunyuan3d-dit-v2-mini", dtype=torch.float16, device="cuda")
+velocity = dit(x, t, cond)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from vitapack.runtime.dit import DiT
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
+from vitapack.runtime.linear import COMPUTES
+from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.weights import is_packed
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def load_dit(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    compute: str = "a16",
+) -> DiT:
+    """The network of a packed file, or of an original checkpoint (folder, file, bundled name).
+
+    Returns it in eval mode without gradients, called as dit(x, t, cond, guidance=None) in the
+    family's own conventions. Tensors are read, checked for NaN, converted and moved one by one: the
+    peak is the network in `dtype` plus one tensor. `compute` says how packed linears calculate:
+    "a16" on the activations as they are, "a8" on int8 ones; an original checkpoint has none.
+    Raises UserError or FormatError with one line.
+    """
+    if compute not in COMPUTES:
+        raise UserError(f"no compute mode {compute!r}: choose one of {', '.join(COMPUTES)}")
+    packed = _packed_file(resolve(path))
+    if packed is not None:
+        from vitapack.runtime.packed import load_packed_dit
+
+        return load_packed_dit(packed, device=device, compute=compute, dtype=dtype)
+    if compute != "a16":
+        raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
+    return dit_of(open_checkpoint(path), dtype, device)
+
+
+def dit_of(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> DiT:
+    """The network of an open original checkpoint; see `load_dit`."""
+    tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.names())
+    return build(lambda: DiT(checkpoint.config), tensors, dtype, device)
+
+
+def load_shape_decoder(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> ShapeDecoder:
+    """The ShapeVAE decoder of an original checkpoint, in eval mode without gradients."""
+    config = checkpoint.decoder
+    names = list(checkpoint.part_shapes("shape_decoder"))
+    if not isinstance(config, ShapeDecoderConfig) or not names:
+        raise UserError(f"{checkpoint.path} ({checkpoint.variant}) holds no ShapeVAE decoder")
+    tensors = ((name, checkpoint.part_tensor("shape_decoder", name)) for name in names)
+    return build(lambda: ShapeDecoder(config), tensors, dtype, device)
+
+
+def build(
+    make: Callable[[], Net],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Net:
+    """A module made on the meta device, filled tensor by tensor; every one must come exactly once.
+
+    FormatError where a value is too large for `dtype`. The caller has checked names and shapes.
+    """
+    with torch.device("meta"):
+        module = make()
+    for name, tensor in _converted(tensors, dtype, device):
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    assert not empty, empty
+    return module.eval()
+
+
+def _converted(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: str | torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        converted = tensor.to(device=device, dtype=dtype)
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+            largest = tensor.abs().max().item() if tensor.numel() else 0.0
+            if largest > torch.finfo(dtype).max:
+                raise FormatError(
+                    f"tensor {name} reaches {largest:.3g}, too large for {dtype}; use float32"
+                )
+        yield name, converted
+
+
+def _packed_file(path: Path) -> Path | None:
+    """The packed file at a path, or in a folder that holds one instead of a checkpoint."""
+    if path.is_dir() and not (path / "config.yaml").exists():
+        path = path / "model.safetensors"
+    return path if is_packed(path) else None
