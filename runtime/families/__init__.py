@@ -1,8 +1,8 @@
 """Which family a checkpoint belongs to: `open_checkpoint(path)` asks each in turn.
 
-checkpoint = open_checkpoint("hunyuan3d-dit-v2-mini")
-checkpoint.variant, checkpoint.config, checkpoint.sampler
-checkpoint.tensor("double_blocks.0.img_attn.qkv.weight")
+    checkpoint = open_checkpoint("hunyuan3d-dit-v2-mini")
+    checkpoint.variant, checkpoint.config, checkpoint.sampler
+    checkpoint.tensor("double_blocks.0.img_attn.qkv.weight")
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -37,6 +38,15 @@ class Golden:
     @property
     def inputs(self):
         return self.under("inputs/")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """These networks are tiny; on two busy cores torch's second thread made tests 25x slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

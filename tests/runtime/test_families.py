@@ -105,6 +105,17 @@ def test_released_variants(depths, guidance, scheduler, encoder, variant, releas
         assert checkpoint.sampler == SamplerDefaults("euler", 50, 5.0)
 
 
+@pytest.mark.parametrize(("depths", "count"), [((16, 32), 1_113_274_432), ((8, 16), 559_196_224)])
+def test_released_sizes(depths, count):
+    """Parameters of 2.0 as its file size says, and of 2mini, from the published numbers alone."""
+    from vitapack.runtime.families.checkpoint import dit_shapes
+    from vitapack.runtime.families.hunyuan3d import dit_config
+
+    params = {"depth": depths[0], "depth_single_blocks": depths[1]}
+    shapes = dit_shapes(dit_config(params, "test"))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
+
+
 def test_tensors_that_do_not_fit_are_counted_and_named(released, tmp_path):
     made = released()
     qkv = made.tensors.pop("model.double_blocks.1.img_attn.qkv.weight")
