@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from vitapack.compressor.modulation import ModulationTables, stored
 from vitapack.compressor.partial import partial_file
-from vitapack.compressor.quantize import QUANTIZERS, Quantizer, check_finite
+from vitapack.compressor.quantize import QUANTIZERS, Quantizer, check_finite, one_thread_each
 from vitapack.runtime.container import ITEM_BYTES, Layout, lay_out
 from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import Checkpoint
 from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.packed import torch_dtype
 from vitapack.runtime.packed_header import (
@@ -56,30 +57,6 @@ EMBED_BELOW = 64 << 20
 Report = Callable[[int, int, str], None]  # weights done, weights in all, what
 
 
-class Checkpoint(Protocol):
-    """What compressing needs of an original; `runtime.families.open_checkpoint` opens one."""
-
-    family: str
-    variant: str
-    config: DiTConfig
-    sampler: SamplerDefaults
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the network by canonical name, in its source's dtype."""
-
-    def source(self, hashed: bool) -> dict[str, Any]:
-        """{"name", "sha256", "bytes"} of the source; 64 zeros for the sha256 unless `hashed`."""
-
-    def part_config(self, part: str) -> dict[str, Any]:
-        """JSON settings of "shape_decoder" or "conditioner"."""
-
-    def part_shapes(self, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Its tensors' dtypes and shapes by name; empty where the source has none."""
-
-    def part_tensor(self, part: str, name: str) -> Tensor:
-        """One of them."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything of a packed file that is known before a weight is read."""
@@ -105,6 +82,7 @@ def compress(
     quantizer: str = "search",
     modulation: str = "table",
     steps: Sequence[int] | None = None,
+    samplers: Sequence[str] | None = None,
     schedules: Sequence[SamplerDefaults] | None = None,
     table_dtype: str = "F16",
     rest: str = "F16",
@@ -115,9 +93,10 @@ def compress(
     """Writes the packed file and returns its bytes by part.
 
     modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
-    (as in the source). schedules: what the tables serve; default the family's sampler, with its
-    own step count or with `steps`. embed: decoder and conditioner inside the file; default: if they
-    take at most 64 MiB together. rest: dtype of what is not quantized, "F16" or "F32".
+    (as in the source). schedules: what the tables serve; default: each of `samplers` (else the
+    family's own) with each count of `steps` (else its own). embed: decoder and conditioner inside
+    the file; default: if they take at most 64 MiB together. rest: dtype of what is not quantized,
+    "F16" or "F32".
     Raises UserError for a layer map of another network, broken weights, a full disk.
     """
     for what, value, known in (
@@ -134,8 +113,7 @@ def compress(
             f"{out} is a folder: name the file to write, such as {out}/model.safetensors"
         )
     if schedules is None:
-        counts = steps or [checkpoint.sampler.steps]
-        schedules = [replace(checkpoint.sampler, steps=count) for count in counts]
+        schedules = family_schedules(checkpoint.sampler, steps, samplers)
     plan = make_plan(
         checkpoint, layer_map, quantizer=quantizer, modulation=modulation, schedules=schedules,
         table_dtype=table_dtype, rest=rest, embed=embed, hashed=not dry_run,
@@ -145,7 +123,7 @@ def compress(
     report = progress or (lambda done, total, what: None)
     jobs = list(_jobs(checkpoint, plan, QUANTIZERS[quantizer]))
     total, done = sum(job.weights for job in jobs), 0
-    with partial_file(out, plan.layout) as file:
+    with one_thread_each(), partial_file(out, plan.layout) as file:
         for job in jobs:
             report(done, total, "compress")
             if not file.kept.issuperset(job.names):
@@ -156,6 +134,17 @@ def compress(
         file.publish()
     report(total, total, "compress")
     return plan.sizes()
+
+
+def family_schedules(
+    sampler: SamplerDefaults, steps: Sequence[int] | None, samplers: Sequence[str] | None
+) -> list[SamplerDefaults]:
+    """Every sampler with every step count, all else as the family has it."""
+    return [
+        replace(sampler, name=name, steps=count)
+        for name in samplers or [sampler.name]
+        for count in steps or [sampler.steps]
+    ]
 
 
 def make_plan(
@@ -175,6 +164,11 @@ def make_plan(
     linears = plan_linears(network, layer_map, modulation)
     tables = modulation in ("table", "both")
     nodes = schedule_nodes(schedules) if tables else []
+    sampler = checkpoint.sampler
+    if tables and not nodes:
+        raise UserError("modulation tables need at least one step to serve: give step counts")
+    if modulation == "table" and sampler not in schedules:
+        sampler = schedules[0]  # the file's default must be one that its tables can serve
     modulation_json = {
         "kind": modulation,
         "dtype": table_dtype,
@@ -210,7 +204,7 @@ def make_plan(
         rest=rest,
         quantizer=quantizer,
         modulation=modulation_json,
-        sampler=checkpoint.sampler.to_json(),
+        sampler=sampler.to_json(),
         shape_decoder=references["shape_decoder"],
         conditioner=references["conditioner"],
     )
@@ -226,7 +220,7 @@ def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig:
     if asked != {kind: count for kind, count in held.items() if count}:
         raise UserError(
             f"the layer map is for a network of {_counts(asked)}, "
-            f"this checkpoint ({checkpoint.family} {checkpoint.variant}) has {_counts(held)}"
+            f"{checkpoint.path} ({checkpoint.variant}) has {_counts(held)}"
         )
     return replace(
         config, double_blocks=layer_map.kept("double"), single_blocks=layer_map.kept("single")
