@@ -160,7 +160,7 @@ class _Asker:
     ) -> None:
         self.field, self.chunk, self.device, self.progress = field, chunk, device, progress
         # One axis for all levels: a node has the same coordinates, to the bit, on each.
-        self.axis = torch.linspace(-bounds, bounds, resolution + 1, dtype=torch.float32)
+        self.axis = torch.linspace(-bounds, bounds, resolution + 1, dtype=torch.float64).float()
         self.queries = 0
 
     def __call__(self, nodes: Tensor, values: Tensor, size: int) -> None:
