@@ -66,4 +66,7 @@ def _part(entry: dict[str, Any]) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.3f} GiB"
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= bytes_:
+            return f"{count / bytes_:.2f} {unit}"
+    return f"{count} B"
