@@ -12,7 +12,7 @@ import numpy as np
 from vitapack.runtime.container import lay_out, write_container
 from vitapack.runtime.layermap import BlockEntry, LayerMap
 from vitapack.runtime.packed_header import KEY, encode, schedule_nodes
-from vitapack.runtime.packed_layout import model_tensors, plan_linears
+from vitapack.runtime.packed_layout import model_tensors, network_linears, plan_linears
 from vitapack.runtime.sampling import SamplerDefaults
 
 GOLDEN = Path(__file__).parent / "data" / "packed_v1.safetensors"
@@ -67,14 +67,27 @@ def arrays() -> dict[str, np.ndarray]:
         count = np.arange(int(np.prod(shape))) + place
         if name == "modulation.t":
             values = np.array(schedule_nodes([SAMPLER]))
-        elif dtype == "U8":
-            values = (count * 37) % 256
+        elif name.endswith(".weight.group"):
+            values = (count * 37) % 128  # s up to 8, so that nothing leaves +-127
+        elif name.endswith(".weight.q4"):
+            values = int4_bytes(name, shape[0], tensors[name.replace(".q4", ".group")])
+        elif name.endswith(".weight.scale"):
+            values = (count % 17 + 1) / 64
         elif dtype == "I8":
             values = (count * 37) % 255 - 127
         else:
             values = (count % 17 - 8) / 8
         tensors[name] = values.astype(NUMPY[dtype]).reshape(shape)
     return tensors
+
+
+def int4_bytes(name: str, rows: int, group: np.ndarray) -> np.ndarray:
+    """Codes counted up along each row, z in the padding so that it expands to 0; one K block."""
+    inputs = network_linears(NETWORK)[name.removeprefix("model.").removesuffix(".weight.q4")].inputs
+    codes = (np.arange(64) * 3 + np.arange(rows)[:, None] * 5) % 16
+    zero = np.repeat(group & 15, 32, axis=1)
+    codes = np.where(np.arange(64) < inputs, codes, zero)
+    return codes[:, :32] | codes[:, 32:] << 4
 
 
 def write_packed(
