@@ -3,6 +3,8 @@
     checkpoint = open_checkpoint("hunyuan3d-dit-v2-mini")
     checkpoint.variant, checkpoint.config, checkpoint.sampler
     checkpoint.tensor("double_blocks.0.img_attn.qkv.weight")
+
+A new family is one more file beside these, and one more entry in FAMILIES.
 """
 
 from __future__ import annotations
