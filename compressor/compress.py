@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ class Job:
 
 def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[Job]:
     placed = plan.layout.tensors
+    head_dim = (plan.network["hidden"] // plan.network["heads"],)
     tables: list[ModulationTables] = []  # made when the first one is needed, then kept
 
     def owned(name: str) -> tuple[str, ...]:
@@ -284,6 +286,12 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
             tensors["bias"] = _fetch(checkpoint, f"{name}.bias", (shape.out,))
         return {f"model.{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
+    def norm(name: str) -> dict[str, Tensor]:
+        return {f"model.{name}": _fetch(checkpoint, name, head_dim)}
+
+    def embedded(part: str, full: str, name: str) -> dict[str, Tensor]:
+        return {full: checkpoint.part_tensor(part, name)}
+
     if plan.nodes:
         yield Job(
             ("modulation.t",),
@@ -292,17 +300,12 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
         )
     for name, shape in network_linears(plan.network).items():
         if names := owned(name):
-            yield Job(
-                names,
-                shape.out * shape.inputs,
-                lambda name=name, shape=shape, names=names: linear(name, shape, names),
-            )
-    head_dim = (plan.network["hidden"] // plan.network["heads"],)
+            yield Job(names, shape.out * shape.inputs, partial(linear, name, shape, names))
     for name in network_norms(plan.network):
         yield Job(
             (f"model.{name}",),
             head_dim[0],
-            lambda name=name: {f"model.{name}": _fetch(checkpoint, name, head_dim)},
+            partial(norm, name),
         )
     for part in plan.embedded:
         for full in _part_specs(checkpoint, part):
@@ -310,7 +313,7 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
             yield Job(
                 (full,),
                 placed[full].nbytes // 2,
-                lambda part=part, full=full, name=name: {full: checkpoint.part_tensor(part, name)},
+                partial(embedded, part, full, name),
             )
 
 
@@ -333,12 +336,12 @@ def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{name}: a value of {float(wide.abs().max()):.3g} does not fit {dtype}; "
-                "compress with rest F32"
+                f"{'compress with rest F32' if name.startswith('model.') else 'do not embed it'}"
             )
     elif tensor.dtype != torch_dtype(dtype):
         raise ValueError(f"{name}: {tensor.dtype} cannot be stored as {dtype}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:

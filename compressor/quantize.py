@@ -248,16 +248,14 @@ def _group_error(grouped: Tensor, step: Tensor, reach: Tensor) -> tuple[Tensor, 
     `reach` bounds |q - z|: 127 // s keeps the expanded weight inside int8.
     """
     multiples = (grouped / step[..., None]).round_()
-    best_z = best = None
+    best_z = torch.zeros_like(step)
+    best = torch.full_like(step, float("inf"))
     for z in _windows(multiples.amin(2).clamp(max=0), multiples.amax(2).clamp(min=0)):
         low, high = torch.maximum(-z, -reach), torch.minimum(15 - z, reach)
         inside = torch.minimum(torch.maximum(multiples, low[..., None]), high[..., None])
         error = inside.mul_(step[..., None]).sub_(grouped).square_().sum(2)
-        if best is None:
-            best, best_z = error, z
-        else:
-            best_z = torch.where(error < best, z, best_z)
-            best = torch.minimum(error, best)
+        best_z = torch.where(error < best, z, best_z)
+        best = torch.minimum(error, best)
     return best, best_z
 
 

@@ -294,7 +294,7 @@ class TimeNodes(nn.Module):
         nearer = (wanted - self.nodes[before]).abs() < (self.nodes[rows] - wanted).abs()
         rows = torch.where(nearer, before, rows)
         # float32 rounding of a time near 1000 is 6e-5; schedules lie at least 1e-3 apart there.
-        off = (self.nodes[rows] - wanted).abs() > 1e-6 * (1 + wanted.abs())
+        off = ~((self.nodes[rows] - wanted).abs() <= 1e-6 * (1 + wanted.abs()))  # NaN too
         if off.any():
             raise MissingTime(
                 f"no modulation table at t={wanted[off][0].item():.6g}: this file holds "

@@ -24,6 +24,12 @@ class PackedLinear(nn.Module):
     float32 (N,), bias (N,) or None in the dtype of the activations.
     """
 
+    q8: Tensor | None
+    q4: Tensor | None
+    group: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -85,16 +91,20 @@ class PackedLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected {self.in_features} input features, found {x.shape[-1]}")
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.bits == 8:
+        if self.q8 is not None:
             return dispatch.linear_int8(x, self.q8, self.scale, bias, self.compute)
+        assert self.q4 is not None
+        assert self.group is not None
         return dispatch.linear_int4(
             x, self.q4, self.group, self.group_size, self.scale, bias, self.compute
         )
 
     def int8_weight(self) -> Tensor:
         """The exact int8 weight (N, K), expanded if it is stored in 4 bits."""
-        if self.bits == 8:
+        if self.q8 is not None:
             return self.q8
+        assert self.q4 is not None
+        assert self.group is not None
         return expand_int4(self.q4, self.group, self.group_size, self.in_features)
 
     def dequantized(self) -> Tensor:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import TOTALS, tiny_checkpoint, tiny_map
+from safetensors.torch import load_file, save_file
+from tiny_model import TOTALS, tiny_checkpoint, tiny_map, write_released
 from vitapack.compressor import compress as module
 from vitapack.compressor.compress import compress
 from vitapack.compressor.quantize import QUANTIZERS
 from vitapack.runtime.container import file_digest
 from vitapack.runtime.dit import MissingTime, ModulationTable
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.layermap import BlockEntry, LayerMap
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.packed import load_packed_dit, read_header, verify
@@ -91,6 +93,8 @@ def test_tables_differ_by_their_rounding_only(original, tmp_path, name, dtype):
         assert error < (1e-3 if dtype == "F16" else 2e-5)
     with pytest.raises(MissingTime, match=r"no modulation table at t=0.37.*euler 5 steps"):
         packed(x, torch.tensor([0.37]), cond)
+    with pytest.raises(MissingTime, match="no modulation table at t=nan"):
+        packed(x, torch.tensor([float("nan")]), cond)
 
 
 def test_samplers_find_all_their_times(original, tmp_path):
@@ -334,9 +338,6 @@ def test_a_full_disk(original):
 
 
 def test_broken_weights_are_named_and_leave_nothing(tmp_path):
-    from safetensors.torch import load_file, save_file
-    from vitapack.runtime.families import open_checkpoint
-
     tiny_checkpoint(tmp_path / "model")
     file = tmp_path / "model" / "model.fp16.safetensors"
     tensors = load_file(file)
@@ -355,3 +356,15 @@ def test_json_of_the_sizes(original, tmp_path):
     data = json.loads(json.dumps(made.to_json()))
     assert data["total"] == sum(data["bytes"].values())
     assert 0 < data["dit"] < data["total"]
+
+
+def test_values_beyond_fp16_are_refused_with_a_way_out(tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.fp16.safetensors")
+    tensors["model.cond_in.bias"] = torch.full((40,), 1e5)
+    write_released(tmp_path / "model", tensors)
+    checkpoint, out = open_checkpoint(tmp_path / "model"), tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match=r"cond_in\.bias: .*1e\+05 does not fit F16; .* rest F32"):
+        compress(checkpoint, MIXED, out)
+    compress(checkpoint, MIXED, out, rest="F32")
+    assert load_packed_dit(out).cond_in.bias[0] == 1e5
