@@ -48,7 +48,7 @@ class Journal:
             if keep == 0 and entry.get("key") != key:
                 raise UserError(
                     f"{self.path}: was written for another model or other settings; "
-                    "run without --resume, or choose another output file"
+                    "delete it, run without --resume, or choose another output file"
                 )
             if keep:
                 self.records[entry["task"]] = entry["record"]

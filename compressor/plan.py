@@ -246,7 +246,7 @@ def _layer_map(
     bits: Mapping[tuple[str, int], int],
     how: str,
     group: int,
-    notes: Mapping[str, Any],
+    notes: dict[str, Any],
 ) -> LayerMap:
     blocks = tuple(
         BlockEntry(block.kind, block.index, bits[block.kind, block.index], block.mean)
@@ -483,7 +483,7 @@ def from_options(
     elif target_size is not None:
         return plan_target_size(vitality, target_size)
     elif taus:
-        layer_map = plan_thresholds(vitality, **taus)
+        layer_map = plan_thresholds(vitality, **dict[str, Any](taus))
     else:
         layer_map = plan_auto(vitality, max_distance=max_distance)
     predicted = predict_size(vitality, layer_map).total

@@ -100,3 +100,13 @@ def pictures(count: int) -> list[tuple[str, Image.Image]]:
         (f"picture{i}", Image.fromarray(rng.integers(0, 256, (2, 4, 3), dtype=np.uint8)))
         for i in range(count)
     ]
+
+
+class Vanishing(Ellipsoids):
+    """No surface for small latents, as they are without double block 0 (below 1.0, full above)."""
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        grid = super().__call__(latents)
+        return grid if latents.abs().mean() > self.least else np.full_like(grid, -1)
+
+    least = 1.0
