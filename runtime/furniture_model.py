@@ -16,6 +16,20 @@ from torch import Tensor, nn
 GRID = 64  # cells a side
 IMAGE = 112  # pixels a side
 LATENT_TOKENS = 64  # a 4^3 lattice, x slowest
+ANCHOR_CHANNELS = 12  # of the DiT's input beside the latent channels: where a token lies
+
+
+def anchors() -> Tensor:
+    """(64, 12): the lattice cell of each latent token, one-hot per axis, centred, in unit scale.
+
+    The canonical DiT has no positional encoding, since Hunyuan3D's latents are a set. These latents
+    are not, so their place travels with them in channels of their own, the same in noise and data:
+    their velocity is zero, and the network stays the canonical one.
+    """
+    places = torch.stack(
+        torch.meshgrid(*[torch.arange(4)] * 3, indexing="ij"), dim=-1
+    ).reshape(LATENT_TOKENS, 3)
+    return (F.one_hot(places, 4).flatten(1).float() - 0.25) * (4 / 3**0.5)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,10 @@ class ConvBlock(nn.Module):
 
 
 class FurnitureDecoder(nn.Module):
-    """Latent tokens (B, 64, C) to occupancy logits (B, 64, 64, 64), positive inside."""
+    """Latent tokens (B, 64, C) to occupancy logits (B, 64, 64, 64), positive inside.
+
+    Channels beyond the latent ones (the anchors) are not looked at.
+    """
 
     def __init__(self, config: FurnitureVAEConfig) -> None:
         super().__init__()
@@ -102,6 +119,7 @@ class FurnitureDecoder(nn.Module):
         self.out = nn.Conv3d(16, 8, 3, padding=1)  # the 8 cells of each 2^3
 
     def forward(self, latents: Tensor) -> Tensor:
+        latents = latents[..., : self.config.latent_channels]
         x = self.post_kl(latents / self.config.scale_factor) + self.position
         for block in self.blocks:
             x = block(x)

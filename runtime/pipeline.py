@@ -139,7 +139,8 @@ class Pipeline:
     def noise(self, seed: int) -> Tensor:
         """(1, L, C) float32, the same for the same seed on every device."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn((1, *self.decoder.latent_shape), generator=generator)
+        noise = torch.randn((1, *self.decoder.latent_shape), generator=generator)
+        return torch.cat([noise, self.decoder.anchors[None]], dim=-1)
 
     @torch.inference_mode()
     def latents(

@@ -19,13 +19,14 @@ from benchmarks.furniture.autoencoder import distances
 from benchmarks.furniture.encoder import HELD_OUT_VIEWS, load_autoencoder
 from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
 from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
+from vitapack.runtime.furniture_model import ANCHOR_CHANNELS, anchors
 
 DROP_CONDITION = 0.1
 
 
 def furniture_config(hidden: int) -> DiTConfig:
     return DiTConfig(
-        in_channels=16, cond_channels=192, hidden=hidden, heads=hidden // 32,
+        in_channels=16 + ANCHOR_CHANNELS, cond_channels=192, hidden=hidden, heads=hidden // 32,
         double_blocks=tuple(range(8)), single_blocks=tuple(range(16)), mlp_ratio=4.0,
         qkv_bias=True, guidance_embed=False, time=hunyuan_time(hidden),
     )  # fmt: skip
@@ -50,7 +51,8 @@ def sample(model: DiT, cond: Tensor, steps: int, guidance: float, seed: int) -> 
     """Latents (B, 64, C) by Euler steps with classifier-free guidance; for watching the training
     only (the product samples through vitapack.runtime.sampling)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(cond), 64, model.config.in_channels, generator=generator)
+    x = torch.randn(len(cond), 64, model.config.in_channels - ANCHOR_CHANNELS, generator=generator)
+    x = torch.cat([x, anchors().expand(len(x), -1, -1)], dim=-1)
     both = torch.cat([cond, torch.zeros_like(cond)])
     for step in range(steps):
         v = model(torch.cat([x, x]), torch.full((1,), step / steps), both).float()
@@ -79,6 +81,8 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     rng = np.random.default_rng(rank + 10 * trainer.step)
     forward = torch.compile(model) if options.compile else model
     views = tokens.shape[1]
+    places = anchors().expand(options.batch, -1, -1)
+    still = torch.zeros_like(places)
     recent: list[float] = []
 
     def evaluate() -> None:
@@ -89,6 +93,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         cond = torch.from_numpy(tokens[some, views - 1, 0]).float()
         with torch.autocast("cpu", torch.bfloat16):
             made = [sample(average, cond, 12, 2.0, seed) for seed in (1, 2)]
+            made = [z[..., : latents.shape[-1]] for z in made]
             grids = [decoder((z * norm["scale"] + norm["mean"]).float()) for z in made]
             best = decoder((latents[some, 0] * norm["scale"] + norm["mean"]).float())
         truth = distances(data, some, np.zeros(len(some), bool)) < 0
@@ -101,7 +106,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     for share in trainer.steps(evaluate, options.evaluate_every):
         index = rng.integers(0, len(shapes), options.batch)
         view = rng.integers(0, views - HELD_OUT_VIEWS, options.batch)
-        mirror = rng.integers(0, 2, options.batch)
+        mirror = (rng.random(options.batch) < options.mirror).astype(int)
         cond = torch.from_numpy(tokens[index, view, mirror]).float()
         cond[torch.from_numpy(rng.random(options.batch) < DROP_CONDITION)] = 0
         target = latents[index, mirror]
@@ -109,8 +114,8 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         t = torch.sigmoid(torch.randn(options.batch))
         mixed = t[:, None, None] * target + (1 - t[:, None, None]) * noise
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = forward(mixed, t, cond)
-        loss = (velocity.float() - (target - noise)).square().mean()
+            velocity = forward(torch.cat([mixed, places], dim=-1), t, cond)
+        loss = (velocity.float() - torch.cat([target - noise, still], dim=-1)).square().mean()
         recent.append(trainer.update(loss, share, options.batch))
 
 
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("encoder", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--body", type=float, default=0.25)
+    parser.add_argument("--mirror", type=float, default=0.5, help="share of mirrored samples")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--batch", type=int, default=32, help="a process")

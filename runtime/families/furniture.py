@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitapack.runtime.errors import UserError
+from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
     Family,
@@ -30,6 +30,7 @@ from vitapack.runtime.families.checkpoint import (
 )
 from vitapack.runtime.families.hunyuan3d import dit_config
 from vitapack.runtime.furniture_model import (
+    ANCHOR_CHANNELS,
     GRID,
     IMAGE,
     LATENT_TOKENS,
@@ -37,6 +38,7 @@ from vitapack.runtime.furniture_model import (
     FurnitureEncoder,
     FurnitureEncoderConfig,
     FurnitureVAEConfig,
+    anchors,
 )
 from vitapack.runtime.images import recentre, separate
 from vitapack.runtime.sampling import SamplerDefaults
@@ -109,6 +111,7 @@ class ShapeDecoder:
         self.decoder = FurnitureDecoder(config).eval()
         self.decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         self.latent_shape = (LATENT_TOKENS, config.latent_channels)
+        self.anchors = anchors()
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> np.ndarray:
@@ -146,6 +149,11 @@ def read(found: Found) -> Checkpoint:
     config = dit_config(found.params("model"), f"{where}: model.params")
     decoder = decoder_config(found.params("vae"), f"{where}: vae.params")
     encoder = encoder_config(found.params("conditioner"), f"{where}: conditioner.params")
+    if config.in_channels != decoder.latent_channels + ANCHOR_CHANNELS:
+        raise FormatError(
+            f"{where}: in_channels is {config.in_channels}; expected latent_channels "
+            f"{decoder.latent_channels} + {ANCHOR_CHANNELS} anchors"
+        )
     check_part(found.weights, "model", dit_shapes(config), found.path)
     for part, network in (
         ("vae", lambda: FurnitureDecoder(decoder)),
@@ -165,7 +173,7 @@ def read(found: Found) -> Checkpoint:
         path=found.path,
         config=config,
         sampler=sampler,
-        latents=(LATENT_TOKENS, decoder.latent_channels),
+        latents=(LATENT_TOKENS, decoder.latent_channels + ANCHOR_CHANNELS),
         decoder=decoder,
         scale_factor=decoder.scale_factor,
         weights=found.weights,
