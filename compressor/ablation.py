@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+
 from vitapack.compressor.metrics import grid_iou
 from vitapack.compressor.vitality_table import debias
 from vitapack.runtime.errors import UserError, atomic_path

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import vitapack
 from vitapack.compressor.modulation import ModulationTables, stored
 from vitapack.compressor.partial import partial_file
 from vitapack.compressor.quantize import QUANTIZERS, Quantizer, check_finite, one_thread_each
@@ -48,8 +50,6 @@ from vitapack.runtime.packed_layout import (
     size_table,
 )
 from vitapack.runtime.sampling import SamplerDefaults
-
-import vitapack
 
 # Decoder and conditioner travel inside the file up to this size together: all of the furniture
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.

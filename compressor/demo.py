@@ -1,9 +1,9 @@
 """`vitapack demo`: the whole way on the bundled furniture model, with a report to look at.
 
-Original checkpoint -> vitality -> plan -> packed file -> picture -> mesh -> comparison, every step by
-the functions that the other commands call. Two packed files are made: every block in int8 with exact
-modulation tables, and what the automatic plan makes of the vitality. As a control, as many blocks of
-each kind as the plan prunes are pruned at random.
+Original checkpoint -> vitality -> plan -> packed file -> picture -> mesh -> comparison, every step
+by the functions that the other commands call. Two packed files are made: every block in int8 with
+exact modulation tables, and what the automatic plan makes of the vitality. As a control, as many
+blocks of each kind as the plan prunes are pruned at random.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from PIL import Image
 import vitapack
 from vitapack.compressor.compress import compress
 from vitapack.compressor.metrics import evaluate_folders, grid_iou
-from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
 from vitapack.compressor.plan import describe as describe_plan
+from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
+from vitapack.compressor.render import frame_of, render
 from vitapack.compressor.report import (
     Block,
     MetricRow,
@@ -34,7 +35,6 @@ from vitapack.compressor.report import (
     SizePart,
     write_report,
 )
-from vitapack.compressor.render import frame_of, render
 from vitapack.compressor.vitality import analyze
 from vitapack.compressor.vitality_table import Vitality
 from vitapack.runtime.errors import UserError, atomic_path
@@ -139,7 +139,9 @@ def run_demo(
             made[name] = make_all(packed, shown, report, TITLES[name])
     draws = random_pruning(original, auto, shown, made["original"], report)
 
-    truth = [Made(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown]
+    truth = [
+        Made(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown
+    ]
     with timed("evaluate"):
         for name, results in (made | {"truth": truth}).items():
             write_meshes(out / "meshes" / name, results)
@@ -155,12 +157,13 @@ def run_demo(
         }
 
     grids = {
-        name: [float(grid_iou(a.grid, b.grid)) for a, b in zip(made["original"], made[name], strict=True)]
+        name: [
+            float(grid_iou(a.grid, b.grid))
+            for a, b in zip(made["original"], made[name], strict=True)
+        ]
         for name in plans
     }
-    fp16 = sum(
-        torch.Size(checkpoint.shape(name)).numel() * 2 for name in checkpoint.names()
-    )
+    fp16 = sum(torch.Size(checkpoint.shape(name)).numel() * 2 for name in checkpoint.names())
     seconds["total"] = round(time.perf_counter() - began, 1)
     data = {
         "pictures": [p.name for p in shown],
@@ -289,7 +292,7 @@ def report_data(
         ],
         vitality_floor=float(np.mean([b.floor for b in vitality.blocks])),
         vitality_note=(
-            f"Order of the blocks in disjoint halves of the pictures: Spearman {stability.mean:.2f} "
+            f"Order of the blocks in halves of the pictures: Spearman {stability.mean:.2f} "
             f"({stability.low:.2f} to {stability.high:.2f}). "
             if stability
             else ""

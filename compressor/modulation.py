@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vitapack.compressor.quantize import check_finite
 from vitapack.runtime.dit import DiTConfig, TimeEmbedding
 from vitapack.runtime.errors import UserError

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
 from vitapack.compressor.paper_maps import paper_variant, plan_paper
 from vitapack.compressor.vitality_table import (
     FLOOR_SIGMAS,

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vitapack.kernels.reference import (
     INT8_MAX,
     expand_int4,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from vitapack.runtime.mesh import Mesh
 
 FIELD_OF_VIEW = 30.0  # degrees, vertical; the report's viewer uses the same camera

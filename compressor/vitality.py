@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
 from vitapack.compressor.ablation import Block, Run, Settings, Task, chamfer, runner
 from vitapack.compressor.compress import network_json
 from vitapack.compressor.journal import Journal

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vitapack.runtime.errors import FormatError, UserError, atomic_path
 from vitapack.runtime.layermap import KINDS
 from vitapack.runtime.packed_header import NETWORK_KIND

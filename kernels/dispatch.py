@@ -10,6 +10,7 @@ import functools
 import logging
 
 from torch import Tensor
+
 from vitapack.kernels import reference
 
 log = logging.getLogger("vitapack.kernels")

@@ -1,9 +1,9 @@
-"""The canonical double/single-block Diffusion Transformer: Hunyuan3D's, and with other names Step1X-3D's.
+"""The canonical double/single-block DiT: Hunyuan3D's, and with other names Step1X-3D's.
 
-Read top to bottom it is Fig. 2 of the paper: two token streams (latents and image condition) meet in
-joint attention in the double blocks, are then concatenated [condition ; latents], pass the single
-blocks, and the latent tokens leave as a velocity. Parameter names are those of the released Hunyuan3D
-checkpoints (after their prefix `model.`), so that family needs no key mapping.
+Read top to bottom it is Fig. 2 of the paper: two token streams (latents and image condition) meet
+in joint attention in the double blocks, are then concatenated [condition ; latents], pass the
+single blocks, and the latent tokens leave as a velocity. Parameter names are those of the released
+Hunyuan3D checkpoints (after their prefix `model.`), so that family needs no key mapping.
 
 Pruning is a list: `DiTConfig.double_blocks` and `.single_blocks` hold the ORIGINAL indices of the
 blocks that are kept, and parameters keep those indices in their names. A linear is anything that is
@@ -352,7 +352,7 @@ class DiT(nn.Module):
         return self.final_layer(z[:, y.shape[1] :], when)
 
     def without(self, *blocks: tuple[str, int]) -> DiT:
-        """The same network, weights shared, with the given ("double" | "single", index) left out."""
+        """The same network, weights shared, without the given ("double" | "single", index)."""
         kept = {
             kind: tuple(
                 index

@@ -42,13 +42,13 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files private (0600); a result is an ordinary file under the user's umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, final)
+        temporary.replace(final)
     except OSError as error:
         raise UserError(
             f"cannot write {final}: {error.strerror or error}; free some space or choose another "

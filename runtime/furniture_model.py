@@ -1,8 +1,8 @@
 """The two small networks around the bundled furniture model's DiT: image encoder and shape decoder.
 
-The DiT itself is the canonical one (`vitapack.runtime.dit`). The encoder plays DINOv2's part: it was
-trained first, then frozen, and gives 50 condition tokens. The decoder turns 64 latent tokens, each
-anchored to a cell of a 4^3 lattice, into occupancy logits on 64^3 cell centres of [-1, 1]^3.
+The DiT itself is the canonical one (`vitapack.runtime.dit`). The encoder plays DINOv2's part: it
+was trained first, then frozen, and gives 50 condition tokens. The decoder turns 64 latent tokens,
+each anchored to a cell of a 4^3 lattice, into occupancy logits on 64^3 cell centres of [-1, 1]^3.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def anchors() -> Tensor:
     are not, so their place travels with them in channels of their own, the same in noise and data:
     their velocity is zero, and the network stays the canonical one.
     """
-    places = torch.stack(
-        torch.meshgrid(*[torch.arange(4)] * 3, indexing="ij"), dim=-1
-    ).reshape(LATENT_TOKENS, 3)
+    places = torch.stack(torch.meshgrid(*[torch.arange(4)] * 3, indexing="ij"), dim=-1).reshape(
+        LATENT_TOKENS, 3
+    )
     return (F.one_hot(places, 4).flatten(1).float() - 0.25) * (4 / 3**0.5)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vitapack.runtime.errors import UserError
 
 Field = Callable[[Tensor], Tensor]  # points (P, 3) -> logits (P,)

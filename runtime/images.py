@@ -1,9 +1,9 @@
 """From a picture file to an object on a known background.
 
 The published models all begin so: separate the object (its alpha channel, or a background remover),
-crop its box, put it in the middle of a square. What differs by family (border, background, size) are
-arguments. Pictures without alpha need `rembg` (an extra) or a plain background; anything else is an
-explicit error rather than a mesh of somebody's living room.
+crop its box, put it in the middle of a square. What differs by family (border, background, size)
+are arguments. Pictures without alpha need `rembg` (an extra) or a plain background; anything else
+is an explicit error rather than a mesh of somebody's living room.
 """
 
 from __future__ import annotations

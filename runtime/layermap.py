@@ -114,9 +114,7 @@ class LayerMap:
     def uniform(cls, family: str, totals: dict[str, int], bits: int, group: int = 32) -> LayerMap:
         """Every block kept, all with the same bits: `--plan int8` and `--plan int4`."""
         blocks = tuple(
-            BlockEntry(kind, index, bits)
-            for kind in KINDS
-            for index in range(totals.get(kind, 0))
+            BlockEntry(kind, index, bits) for kind in KINDS for index in range(totals.get(kind, 0))
         )
         how = "unquantized" if bits == 16 else f"uniform int{bits}"
         return cls(family, totals, blocks, how=how, group=group)

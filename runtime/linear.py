@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from vitapack.kernels import dispatch
 from vitapack.kernels.reference import expand_int4, group_count, padded_k
 

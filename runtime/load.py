@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
 from vitapack.runtime.dit import DiT
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vitapack.runtime.errors import FormatError, UserError, atomic_path
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")

@@ -19,6 +19,7 @@ from vitapack.runtime.packed_layout import GROUP_OF, W16, network_linears
 
 if TYPE_CHECKING:
     import torch
+
     from vitapack.runtime.dit import DiT, DiTConfig
 
 __all__ = [
@@ -72,6 +73,7 @@ def load_packed_dit(
     default up to 256 MiB. Raises FormatError (a UserError) for anything wrong with the file.
     """
     import torch
+
     from vitapack.runtime.dit import DiT, ModulationTable, TimeNodes
     from vitapack.runtime.linear import COMPUTES, PackedLinear
 

@@ -111,7 +111,9 @@ class Pipeline:
         dtype = torch.float32 if where == "cpu" else torch.float16
 
         def part(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            tensors = {key: checkpoint.part_tensor(name, key) for key in checkpoint.part_shapes(name)}
+            tensors = {
+                key: checkpoint.part_tensor(name, key) for key in checkpoint.part_shapes(name)
+            }
             return checkpoint.part_config(name), tensors
 
         return cls(

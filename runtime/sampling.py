@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from vitapack.runtime.errors import FormatError, UserError
 
 if TYPE_CHECKING:  # schedules alone need no torch

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vitapack.runtime.container import one_line, parse_json, read_container
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.packed import torch_dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vitapack.runtime.container import lay_out, write_container
 from vitapack.runtime.layermap import BlockEntry, LayerMap
 from vitapack.runtime.packed_header import KEY, encode, schedule_nodes

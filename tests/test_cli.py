@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from vitapack.cli import build_parser, main
 from vitapack.runtime.families.furniture import FOLDER, held_out
 
@@ -135,7 +136,14 @@ def test_nan_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_file(tensors, tmp_path / "model.fp16.safetensors")
     (tmp_path / "config.yaml").write_bytes((FOLDER / "config.yaml").read_bytes())
     line = complaint(
-        capsys, "compress", tmp_path, "--plan", "int8", "-o", tmp_path / "out.safetensors", "--quiet"
+        capsys,
+        "compress",
+        tmp_path,
+        "--plan",
+        "int8",
+        "-o",
+        tmp_path / "out.safetensors",
+        "--quiet",
     )
     assert "double_blocks.3.img_mlp.0.weight" in line
     assert not (tmp_path / "out.safetensors").exists()

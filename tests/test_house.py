@@ -42,7 +42,9 @@ def test_kernels_is_no_top_level_module() -> None:
 
 
 def test_importing_the_root_and_the_command_line_is_light() -> None:
-    code = "import sys, vitapack.cli; print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+    code = (
+        "import sys, vitapack.cli; print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

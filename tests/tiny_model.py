@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
+
 from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
 from vitapack.runtime.families import Checkpoint, open_checkpoint
 from vitapack.runtime.families.hunyuan3d import decoder_config

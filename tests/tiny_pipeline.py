@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
 from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.pipeline import Pipeline

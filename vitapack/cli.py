@@ -32,8 +32,14 @@ class Parser(argparse.ArgumentParser):
 def progress(quiet: bool = False) -> Iterator[Report]:
     """A bar with ETA on stderr; each new description starts its own bar."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -118,7 +124,8 @@ def compress(options: argparse.Namespace) -> None:
     with progress(options.quiet) as report:
         sizes = compressor.compress(
             checkpoint, layer_map, options.out, quantizer=options.quantizer,
-            modulation=options.modulation, steps=options.steps, embed=options.embed,
+            modulation=options.modulation, steps=options.steps, samplers=options.samplers,
+            embed=options.embed,
             dry_run=options.dry_run, progress=report,
         )  # fmt: skip
     say(options, sizes.to_json(), sizes.describe())
@@ -268,6 +275,8 @@ def build_parser() -> Parser:
     sub.add_argument("--quantizer", default="search")
     sub.add_argument("--modulation", choices=("table", "int8", "both"), default="table")
     sub.add_argument("--steps", type=steps_list, help="step counts of the tables, e.g. 20,30")
+    sub.add_argument("--samplers", type=lambda text: text.split(","),
+                     help="samplers of the tables, e.g. euler,unipc")  # fmt: skip
     sub.add_argument("--embed", action=argparse.BooleanOptionalAction, default=None,
                      help="decoder and image encoder inside the file")  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="only the sizes")

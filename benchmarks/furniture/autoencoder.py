@@ -35,7 +35,12 @@ class ShapeEncoder(nn.Module):
         self.out = nn.Linear(config.width, 2 * config.latent_channels)
 
     def forward(self, distance: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.tanh(distance / 2).unflatten(1, (32, 2)).unflatten(3, (32, 2)).unflatten(5, (32, 2))
+        x = (
+            torch.tanh(distance / 2)
+            .unflatten(1, (32, 2))
+            .unflatten(3, (32, 2))
+            .unflatten(5, (32, 2))
+        )
         x = x.permute(0, 2, 4, 6, 1, 3, 5).flatten(1, 3)
         x = F.silu(self.stem(x))
         x = F.silu(self.down16(x))
@@ -104,7 +109,9 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         distance = distances(data, index, rng.random(options.batch) < 0.5)
         with torch.autocast("cpu", torch.bfloat16):
             logits, mean, log_variance = model(distance)
-        kl = 0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        kl = (
+            0.5 * (mean.float() ** 2 + log_variance.float().exp() - 1 - log_variance.float()).mean()
+        )
         loss = reconstruction_loss(logits, distance) + KL * kl
         recent.append(trainer.update(loss, share, options.batch))
 

@@ -3,7 +3,7 @@
     python -m benchmarks.furniture.card                  # about 20 minutes on two cores
     python -m benchmarks.furniture.card --pages-only     # docs/furniture.md from the JSON again
 
-Quality to the true shape on the three held-out sets, beside the autoencoder's ceiling and the nearest
+Quality to the true shape on the held-out sets, beside the autoencoder's ceiling and the nearest
 training shape; how well two noises agree; then what compression keeps of the model's own output:
 int8, int4, the automatic plan, and as many blocks pruned at random.
 """
@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 
 from vitapack.compressor.compress import compress
-from vitapack.compressor.metrics import compare, EvaluateSettings, grid_iou, grid_iou_tolerant
-from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
+from vitapack.compressor.metrics import EvaluateSettings, compare, grid_iou, grid_iou_tolerant
 from vitapack.compressor.plan import describe as describe_plan
+from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
 from vitapack.compressor.render import contact_sheet, frame_of, render
 from vitapack.compressor.vitality import analyze
 from vitapack.runtime.errors import UserError
@@ -164,7 +164,7 @@ def page(data: dict) -> str:
         "A real, small image-to-shape Diffusion Transformer that comes with vitapack, so that",
         "compression can be judged on a trained model. Canonical double/single-block DiT in the",
         "topology of Hunyuan3D-2mini (8 double + 16 single blocks, hidden size 128), trained on",
-        f"{data['model']['shapes']} human-made shapes of the Debian package `sweethome3d-furniture`;",
+        f"{data['model']['shapes']} human-made shapes of Debian's `sweethome3d-furniture`;",
         "every shape's author and licence is in `runtime/bundled/furniture/ATTRIBUTION.tsv`.",
         "It is made for tests, demos and benchmarks of compression, not to reconstruct your chair:",
         "it knows the shapes that it was trained on, from views that it has not seen.",
@@ -207,7 +207,7 @@ def page(data: dict) -> str:
         "",
         "## What compression keeps",
         "",
-        "IoU to the original's own output from the same noise, on the unseen views that the vitality",
+        "IoU to the original's own output from the same noise, on unseen views that the vitality",
         f"analysis ({data['compression']['vitality']['images']} other pictures) did not use.",
         "",
         "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
@@ -221,14 +221,17 @@ def page(data: dict) -> str:
     vitality = data["compression"]["vitality"]
     lines += ["", "The automatic plan:", "", "```", data["compression"]["auto"], "```", ""]
     lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
-    lines += ["| block | vitality | floor | debiased | IoU to full |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| block | vitality | floor | debiased | IoU to full |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
         lines.append(
             f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
             f"{block['debiased']:.4f} | {block['iou']:.3f} |"
         )
     for name, value in vitality["stability"].items():
-        lines.append("" if name == "all" else "")
+        lines.append("")
         lines.append(
             f"Order of {name} blocks in disjoint halves of the pictures: Spearman "
             f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}, "

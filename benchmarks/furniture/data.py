@@ -1,4 +1,4 @@
-"""The furniture data set: real, human-made shapes with their pictures, made from one Debian package.
+"""The furniture data set: real, human-made shapes and their pictures, from one Debian package.
 
     apt-get download sweethome3d-furniture && dpkg-deb -x sweethome3d-furniture_*.deb FOLDER
     python -m benchmarks.furniture.data FOLDER/usr/share/sweethome3d/furniture -o data.npz
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import re
 import zipfile
@@ -102,12 +103,12 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
         elif line.startswith("f "):
             corners = [int(word.split("/")[0]) for word in line.split()[1:]]
             corners = [c - 1 if c > 0 else len(vertices) + c for c in corners]
-            faces += [(corners[0], a, b) for a, b in zip(corners[1:-1], corners[2:], strict=True)]
+            faces += [(corners[0], a, b) for a, b in itertools.pairwise(corners[1:])]
     return np.array(vertices, np.float64).reshape(-1, 3), np.array(faces, np.int64).reshape(-1, 3)
 
 
 def normalise(vertices: np.ndarray, entry: Entry) -> np.ndarray:
-    """Turns the model upright, gives its box the catalogue's size, and fits it into [-0.9, 0.9]^3."""
+    """Turns the model upright, gives its box the catalogue's size, fits it into [-0.9, 0.9]^3."""
     points = vertices @ np.array(entry.rotation).reshape(3, 3).T
     low, high = points.min(0), points.max(0)
     size = np.array(entry.size) / max(entry.size)
@@ -115,7 +116,7 @@ def normalise(vertices: np.ndarray, entry: Entry) -> np.ndarray:
 
 
 def surface_cells(vertices: np.ndarray, faces: np.ndarray, seed: int) -> np.ndarray:
-    """Boolean (FINE,)*3: the cells that the surface passes through, by dense stratified sampling."""
+    """Boolean (FINE,)*3: the cells that the surface passes through, by stratified sampling."""
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
     # ~6 samples for each cell face that the area covers leave holes in under 1e-2 of sheets;

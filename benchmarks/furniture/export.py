@@ -93,9 +93,10 @@ def config(hidden: int) -> dict:
 
 
 def held_out(data: dict, shapes: list[str], out: Path, autoencoder: Autoencoder) -> None:
-    """PNG pictures with alpha beside the true signed distances, three sets never mixed; and for each
-    shape what no DiT can beat (the autoencoder's IoU) and what it must beat to be more than a memory
-    (the IoU of the nearest training shape, found with the truth in hand)."""
+    """PNG pictures with alpha beside the true signed distances, three sets never mixed.
+
+    Each shape is labelled with what no DiT can beat (the autoencoder's IoU) and what it must beat
+    to be more than a memory (the nearest training shape's IoU, found with the truth in hand)."""
     place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
     last = data["images"].shape[1] - 1
     trained = [place[name] for name in shapes]

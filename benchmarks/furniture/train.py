@@ -1,6 +1,6 @@
 """Trains the furniture DiT: canonical class, 2mini's topology (8 double + 16 single blocks).
 
-    python -m benchmarks.furniture.train data.npz runs/autoencoder runs/encoder -o runs/dit --minutes 90
+    python -m benchmarks.furniture.train data.npz runs/autoencoder runs/encoder -o runs/dit
 
 Flow matching on the cached condition tokens: x_t = t data + (1 - t) noise, v = data - noise,
 logit-normal t, condition dropped for one sample in ten (classifier-free guidance).

@@ -107,7 +107,9 @@ class Trainer:
             if share >= 1:
                 break
             start = time.perf_counter()
-            yield min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
+            yield min(1.0, (self.step + 1) / 200) * (
+                0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
+            )
             # A pause (SIGSTOP) must not eat the budget: no real step takes 20 seconds.
             self.used += min(20.0, time.perf_counter() - start)
             if self.used - last_evaluation > evaluate_every:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+
 from vitapack.runtime.container import NO_DIGEST, one_line
 from vitapack.runtime.dit import DiT, DiTConfig
 from vitapack.runtime.errors import FormatError, UserError

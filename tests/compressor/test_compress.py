@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import TOTALS, tiny_checkpoint, tiny_map, write_released
+
 from vitapack.compressor import compress as module
 from vitapack.compressor.compress import compress
 from vitapack.compressor.quantize import QUANTIZERS

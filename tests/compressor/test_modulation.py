@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_model import tiny_config, tiny_dit
+
 from vitapack.compressor.modulation import ModulationTables, exact_sinusoid, stored
 from vitapack.runtime.dit import hunyuan_time, sinusoid
 from vitapack.runtime.errors import UserError

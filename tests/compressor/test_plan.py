@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_checkpoint
+
 from vitapack.compressor import plan
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import PAPER_MAPS

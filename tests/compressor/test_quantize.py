@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vitapack.compressor.quantize import QUANTIZERS
 from vitapack.kernels.reference import check_int4, expand_int4, group_count, padded_k
 from vitapack.runtime.errors import UserError

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+
 from vitapack.compressor.render import FIELD_OF_VIEW, Frame, contact_sheet, frame_of, render
 from vitapack.runtime.mesh import Mesh, surface_from_grid
 

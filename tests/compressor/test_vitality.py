@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_pipeline import IDLE, STRONG, Ellipsoids, Vanishing, pictures, tiny_pipeline
+
 from vitapack.compressor.vitality import Vitality, analyze, chamfer, describe
 from vitapack.compressor.vitality_table import debias, sigmas_above, spearman, split_halves
 from vitapack.runtime.errors import UserError

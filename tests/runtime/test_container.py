@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
+
 from vitapack.runtime import container
 from vitapack.runtime.container import lay_out, read_container, write_container
 from vitapack.runtime.errors import FormatError

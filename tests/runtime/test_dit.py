@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vitapack.runtime.dit import DiT
 from vitapack.runtime.load import load_dit
 

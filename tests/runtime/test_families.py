@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import BUNDLED, open_checkpoint
 from vitapack.runtime.sampling import SamplerDefaults

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.grid import coarse_to_fine, dense
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.images import find_images, load_image, recentre, separate
 
@@ -99,7 +100,7 @@ def test_folders_are_expanded_in_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert [p.name for p in find_images([tmp_path])] == ["a.JPG", "b.png"]
     (tmp_path / "sub").mkdir()
-    with pytest.raises(UserError, match="no .png"):
+    with pytest.raises(UserError, match=r"no \.png"):
         find_images([tmp_path / "sub"])
     with pytest.raises(UserError, match="no such file or folder"):
         find_images([tmp_path / "nowhere"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from vitapack.compressor.quantize import QUANTIZERS
 from vitapack.runtime.linear import PackedLinear
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from vitapack.runtime import load as load_module
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import open_checkpoint

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.mesh import (
     FORMATS,

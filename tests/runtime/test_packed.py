@@ -14,6 +14,7 @@ from golden_packed import GOLDEN, LAYER_MAP, NETWORK, SAMPLER, arrays, fields, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_config
+
 from vitapack.kernels.reference import check_int4
 from vitapack.runtime.container import file_digest, lay_out, write_container
 from vitapack.runtime.dit import DiT

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from vitapack.compressor.compress import compress
 from vitapack.compressor.metrics import grid_iou
 from vitapack.runtime.errors import FormatError, UserError

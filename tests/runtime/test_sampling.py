@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.sampling import (
     SamplerDefaults,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.checkpoint import shapes_of
