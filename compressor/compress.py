@@ -322,10 +322,10 @@ def pack(weight: Tensor, layout: str, quantizer: Quantizer, name: str) -> dict[s
     if layout == W16:
         return {"weight": weight}
     if BITS_OF[layout] == 8:
-        packed = quantizer.int8(weight, name=name)
+        tensors = quantizer.int8(weight, name=name).tensors()
     else:
-        packed = quantizer.int4(weight, GROUP_OF[layout], name=name)
-    return {f"weight.{suffix}": tensor for suffix, tensor in packed.tensors().items()}
+        tensors = quantizer.int4(weight, GROUP_OF[layout], name=name).tensors()
+    return {f"weight.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:

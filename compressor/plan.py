@@ -66,9 +66,14 @@ DIGITS = 6  # of figures in notes
 class Checkpoint(Protocol):
     """What a plan by name needs to know of an original."""
 
-    family: str
-    variant: str
-    config: Any  # DiTConfig
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def variant(self) -> str: ...
+
+    @property
+    def config(self) -> Any: ...  # DiTConfig
 
 
 # --- The planners ------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def _self_distances(name: str, cloud: Any, again: Any, options: dict[str, Any]) 
 def _compiled() -> Any:
     """The C++ module, or an ImportError that says how to build it."""
     try:
-        from vitapack import _C
+        from vitapack import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(_BUILD_HINT) from error
     return _C

@@ -155,6 +155,8 @@ class Modulation(nn.Module):
 class ModulationTable(nn.Module):
     """The same chunks read from an exact table (T, count*h) at the sampler's own times."""
 
+    table: Tensor
+
     def __init__(self, table: Tensor, count: int) -> None:
         super().__init__()
         self.count = count
@@ -280,6 +282,8 @@ class TimeNodes(nn.Module):
     Interpolating modulation is not safe: at 128 nodes the error is still 45 % with weights that use
     the sinusoid's fast components, so a time that has no row is an error that lists what there is.
     """
+
+    nodes: Tensor
 
     def __init__(self, nodes: Tensor, guidance: float | None, schedules: str) -> None:
         super().__init__()

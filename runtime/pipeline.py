@@ -131,7 +131,7 @@ class Pipeline:
         self, steps: int | None, guidance: float | None, sampler: str | None
     ) -> sampling.SamplerDefaults:
         """The model's defaults with what the caller asked for."""
-        asked = {"steps": steps, "guidance": guidance, "name": sampler}
+        asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "name": sampler}
         return replace(self.sampler, **{k: v for k, v in asked.items() if v is not None})
 
     def condition(self, image: Image.Image, name: str = "image") -> Tensor:
