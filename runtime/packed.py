@@ -176,7 +176,7 @@ class TensorReader:
         info = self.header.tensors[name]
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         self.file.seek(self.header.data_start + info.start)
-        if self.file.readinto(memoryview(buffer.numpy())) != info.nbytes:
+        if self.file.readinto(buffer.numpy().data) != info.nbytes:
             raise FormatError(f"{self.header.path}: tensor {name!r} is cut off")
         return buffer.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
 
