@@ -259,7 +259,7 @@ def report_data(
     random = [row["grid_iou"] for row in data["random_pruning_grid_iou"][1:]]
     bytes_of = data["dit_bytes"]
     stability = vitality.stability.get("all")
-    parts = sorted({name for size in sizes.values() for name in size.parts})
+    parts = [name for name, size in sizes["auto"].parts.items() if size]
     part_bytes = {
         part: sum(
             2 * torch.Size(shape).numel() for _, shape in checkpoint.part_shapes(key).values()

@@ -25,6 +25,7 @@ from benchmarks.furniture.encoder import hash_order, load_autoencoder
 from benchmarks.furniture.train import furniture_config
 from benchmarks.furniture.training import grid_iou, load_data
 
+LOGS = Path(__file__).resolve().parents[1] / "results" / "furniture-training.json"
 HELD_OUT = {"unseen-views": 48, "validation-shapes": 24, "test-shapes": 24}
 
 
@@ -170,6 +171,15 @@ def main() -> None:
     text = yaml.safe_dump(config(options.hidden), sort_keys=False)
     (options.out / "config.yaml").write_text(text)
     (options.out / "ATTRIBUTION.tsv").write_text(attribution(data, shapes))
+    logs = {
+        name: [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for name, folder in (
+            ("autoencoder", options.autoencoder),
+            ("image encoder", options.encoder),
+            ("DiT", options.dit),
+        )
+    }
+    LOGS.write_text(json.dumps(logs, indent=1) + "\n")
     held_out(data, shapes, options.out, load_autoencoder(options.autoencoder))
     for part in ("model", "vae", "conditioner"):
         size = sum(v.numel() for k, v in tensors.items() if k.startswith(part + "."))
