@@ -141,6 +141,22 @@ def test_auto_stops_before_the_jump() -> None:
     assert layer_map.notes["thresholds"]["double"]["prune below"] == 0
 
 
+@pytest.mark.parametrize(
+    ("reaches", "pruned"),
+    [
+        ([0.06, 0.065, 0.09], 3),  # a first step beyond 5 % has no step before it
+        ([0.11], 0),
+        ([0.01, 0.055, 0.1], 3),
+        ([0.01, 0.065], 1),  # the jump
+        ([0.06, 0.02, 0.08], 3),  # back and forth within what was reached already
+    ],
+)
+def test_auto_limits(reaches: list[float], pruned: int) -> None:
+    curve = [("single", 4 - place, SCALE * reach) for place, reach in enumerate(reaches)]
+    vitality = table({"double": [0.5], "single": [0.3, 0.25, 0.22, 0.2, 0.18]}, curve=curve)
+    assert len(plan.plan_auto(vitality).pruned("single")) == pruned
+
+
 def test_auto_stops_where_small_steps_add_up() -> None:
     curve = [("single", index, 0.02 * (5 - index)) for index in (4, 3, 2, 1)]
     vitality = table({"double": [0.5], "single": [0.3, 0.25, 0.22, 0.2, 0.18]}, curve=curve)
