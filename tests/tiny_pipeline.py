@@ -35,6 +35,7 @@ class Ellipsoids:
 
     bounds = 1.0
     latent_shape = (4, 3)
+    anchors = torch.zeros(4, 0)  # this family adds no places to its latents
 
     def __init__(self, resolution: int = 20, shift: float = 0.0) -> None:
         self.resolution, self.shift = resolution, shift
