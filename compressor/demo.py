@@ -113,9 +113,11 @@ def run_demo(
         seconds[name] = round(time.perf_counter() - start, 1)
 
     original = Pipeline.from_model(model, device="cpu")
+    # The journal that is resumed from belongs to one model: another one gets another name.
+    table = out / f"vitality-{original.source_sha256[:8]}.json"
     with timed("analyze"), one_thread():
         vitality = analyze(
-            original, [(p.name, Image.open(p.image_path)) for p in studied], out / "vitality.json",
+            original, [(p.name, Image.open(p.image_path)) for p in studied], table,
             points=ANALYSIS_POINTS, steps=ANALYSIS_STEPS, resume=True,
             jobs=os.cpu_count() or 1, curve_images=4, progress=report,
         )  # fmt: skip

@@ -41,7 +41,8 @@ def lattice_around(reference: Mesh, *others: Mesh, resolution: int = 64) -> Latt
 
     The first and the last of them are centred on the box's faces: flat sides on voxel boundaries
     would jump a whole voxel at the slightest change. It is extended to hold the other meshes too,
-    up to 400 voxels a side; of a mesh that reaches farther, only the rest is seen.
+    up to 400 voxels a side; where one reaches farther than that, the lattice ends half the box's
+    longest side from it, and only what is within is seen.
     """
     if resolution < 2:
         raise ValueError(f"resolution {resolution}; expected at least 2 voxels")
@@ -50,9 +51,11 @@ def lattice_around(reference: Mesh, *others: Mesh, resolution: int = 64) -> Latt
     if pitch <= 0:
         raise ValueError("the reference mesh is a single point; it has no size to divide")
     boxes = [_box(mesh) for mesh in others] + [(low, high)]
-    room = max(_LONGEST / resolution - 1, 0.1) / 2 * (high - low).max()
-    least = np.maximum(np.min([box[0] for box in boxes], axis=0), low - room)
-    most = np.minimum(np.max([box[1] for box in boxes], axis=0), high + room)
+    least = np.min([box[0] for box in boxes], axis=0)
+    most = np.max([box[1] for box in boxes], axis=0)
+    if (most - least).max() > max(_LONGEST, 2 * resolution) * pitch:
+        room = (high - low).max() / 2
+        least, most = np.maximum(least, low - room), np.minimum(most, high + room)
     before = np.ceil((low - least) / pitch).astype(int) + _MARGIN
     after = np.ceil((most - low) / pitch).astype(int) + 1 + _MARGIN
     origin = low - (before + 0.5) * pitch

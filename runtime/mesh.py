@@ -189,14 +189,16 @@ def report(mesh: Mesh) -> MeshReport:
     if not len(mesh.faces):
         return MeshReport(len(mesh.vertices), 0, False, 0, 0, 0.0, 0.0)
     body = _trimesh(mesh)
+    # trimesh's own volume comes with the centre of mass, and a warning where a mesh has none.
+    a, b, c = mesh.vertices.astype(np.float64)[mesh.faces].transpose(1, 0, 2)
     return MeshReport(
         vertices=len(mesh.vertices),
         faces=len(mesh.faces),
         watertight=bool(body.is_watertight),
         components=_components(mesh)[0],
         euler_number=int(body.euler_number),
-        volume=float(body.volume),
-        area=float(body.area),
+        volume=float(np.einsum("fk,fk->", a, np.cross(b, c)) / 6),
+        area=float(_face_areas(mesh).sum()),
     )
 
 

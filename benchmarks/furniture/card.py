@@ -105,7 +105,7 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
     studied, judged = every[-images:], every[:-images]
     vitality = analyze(
         pipeline, [(p.name, Image.open(p.image_path)) for p in studied], work / "vitality.json",
-        resume=True, jobs=jobs, progress=lambda d, t, w: print(f"{w} {d}/{t}", flush=True),
+        steps=10, resume=True, jobs=jobs, progress=lambda d, t, w: print(f"{w} {d}/{t}", flush=True),
     )  # fmt: skip
     auto = plan_auto(vitality)
     eight = replace(auto, blocks=tuple(replace(b, bits=8) for b in auto.blocks), how="auto, int8")
