@@ -104,9 +104,14 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
     every = list(held_out("unseen-views"))
     studied, judged = every[-images:], every[:-images]
     vitality = analyze(
-        pipeline, [(p.name, Image.open(p.image_path)) for p in studied], work / "vitality.json",
-        steps=10, resume=True, jobs=jobs, progress=lambda d, t, w: print(f"{w} {d}/{t}", flush=True),
-    )  # fmt: skip
+        pipeline,
+        [(p.name, Image.open(p.image_path)) for p in studied],
+        work / f"vitality-{pipeline.source_sha256[:8]}.json",
+        steps=10,
+        resume=True,
+        jobs=jobs,
+        progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
+    )
     auto = plan_auto(vitality)
     eight = replace(auto, blocks=tuple(replace(b, bits=8) for b in auto.blocks), how="auto, int8")
     plans: dict[str, LayerMap] = {
