@@ -415,7 +415,13 @@ def _share(value: int | None, total: int) -> str:
 def _metrics(data: ReportData) -> str:
     if not data.metrics:
         return ""
-    names = [name for name in METRICS if any(name in row.summary for row in data.metrics)]
+    # The floor stands below the EMD that it explains; the squared Chamfer distance is in the JSON.
+    names = [
+        name
+        for name in METRICS
+        if name not in ("emd_floor", "chamfer_squared")
+        and any(name in row.summary for row in data.metrics)
+    ]
     head = "".join(
         f"<th>{_text(METRICS[name].label)} {'↑' if METRICS[name].higher_is_better else '↓'}</th>"
         for name in names
@@ -431,6 +437,9 @@ def _metrics(data: ReportData) -> str:
             interval = ""
             if entry.get("low") is not None and entry.get("high") is not None:
                 interval = f"<small>{_number(entry['low'])} to {_number(entry['high'])}</small>"
+            floor = row.summary.get("emd_floor") if name == "emd" else None
+            if floor is not None:
+                interval += f"<small>floor {_number(floor['mean'])}</small>"
             cells += f"<td>{_number(entry['mean'])}{interval}</td>"
         rows += f"<tr><td>{_text(row.name)}</td>{cells}</tr>"
     terms = "".join(

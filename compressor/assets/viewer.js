@@ -23,53 +23,61 @@
     out vec4 colour;
     void main() {
       vec3 eye = normalize(vec3(0.0, 0.0, lens.y) - seen);
-      vec3 flat_normal = normalize(cross(dFdx(seen), dFdy(seen)));
-      if (dot(flat_normal, eye) < 0.0) flat_normal = -flat_normal;
-      float size = length(smoothed);
-      vec3 n = size > 1e-6 ? smoothed / size : flat_normal;
-      if (dot(n, flat_normal) < 0.0) n = -n;
-      if (dot(n, flat_normal) < 0.766) n = flat_normal;
+      vec3 n = normalize(gl_FrontFacing ? smoothed : -smoothed); // open meshes show both sides
       vec3 light = vec3(0.26, 0.27, 0.30) + 0.10 * n.y;
       light += max(dot(n, normalize(vec3(-0.70, 0.75, 0.50))), 0.0) * vec3(0.78, 0.76, 0.72);
       light += max(dot(n, normalize(vec3(0.85, 0.10, 0.45))), 0.0) * vec3(0.27, 0.29, 0.33);
       float rim = 0.10 * pow(1.0 - abs(dot(n, eye)), 3.0);
       colour = vec4(light * vec3(0.80, 0.74, 0.68) + rim, 1.0);
     }`;
+  const CREASE = Math.cos(40 * Math.PI / 180); // sharper edges keep their faces' own normals
 
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
 
   function build(gl, program, data) {
     const places = new Uint16Array(bytes(data.places));
     const faces = data.wide ? new Uint32Array(bytes(data.faces)) : new Uint16Array(bytes(data.faces));
-    const normals = new Float32Array(places.length);
+    // Corners are written out face by face, since a creased edge has two normals at one vertex.
+    const flat = new Float32Array(faces.length), smooth = new Float32Array(places.length);
+    const corners = new Uint16Array(3 * faces.length), normals = new Int8Array(4 * faces.length);
+    const at = (vertex, k) => places[3 * vertex + k] * data.extent[k] / 65535;
+    const unit = (v) => {
+      const size = Math.hypot(...v);
+      return size > 0 ? v.map((x) => x / size) : [0, 0, 0];
+    };
+    const dot = (v, w) => v[0] * w[0] + v[1] * w[1] + v[2] * w[2];
     for (let f = 0; f < faces.length; f += 3) {
-      const [i, j, k] = [3 * faces[f], 3 * faces[f + 1], 3 * faces[f + 2]];
-      const e = [0, 1, 2].map((x) => (places[j + x] - places[i + x]) * data.extent[x] / 65535);
-      const g = [0, 1, 2].map((x) => (places[k + x] - places[i + x]) * data.extent[x] / 65535);
-      for (let x = 0; x < 3; x++) {
-        const [y, z] = [(x + 1) % 3, (x + 2) % 3];
-        const value = e[y] * g[z] - e[z] * g[y];
-        normals[i + x] += value; normals[j + x] += value; normals[k + x] += value;
+      const edges = [0, 1, 2].map((k) => unit([0, 1, 2].map(
+        (x) => at(faces[f + (k + 1) % 3], x) - at(faces[f + k], x))));
+      const [e, g] = [edges[0], edges[2]];
+      const n = unit([g[1] * e[2] - g[2] * e[1], g[2] * e[0] - g[0] * e[2], g[0] * e[1] - g[1] * e[0]]);
+      flat.set(n, f);
+      for (let k = 0; k < 3; k++) {
+        const angle = Math.acos(Math.min(1, Math.max(-1, -dot(edges[k], edges[(k + 2) % 3]))));
+        for (let x = 0; x < 3; x++) smooth[3 * faces[f + k] + x] += angle * n[x];
       }
     }
-    for (let i = 0; i < normals.length; i += 3) {
-      const size = Math.hypot(normals[i], normals[i + 1], normals[i + 2]) || 1;
-      normals[i] /= size; normals[i + 1] /= size; normals[i + 2] /= size;
+    for (let c = 0; c < faces.length; c++) {
+      const own = flat.subarray(c - c % 3, c - c % 3 + 3);
+      let n = unit([...smooth.subarray(3 * faces[c], 3 * faces[c] + 3)]);
+      if (dot(n, own) < CREASE) n = own;
+      for (let x = 0; x < 3; x++) {
+        corners[3 * c + x] = places[3 * faces[c] + x];
+        normals[4 * c + x] = Math.round(127 * n[x]);
+      }
     }
     const state = gl.createVertexArray();
     gl.bindVertexArray(state);
-    const attach = (name, array, type, normalised) => {
+    const attach = (name, array, type, stride) => {
       gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
       gl.bufferData(gl.ARRAY_BUFFER, array, gl.STATIC_DRAW);
-      const at = gl.getAttribLocation(program, name);
-      gl.enableVertexAttribArray(at);
-      gl.vertexAttribPointer(at, 3, type, normalised, 0, 0);
+      const place = gl.getAttribLocation(program, name);
+      gl.enableVertexAttribArray(place);
+      gl.vertexAttribPointer(place, 3, type, true, stride, 0);
     };
-    attach("place", places, gl.UNSIGNED_SHORT, true);
-    attach("normal", normals, gl.FLOAT, false);
-    gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, gl.createBuffer());
-    gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, faces, gl.STATIC_DRAW);
-    return { state, count: faces.length, type: data.wide ? gl.UNSIGNED_INT : gl.UNSIGNED_SHORT };
+    attach("place", corners, gl.UNSIGNED_SHORT, 6);
+    attach("normal", normals, gl.BYTE, 4);
+    return { state, count: faces.length };
   }
 
   function compile(gl) {
@@ -136,7 +144,7 @@
     gl.uniform4f(at("lens"), pose.zoom / Math.tan(FIELD_OF_VIEW / 2), distance,
       Math.max(distance - 4 * radius, 0.02 * distance), distance + 4 * radius);
     gl.bindVertexArray(mesh.state);
-    gl.drawElements(gl.TRIANGLES, mesh.count, mesh.type, 0);
+    gl.drawArrays(gl.TRIANGLES, 0, mesh.count);
     const paper = canvas.getContext("2d");
     paper.clearRect(0, 0, side, side);
     paper.drawImage(hidden, 0, 0);
