@@ -361,8 +361,8 @@ def describe(result: Mapping[str, Any]) -> str:
     ]
     for name, entry in result["summary"].items():
         lines.append(
-            f"{METRICS[name].label:16}{entry['mean']:9.4f}{entry['median']:9.4f}   "
-            f"{entry['low']:.4f} to {entry['high']:.4f}"
+            f"{METRICS[name].label:16}{entry['mean']:9.4g}{entry['median']:9.4g}   "
+            f"{entry['low']:.4g} to {entry['high']:.4g}"
         )
     for key, what in (("only_in_reference", "reference"), ("only_in_candidate", "candidate")):
         if result[key]:
