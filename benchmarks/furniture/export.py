@@ -89,7 +89,9 @@ def config(hidden: int) -> dict:
             "target": "vitapack.furniture.FlowMatchEulerDiscreteScheduler",
             "params": {"num_train_timesteps": 1000, "shift": 1.0},
         },
-        "pipeline": {"num_inference_steps": 20, "guidance_scale": 2.0},
+        # 3 on unseen views that do not ship: IoU to the truth 0.69 as with 2, two noises agree
+        # with 0.79 instead of 0.75 (25 shapes, 20 steps).
+        "pipeline": {"num_inference_steps": 20, "guidance_scale": 3.0},
     }
 
 
