@@ -91,7 +91,7 @@ def analyze(options: argparse.Namespace) -> None:
         result = vitality.analyze(
             pipeline, images, options.out, metric=options.metric, points=options.points,
             steps=options.steps, guidance=options.guidance, seed=options.seed,
-            resume=options.resume, progress=report,
+            resume=options.resume, jobs=options.jobs, progress=report,
         )  # fmt: skip
     say(options, result.to_json(), vitality.describe(result))
 
@@ -175,7 +175,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from vitapack.compressor import metrics
 
     with progress(options.quiet) as report:
-        result = metrics.evaluate_folders(options.reference, options.candidate, progress=report)
+        settings = metrics.EvaluateSettings(
+            resolution=options.resolution, points=options.points, tau=options.tau,
+            align=options.align,
+        )  # fmt: skip
+        result = metrics.evaluate_folders(
+            options.reference, options.candidate, settings, progress=report
+        )
     if options.out:
         write_json(options.out, result)
     say(options, result, metrics.describe(result))
@@ -247,6 +253,7 @@ def build_parser() -> Parser:
     sub.add_argument("--guidance", type=float)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--limit", type=at_least_one, help="use only so many pictures")
+    sub.add_argument("--jobs", type=at_least_one, default=1, help="worker processes (CPU)")
     sub.add_argument("--resume", action="store_true", help="go on after an interruption")
     sub.add_argument("--device", default="cpu")
 
@@ -259,7 +266,8 @@ def build_parser() -> Parser:
     sub.add_argument("-o", "--out", type=Path, required=True)
     sub.add_argument("--auto", action="store_true", help="thresholds from the curve (the default)")
     sub.add_argument("--max-distance", type=float, help="auto: largest EMD to the full output")
-    sub.add_argument("--target-size", type=size_bytes, metavar="SIZE")
+    sub.add_argument("--target-size", type=size_bytes, metavar="SIZE",
+                     help="of network, tables and header; embedded parts come on top")  # fmt: skip
     sub.add_argument("--paper", action="store_true", help="the family's published layer map")
     for name in ("tau-double", "tau-single", "tau8-double", "tau8-single"):
         sub.add_argument(f"--{name}", type=float)
@@ -303,6 +311,10 @@ def build_parser() -> Parser:
     sub.add_argument("reference", type=Path, metavar="REFERENCE_DIR")
     sub.add_argument("candidate", type=Path, metavar="CANDIDATE_DIR")
     sub.add_argument("-o", "--out", type=Path)
+    sub.add_argument("--resolution", type=at_least_one, default=64, help="voxels along a side")
+    sub.add_argument("--points", type=at_least_one, default=10_000, help="surface samples")
+    sub.add_argument("--tau", type=float, default=0.05, help="of the F-score, in [-1, 1]")
+    sub.add_argument("--align", choices=("rigid", "similarity", "none"), default="rigid")
 
     sub = command(inspect, "what a packed file holds (without torch)", "inspect model.safetensors")
     sub.add_argument("packed", type=Path)

@@ -42,7 +42,8 @@ SETS = {
     "validation-shapes": "unseen shapes (validation)",
     "test-shapes": "unseen shapes (test)",
 }
-RANDOM_DRAWS = 5
+RANDOM_DRAWS = 3
+JUDGED = 24  # pictures that compression is judged on
 POINTS = EvaluateSettings(emd_points=0, align="none")
 
 
@@ -102,12 +103,13 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
     """What compression keeps of the model's output, on the pictures that vitality did not see."""
     checkpoint = open_checkpoint("furniture")
     every = list(held_out("unseen-views"))
-    studied, judged = every[-images:], every[:-images]
+    studied, judged = every[-images:], every[:-images][:JUDGED]
     vitality = analyze(
         pipeline,
         [(p.name, Image.open(p.image_path)) for p in studied],
         work / f"vitality-{pipeline.source_sha256[:8]}.json",
         steps=10,
+        curve_images=4,
         resume=True,
         jobs=jobs,
         progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
