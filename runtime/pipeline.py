@@ -38,7 +38,7 @@ def _family(name: str, source: str) -> Any:
     if name not in WHOLE:
         raise UserError(
             f"{source}: the image encoder of the family {name} is not supported yet; its network "
-            "can be loaded (load_dit), analyzed bytes and compressed, not run from a picture"
+            "can be loaded (load_dit) and compressed, but not yet run from a picture"
         )
     return WHOLE[name]
 
