@@ -134,7 +134,7 @@ template <class T> struct Tree {
               high = std::max(high, below[(3 + axis) * kFan + k]);
             }
           } else {
-            low = high = 0;
+            low = high = inf;  // infinitely far: its room of max(0, limit - inf) is 0, not below
           }
           slot[axis * kFan] = low;
           slot[(3 + axis) * kFan] = high;
