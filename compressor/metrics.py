@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vitapack.compressor.alignment import Alignment, align
+from vitapack.compressor.bootstrap import mean_interval
 from vitapack.compressor.voxels import dilate, lattice_around, surface_voxels, voxelise
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.mesh import READABLE, Mesh, load, report
@@ -263,13 +264,12 @@ def summarise(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dic
         values = np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
         if not len(values):
             continue
-        means = values[draws.integers(0, len(values), (2000, len(values)))].mean(axis=1)
-        low, high = np.quantile(means, (0.025, 0.975))
+        low, high = mean_interval(values, draws)
         summary[name] = {
             "mean": float(values.mean()),
             "median": float(np.median(values)),
-            "low": float(low),
-            "high": float(high),
+            "low": low,
+            "high": high,
             "n": len(values),
         }
     return summary

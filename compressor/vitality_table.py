@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vitapack.compressor.bootstrap import mean_interval
 from vitapack.runtime.errors import FormatError, UserError, atomic_path
 from vitapack.runtime.layermap import KINDS
 from vitapack.runtime.packed_header import NETWORK_KIND
@@ -26,7 +27,6 @@ from vitapack.runtime.packed_layout import network_linears
 FORMAT = "vitapack-vitality"
 VERSION = 1
 METRICS = ("emd", "chamfer")
-BOOTSTRAPS = 2000
 SPLITS = 500
 FLOOR_SIGMAS = 2.0  # a block is called non-vital within this many sd of the sampling floor
 
@@ -227,9 +227,7 @@ def summarize(
 ) -> BlockVitality:
     """One block's row from its records, one per image, and each image's draws of the floor."""
     values = np.array([row["distance"] for row in rows])
-    rng = np.random.default_rng(0)
-    resampled = values[rng.integers(0, len(values), (BOOTSTRAPS, len(values)))].mean(1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = mean_interval(values, np.random.default_rng(0))
     mean, floor = float(values.mean()), float(np.mean([row["floor"] for row in rows]))
     sigmas = sigmas_above(mean, floor, floors)
     finite = [row for row in rows if row["latent_mse"] is not None]
@@ -237,8 +235,8 @@ def summarize(
         kind=kind,
         index=index,
         mean=mean,
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         floor=floor,
         debiased=debias(mean, floor, metric),
         sigmas=sigmas,

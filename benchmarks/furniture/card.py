@@ -1,6 +1,6 @@
 """Measures the bundled model and writes its card: figures first (JSON), then tables and pictures.
 
-    python -m benchmarks.furniture.card                  # about 20 minutes on two cores
+    python -m benchmarks.furniture.card --stability      # about 20 minutes on two cores
     python -m benchmarks.furniture.card --pages-only     # docs/furniture.md from the JSON again
 
 Quality to the true shape on the held-out sets, beside the autoencoder's ceiling and the nearest
@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vitapack.compressor.bootstrap import mean_interval
 from vitapack.compressor.compress import compress
+from vitapack.compressor.demo import grid_of
 from vitapack.compressor.metrics import EvaluateSettings, compare, grid_iou, grid_iou_tolerant
 from vitapack.compressor.plan import describe as describe_plan
 from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
@@ -29,7 +31,7 @@ from vitapack.compressor.render import contact_sheet, frame_of, render
 from vitapack.compressor.vitality import analyze
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.furniture import BOUNDS, FOLDER, HeldOut, held_out
+from vitapack.runtime.families.furniture import BOUNDS, FOLDER, held_out
 from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.mesh import Mesh, surface_from_grid
 from vitapack.runtime.pipeline import Pipeline
@@ -47,11 +49,6 @@ JUDGED = 24  # pictures that compression is judged on
 POINTS = EvaluateSettings(emd_points=0, align="none")
 
 
-def grid_of(pipeline: Pipeline, picture: HeldOut, seed: int, dit: object = None) -> np.ndarray:
-    cond = pipeline.condition(Image.open(picture.image_path), picture.name)
-    return pipeline.grid(pipeline.latents(cond, pipeline.noise(seed), dit=dit))
-
-
 def mesh_of(grid: np.ndarray) -> Mesh | None:
     try:
         return surface_from_grid(grid, BOUNDS)
@@ -62,9 +59,7 @@ def mesh_of(grid: np.ndarray) -> Mesh | None:
 def interval(values: Iterable[float]) -> dict[str, float]:
     """Mean, median and 95 % bootstrap interval of the mean."""
     found = np.array(list(values), float)
-    rng = np.random.default_rng(0)
-    means = found[rng.integers(0, len(found), (2000, len(found)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = mean_interval(found, np.random.default_rng(0))
     row = {"mean": found.mean(), "median": np.median(found), "low": low, "high": high}
     return {key: round(float(value), 4) for key, value in row.items()} | {"n": len(found)}
 
@@ -125,7 +120,7 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
     for seed in range(RANDOM_DRAWS):
         plans[f"as many blocks at random, int8, draw {seed + 1}"] = plan_random(seed, eight)
     full = {p.name: grid_of(pipeline, p, n) for n, p in enumerate(judged)}
-    fp16 = sum(2 * torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+    fp16 = 2 * checkpoint.parameters()
     found = {}
     for title, plan in plans.items():
         print(title, flush=True)
@@ -196,7 +191,7 @@ def page(data: dict) -> str:
         "It is made for tests, demos and benchmarks of compression, not to reconstruct your chair:",
         "it knows the shapes that it was trained on, from views that it has not seen.",
         "",
-        "Every figure here is written by `python -m benchmarks.furniture.card`.",
+        "Every figure here is written by `python -m benchmarks.furniture.card --stability`.",
         "",
         "## Parts",
         "",
@@ -322,7 +317,7 @@ SCORES = ("train", "unseen", "retrieval", "unseen_view_iou", "ceiling", "two_noi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "card")
-    parser.add_argument("--images", type=int, default=16, help="pictures for the vitality")
+    parser.add_argument("--images", type=int, default=24, help="pictures for the vitality")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sets", nargs="*", default=["unseen-views", "validation-shapes"])
     parser.add_argument("--pages-only", action="store_true")
@@ -332,25 +327,18 @@ def main() -> None:
     for folder in (options.work, pictures, RESULTS.parent):
         folder.mkdir(parents=True, exist_ok=True)
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"quality": {}}
-    if not options.pages_only:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    if options.stability or not options.pages_only:
         pipeline = Pipeline.from_model("furniture", device="cpu")
+    if not options.pages_only:
         checkpoint = open_checkpoint("furniture")
         lines = (FOLDER / "ATTRIBUTION.tsv").read_text().splitlines()
         data["model"] = {
             "shapes": sum(line.endswith("autoencoder and DiT") for line in lines),
             "parameters": {
-                "DiT": sum(torch.Size(checkpoint.shape(n)).numel() for n in checkpoint.names()),
-                **{
-                    words: sum(
-                        torch.Size(shape).numel()
-                        for _, shape in checkpoint.part_shapes(part).values()
-                    )
-                    for words, part in (
-                        ("shape decoder", "shape_decoder"),
-                        ("image encoder", "conditioner"),
-                    )
-                },
+                "DiT": checkpoint.parameters(),
+                "shape decoder": checkpoint.parameters("shape_decoder"),
+                "image encoder": checkpoint.parameters("conditioner"),
             },
             "sampler": checkpoint.sampler.to_json(),
         }
@@ -358,12 +346,9 @@ def main() -> None:
         for name in options.sets:
             data["quality"][name] = quality(pipeline, name, pictures)
             RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-        torch.set_num_threads(1)
         data["compression"] = compression(pipeline, options.work, options.images, options.jobs)
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
     if options.stability:
-        torch.set_num_threads(1)
-        pipeline = Pipeline.from_model("furniture", device="cpu")
         data["stability"] = stability(pipeline, options.work, options.jobs)
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
     logs = json.loads((RESULTS.parent / "furniture-training.json").read_text())

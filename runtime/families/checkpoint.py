@@ -7,6 +7,7 @@ which `vitapack.runtime.families` lists; `hunyuan3d.py` is the pattern.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +78,15 @@ class Checkpoint:
     def part_tensor(self, part: str, name: str) -> Tensor:
         """Reads one tensor of a part, in its stored dtype. FormatError for NaN and infinity."""
         return self.weights.read(f"{PARTS[part]}.{name}")
+
+    def parameters(self, part: str | None = None) -> int:
+        """Weights and biases of the network, or of a part; an fp16 file holds two bytes of each."""
+        shapes = (
+            [self.shape(name) for name in self.names()]
+            if part is None
+            else [shape for _, shape in self.part_shapes(part).values()]
+        )
+        return sum(math.prod(shape) for shape in shapes)
 
     def source(self, hashed: bool) -> dict[str, Any]:
         """{"name", "sha256", "bytes"} of the weights; 64 zeros unless `hashed` (reads them whole).
