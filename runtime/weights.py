@@ -42,6 +42,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    file: str = ""  # for messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +69,13 @@ class Weights:
 
         FormatError for one that holds NaN or infinity, which no released model does.
         """
-        tensor = self.stored[name].read()
+        entry = self.stored[name]
+        tensor = entry.read()
         if tensor.is_floating_point() and not _all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise FormatError(
-                f"{self.files[0].name}: tensor {name} holds {bad} NaN or infinite values of "
-                f"{tensor.numel()}; the file is damaged, get it again"
+                f"{entry.file or self.files[0].name}: tensor {name} holds {bad} NaN or "
+                f"infinite values of {tensor.numel()}; the file is damaged, get it again"
             )
         return tensor
 
@@ -86,6 +88,22 @@ class Weights:
                 raise FormatError(f"{self.files[0]}: {new} is there twice, with and without prefix")
             stored[new] = entry
         return Weights(self.files, stored)
+
+
+def merged(parts: Mapping[str, Weights]) -> Weights:
+    """Several checkpoints as one, each under its own prefix: {"vae.": ...}; names must differ."""
+    stored: dict[str, Stored] = {}
+    for prefix, weights in parts.items():
+        stored |= weights.renamed(f"{prefix}{{}}".format).stored
+    files = dict.fromkeys(file for weights in parts.values() for file in weights.files)
+    return Weights(tuple(files), stored)
+
+
+def stacked(rows: list[Stored]) -> Stored:
+    """Tensors that another layout keeps apart as one, along the first dimension."""
+    shape = (sum(entry.shape[0] for entry in rows), *rows[0].shape[1:])
+    read = rows[0].read if len(rows) == 1 else lambda: torch.cat([entry.read() for entry in rows])
+    return Stored(shape, rows[0].dtype, read, rows[0].file)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -133,7 +151,7 @@ def _safetensors(path: Path) -> Weights:
                 f"{path}: tensor {name} is stored as {info.dtype}, which no released model is"
             ) from None
         read = _reader(path, container.data_start + info.start, info.nbytes, info.shape, dtype)
-        stored[name] = Stored(info.shape, dtype, read)
+        stored[name] = Stored(info.shape, dtype, read, str(path))
     return Weights((path,), stored)
 
 

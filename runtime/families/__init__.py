@@ -9,17 +9,20 @@ A new family is one more file beside these, and one more entry in FAMILIES.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.families import furniture, hunyuan3d
+from vitapack.runtime.families import furniture, hunyuan3d, step1x3d
 from vitapack.runtime.families.checkpoint import Checkpoint, Family, Found
 from vitapack.runtime.weights import is_packed
 
 __all__ = ["BUNDLED", "FAMILIES", "Checkpoint", "Family", "open_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (hunyuan3d.FAMILY, furniture.FAMILY)
+FAMILIES: tuple[Family, ...] = (hunyuan3d.FAMILY, step1x3d.FAMILY, furniture.FAMILY)
+
+log = logging.getLogger("vitapack.families")
 
 # Models that come with the package, by the name that stands for their folder.
 BUNDLED = {"furniture": Path(__file__).resolve().parent.parent / "bundled" / "furniture"}
@@ -54,7 +57,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     for family in FAMILIES:
         if family.recognises(found):
-            return family.read(found)
+            checkpoint = family.read(found)
+            for setting in checkpoint.unknown:
+                log.warning("%s is not known here; the tensors fit without it", setting)
+            return checkpoint
     raise UserError(f"{found.path} is no model that is known here: {_what_is_there(found)}")
 
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from vitapack.runtime.container import NO_DIGEST, one_line
+from vitapack.runtime.container import NO_DIGEST, one_line, parse_json
 from vitapack.runtime.dit import DiT, DiTConfig
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.packed_header import PARTS
@@ -43,6 +43,7 @@ class Checkpoint:
     scale_factor: float | None  # the DiT's latents are the autoencoder's times this
     weights: Weights  # names "model.<canonical>", "vae.<...>", "conditioner.<...>"
     ignored: tuple[str, ...] = ()  # tensors that are not needed, on purpose
+    unknown: tuple[str, ...] = ()  # settings that this reader does not know, taken as harmless
     sections: Mapping[str, Any] = field(default_factory=dict)  # of config.yaml
 
     def names(self) -> list[str]:
@@ -158,20 +159,7 @@ class Found:
         return weights
 
     def _weight_file(self) -> Path:
-        if self.path.is_file():
-            return self.path
-        for name in ("model.fp16", "model"):
-            for suffix in (".safetensors", INDEX, ".ckpt"):
-                if (self.path / f"{name}{suffix}").is_file():
-                    return self.path / f"{name}{suffix}"
-        for suffixes in ((INDEX,), (".safetensors",), PICKLED):
-            found = sorted(p for p in self.path.iterdir() if p.name.endswith(suffixes))
-            if len(found) == 1:
-                return found[0]
-        raise UserError(
-            f"{self.path} holds no weights: looked for model.fp16.safetensors, model.safetensors, "
-            f"a shard index or a .ckpt, found {self.listing()}"
-        )
+        return self.path if self.path.is_file() else weight_file(self.path)
 
     def target(self, section: str = "model") -> str:
         """Last part of the class that config.yaml names for a section, "" if it names none."""
@@ -191,8 +179,42 @@ class Found:
 
     def listing(self) -> str:
         """A few of the names in the folder."""
-        names = sorted(p.name + "/" * p.is_dir() for p in self.folder.iterdir())
-        return some(names, 6) if names else "nothing"
+        return listing(self.folder)
+
+
+def listing(folder: Path) -> str:
+    """A few of the names in a folder."""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    return some(names, 6) if names else "nothing"
+
+
+def weight_file(folder: Path) -> Path:
+    """The weights in a folder: by their usual names, else the only candidate. UserError."""
+    for name in ("model.fp16", "model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+        for suffix in (".safetensors", INDEX, ".ckpt"):
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    for suffixes in ((INDEX,), (".safetensors",), PICKLED):
+        found = sorted(p for p in folder.iterdir() if p.name.endswith(suffixes))
+        if len(found) == 1:
+            return found[0]
+    raise UserError(
+        f"{folder} holds no weights: looked for model.fp16.safetensors, model.safetensors, "
+        f"diffusion_pytorch_model.safetensors, a shard index or a .ckpt, found {listing(folder)}"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, such as a diffusers config.json. UserError, FormatError."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} holds a {type(found).__name__}; expected an object of settings")
+    return found
 
 
 class Params:
@@ -224,12 +246,24 @@ class Params:
         self.taken.update(names)
 
     def done(self) -> None:
-        """FormatError for values that nobody took: they might change the network."""
-        unknown = sorted(map(str, set(self.values) - self.taken))
+        """FormatError for values that nobody took: they might change the network.
+
+        One that is switched off (null, false, 0, "", empty) cannot, whatever it is.
+        """
+        unknown = sorted(str(key) for key in self._left() if self.values[key])
         if unknown:
             raise FormatError(
                 f"{self.where}: unknown {some(unknown)}; known are {', '.join(sorted(self.taken))}"
             )
+
+    def left(self) -> tuple[str, ...]:
+        """Values that nobody took, in words, where the tensors tell enough: for parts whose
+        released configurations carry settings of training and export."""
+        short = {str(key): repr(self.values[key])[:40] for key in self._left()}
+        return tuple(f"{self.where}: {key} = {value}" for key, value in sorted(short.items()))
+
+    def _left(self) -> set[Any]:
+        return set(self.values) - self.taken
 
 
 def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:

@@ -89,8 +89,10 @@ def dit_config_from_shapes(weights: Weights, where: str) -> DiTConfig:
     )
 
 
-def decoder_config(values: Mapping[str, Any], where: str) -> ShapeDecoderConfig:
-    """`vae.params` of a config.yaml. FormatError."""
+def decoder_config(
+    values: Mapping[str, Any], where: str, unknown: list[str] | None = None
+) -> ShapeDecoderConfig:
+    """`vae.params` of a config.yaml. FormatError. `unknown` collects settings of other matters."""
     params = Params(values, where)
     # Of the encoder, of training, or set by the caller; none changes what the decoder computes.
     params.drop(
@@ -113,7 +115,8 @@ def decoder_config(values: Mapping[str, Any], where: str) -> ShapeDecoderConfig:
         geo_mlp_expand=params.size("geo_decoder_mlp_expand_ratio", 4),
         geo_ln_post=params.take("geo_decoder_ln_post", bool, True),
     )
-    params.done()
+    if unknown is not None:
+        unknown += params.left()
     if config.width % config.heads or config.heads % config.geo_downsample:
         raise FormatError(
             f"{where}: width {config.width}, heads {config.heads} and geo decoder downsampling "
@@ -170,9 +173,9 @@ def read(found: Found) -> Checkpoint:
     )
     check_part(weights, "model", dit_shapes(config), path)
     ignored = tuple(name for name in weights if name.startswith(NOT_NEEDED))
-    decoder = None
+    decoder, unknown = None, list[str]()
     if found.target("vae"):
-        decoder = decoder_config(found.params("vae"), f"{where}: vae.params")
+        decoder = decoder_config(found.params("vae"), f"{where}: vae.params", unknown)
         if any(name.startswith("vae.") for name in weights):
             expected = shapes_of(lambda: ShapeDecoder(decoder))
             check_part(weights, "vae", expected, path, ignored)
@@ -196,6 +199,7 @@ def read(found: Found) -> Checkpoint:
         scale_factor=None if decoder is None else decoder.scale_factor,
         weights=weights,
         ignored=ignored,
+        unknown=tuple(unknown),
         sections=found.config or {},
     )
 

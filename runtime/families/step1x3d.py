@@ -1,0 +1,302 @@
+"""Step1X-3D's geometry models, with and without labels: names, numbers, defaults.
+
+Released layout, diffusers' own: a folder with model_index.json and transformer/, vae/,
+visual_encoder/ (and label_encoder/), each with config.json and diffusion_pytorch_model.safetensors.
+The transformer is the canonical DiT with q, k, v apart and the final scale and shift swapped; its
+own folder or file alone is accepted too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+from vitapack.runtime.errors import FormatError
+from vitapack.runtime.families.checkpoint import (
+    Checkpoint,
+    Family,
+    Found,
+    Params,
+    check_part,
+    dit_shapes,
+    read_json,
+    shapes_of,
+    weight_file,
+)
+from vitapack.runtime.sampling import SamplerDefaults
+from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.weights import Stored, Weights, merged, open_weights, stacked
+
+NAME = "step1x3d"
+TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders
+NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
+# The label variant appends the rows of three small tables to the image's tokens.
+LABEL_TOKENS = 3
+
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_EDGES = {
+    "latent_in": "proj_in",
+    "cond_in": "proj_cross_attention",
+    "time_in.in_layer": "time_proj.linear_1",
+    "time_in.out_layer": "time_proj.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+
+
+def originals(name: str) -> tuple[str, ...]:
+    """The released tensors that, one below the other, are the canonical tensor `name`."""
+    owner, _, leaf = name.rpartition(".")
+    leaf = "weight" if leaf == "scale" else leaf
+    if owner in _EDGES:
+        return (f"{_EDGES[owner]}.{leaf}",)
+    kind, index, inner = owner.split(".", 2)
+    blocks, names = (
+        ("transformer_blocks", _DOUBLE)
+        if kind == "double_blocks"
+        else ("single_transformer_blocks", _SINGLE)
+    )
+    return tuple(f"{blocks}.{index}.{original}.{leaf}" for original in names[inner])
+
+
+def original_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the released transformer must hold."""
+    shapes = {}
+    for name, shape in dit_shapes(config).items():
+        names = originals(name)
+        rows = [config.hidden] * len(names)
+        rows[-1] = shape[0] - sum(rows[:-1])  # proj_mlp is wider than q, k and v
+        for original, count in zip(names, rows, strict=True):
+            shapes[original] = (count, *shape[1:])
+    return shapes
+
+
+def canonical(weights: Weights, config: DiTConfig) -> Weights:
+    """The transformer's tensors as the canonical DiT names and lays them out."""
+    stored = {}
+    for name in dit_shapes(config):
+        entry = stacked([weights.stored[original] for original in originals(name)])
+        if name.startswith("final_layer.adaLN_modulation"):
+            entry = _swapped(entry)
+        stored[name] = entry
+    return Weights(weights.files, stored)
+
+
+def _swapped(entry: Stored) -> Stored:
+    """(scale, shift) to (shift, scale)."""
+
+    def read() -> Tensor:
+        scale, shift = entry.read().chunk(2)
+        return torch.cat([shift, scale])
+
+    return Stored(entry.shape, entry.dtype, read, entry.file)
+
+
+def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiTConfig:
+    """transformer/config.json; defaults are the released model's. FormatError."""
+    params = Params(values, where)
+    hidden = params.size("width", 1280)
+    cond = params.size("condition_dim", 1024)
+    for kind in ("visual", "caption", "label"):
+        given = values.get(f"{kind}_condition_dim")
+        params.drop(f"use_{kind}_condition", f"{kind}_condition_dim")
+        if given is not None and values.get(f"use_{kind}_condition") and given != cond:
+            raise FormatError(
+                f"{where}: {kind}_condition_dim is {given!r}, condition_dim {cond}; models that "
+                "project their condition first are not supported (no released one does)"
+            )
+    try:
+        config = DiTConfig(
+            in_channels=params.size("input_channels", 64),
+            cond_channels=cond,
+            hidden=hidden,
+            heads=params.size("num_heads", 20),
+            double_blocks=tuple(range(_depth(params, "layers", 12))),
+            single_blocks=tuple(range(_depth(params, "num_single_layers", 24))),
+            mlp_ratio=4.0,
+            qkv_bias=True,
+            guidance_embed=False,
+            time=TimeEmbedding(hidden, 4 * hidden, 1.0, 10_000.0, cos_first=False,
+                               activation="gelu"),
+        )  # fmt: skip
+    except ValueError as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where}: {error}") from error
+    unknown += [line for line in params.left() if ": _" not in line]  # _class_name and the like
+    return config
+
+
+def _depth(params: Params, name: str, default: int) -> int:
+    depth = params.size(name, default, least=0)
+    if depth > 1000:
+        raise FormatError(f"{params.where}: {name} is {depth}; expected at most 1000")
+    return depth
+
+
+def decoder_config(
+    values: Mapping[str, Any], where: str, unknown: list[str] | None = None
+) -> ShapeDecoderConfig:
+    """vae/config.json: the same graph as Hunyuan3D's, other epsilons and names. FormatError."""
+    params = Params(values, where)
+    params.drop("n_samples", "use_downsample", "point_feats", "out_dim", "num_encoder_layers")
+    params.drop("init_scale", "use_flash", "use_checkpoint", "with_sharp_data")
+    config = ShapeDecoderConfig(
+        latents=params.size("num_latents", 2048),
+        channels=params.size("embed_dim", 64),
+        width=params.size("width", 768),
+        heads=params.size("heads", 12),
+        layers=params.size("num_decoder_layers", 16),
+        num_freqs=params.size("num_freqs", 8),
+        include_pi=params.take("include_pi", bool, False),
+        qkv_bias=params.take("qkv_bias", bool, False),
+        qk_norm=params.take("qk_norm", bool, False),
+        scale_factor=params.take("z_scale_factor", float, 1.0),
+        geo_name="decoder",
+        geo_ln_post=params.take("use_ln_post", bool, True),
+        eps=1e-5,
+        bounds=1.05,
+    )
+    if config.width % config.heads or config.layers > 1000:
+        raise FormatError(
+            f"{where}: width {config.width}, heads {config.heads}, {config.layers} layers: "
+            "expected a width that the heads divide, and at most 1000 layers"
+        )
+    if not (math.isfinite(config.scale_factor) and 0 < config.scale_factor < 1e6):
+        raise FormatError(f"{where}: z_scale_factor is {config.scale_factor}; expected one near 1")
+    if unknown is not None:
+        unknown += [line for line in params.left() if ": _" not in line]
+    return config
+
+
+def sampler_defaults(folder: Path) -> SamplerDefaults:
+    """diffusers' Euler scheduler, the first prediction taken as zero, 30 steps, guidance 7.5."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    shift: Any = 1.0
+    if path.is_file():
+        params = Params(read_json(path), str(path))
+        if params.take("num_train_timesteps", int, 1000) != 1000:
+            raise FormatError(f"{path}: num_train_timesteps must be 1000")
+        if params.values.get("use_dynamic_shifting"):
+            raise FormatError(f"{path}: dynamic shifting is not supported")
+        shift = params.take("shift", float, 1.0)
+    return SamplerDefaults(
+        "euler", steps=30, guidance=7.5, shift=shift, flow="step1x", zero_init=True
+    )
+
+
+def _transformer(found: Found) -> Path | None:
+    """The transformer's own folder, where the path looks like this family's."""
+    folder = found.folder
+    for place in (folder / TRANSFORMER, folder):
+        path = place / "config.json"
+        if not path.is_file() or (found.path.is_file() and place != folder):
+            continue
+        config = read_json(path)
+        named = config.get("_class_name")
+        if named == "FluxDenoiser" or (
+            named is None and {"input_channels", "num_single_layers"} <= config.keys()
+        ):
+            return place
+    return None
+
+
+def recognises(found: Found) -> bool:
+    return found.config is None and _transformer(found) is not None
+
+
+def read(found: Found) -> Checkpoint:
+    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    place = _transformer(found)
+    assert place is not None
+    unknown: list[str] = []
+    settings = read_json(place / "config.json")
+    config = dit_config(settings, str(place / "config.json"), unknown)
+    file = found.path if found.path.is_file() else weight_file(place)
+    raw = open_weights(file).renamed(lambda name: name.removeprefix("dit_model."))
+    expected = original_shapes(config)
+    check_part(merged({f"{TRANSFORMER}.": raw}), TRANSFORMER, expected, file)
+    parts = {"model.": canonical(raw, config)}
+    sections: dict[str, Any] = {"model": {"params": settings}}
+    whole = place.name == TRANSFORMER and place != found.folder
+    root = found.folder if whole else place
+    decoder = None
+    if whole and (root / AUTOENCODER / "config.json").is_file():
+        path = root / AUTOENCODER / "config.json"
+        sections["vae"] = {"params": read_json(path)}
+        decoder = decoder_config(sections["vae"]["params"], str(path), unknown)
+        file = weight_file(root / AUTOENCODER)
+        parts["vae."] = open_weights(file).renamed(lambda name: name.removeprefix("shape_model."))
+        ignored = tuple(n for n in merged({"vae.": parts["vae."]}) if n.startswith(NOT_NEEDED))
+        shapes = shapes_of(lambda: ShapeDecoder(decoder))
+        check_part(merged({"vae.": parts["vae."]}), "vae", shapes, file, ignored)
+    else:
+        ignored = ()
+    labelled = bool(settings.get("use_label_condition"))
+    for name, prefix in (
+        ("visual_encoder", "conditioner."),
+        ("label_encoder", "conditioner.label."),
+    ):
+        path = root / name / "config.json"
+        if whole and path.is_file():
+            params = read_json(path)
+            labelled |= name == "label_encoder"
+            section = sections.setdefault("conditioner", {"params": {}})["params"]
+            section |= params if name == "visual_encoder" else {"label": params}
+            parts[prefix] = open_weights(weight_file(root / name))
+    return Checkpoint(
+        family=NAME,
+        variant=_variant(config, labelled),
+        path=found.path,
+        config=config,
+        sampler=sampler_defaults(root),
+        latents=None if decoder is None else (decoder.latents, decoder.channels),
+        decoder=decoder,
+        scale_factor=None if decoder is None else decoder.scale_factor,
+        weights=merged(parts),
+        ignored=ignored,
+        unknown=tuple(unknown),
+        sections=sections,
+    )
+
+
+def _variant(config: DiTConfig, labelled: bool) -> str:
+    depths = len(config.double_blocks), len(config.single_blocks)
+    name = "step1x-3d" if depths == (12, 24) else "step1x-3d-{}+{}".format(*depths)
+    return f"{name}-label" if labelled else name
+
+
+FAMILY = Family(
+    name=NAME,
+    looks_for="a folder with transformer/config.json of class FluxDenoiser (Step1X-3D)",
+    recognises=recognises,
+    read=read,
+)

@@ -1,0 +1,49 @@
+"""Tiny checkpoints in the released layouts of Step1X-3D and TRELLIS, made from the golden files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def golden_config(name: str) -> dict[str, Any]:
+    with safe_open(GOLDEN / f"{name}.safetensors", "np") as file:
+        return {k: v for k, v in json.loads(file.metadata()["config"]).items() if k != "family"}
+
+
+def golden_tensors(name: str, prefix: str = "weights/") -> dict[str, Tensor]:
+    found = load_file(GOLDEN / f"{name}.safetensors")
+    return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+
+
+class Step1X:
+    """A Step1X-3D folder to be spoilt at will before `save` writes it."""
+
+    def __init__(self) -> None:
+        self.index: dict[str, Any] = {"_class_name": "Step1X3DGeometryPipeline"}
+        config = golden_config("step1x3d_tiny")
+        self.transformer = {"_class_name": "FluxDenoiser", "_diffusers_version": "0.32.0", **config}
+        self.vae = {"_class_name": "MichelangeloAutoencoder", **golden_config("step1x_vae_tiny")}
+        self.tensors = golden_tensors("step1x3d_tiny")
+        self.vae_tensors = golden_tensors("step1x_vae_tiny")
+        self.scheduler = {"num_train_timesteps": 1000, "shift": 1.0}
+
+    def save(self, folder: Path) -> Path:
+        for name, config, tensors in (
+            ("transformer", self.transformer, self.tensors),
+            ("vae", self.vae, self.vae_tensors),
+        ):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "config.json").write_text(json.dumps(config))
+            save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / "scheduler").mkdir(exist_ok=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler))
+        (folder / "model_index.json").write_text(json.dumps(self.index))
+        return folder

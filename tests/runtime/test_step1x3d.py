@@ -1,0 +1,177 @@
+"""Step1X-3D: reference outputs through the real loading path, and folders that are wrong."""
+
+import json
+
+import pytest
+import torch
+from released_layouts import Step1X
+
+from vitapack.compressor.compress import compress
+from vitapack.compressor.plan import plan_paper, resolve_plan
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.families.checkpoint import dit_shapes
+from vitapack.runtime.families.step1x3d import dit_config, original_shapes
+from vitapack.runtime.load import load_dit, load_shape_decoder
+from vitapack.runtime.packed import load_packed_dit
+from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
+
+RELEASED = {"input_channels": 64, "width": 1280, "layers": 12, "num_single_layers": 24}
+
+
+def refused(path):
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 700
+    return line
+
+
+def test_reference_output(golden, relative, tmp_path):
+    reference = golden("step1x3d_tiny")
+    folder = Step1X().save(tmp_path / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path in (folder, folder / "transformer", file):
+        dit = load_dit(path)
+        with torch.no_grad():
+            assert relative(dit(**reference.inputs), reference.output) <= 1e-5
+
+
+def test_keys_without_their_class_prefix(golden, relative, tmp_path):
+    made = Step1X()
+    made.tensors = {k.removeprefix("dit_model."): v for k, v in made.tensors.items()}
+    made.vae_tensors = {f"shape_model.{k}": v for k, v in made.vae_tensors.items()}
+    folder = made.save(tmp_path / "model")
+    reference = golden("step1x3d_tiny")
+    with torch.no_grad():
+        assert relative(load_dit(folder)(**reference.inputs), reference.output) <= 1e-5
+    load_shape_decoder(open_checkpoint(folder))
+
+
+def test_bfloat16_error_is_the_format_s_own(golden, relative, tmp_path):
+    reference = golden("step1x3d_tiny")
+    dit = load_dit(Step1X().save(tmp_path / "model"), dtype=torch.bfloat16)
+    inputs = {key: value.bfloat16() for key, value in reference.inputs.items()}
+    inputs["t"] = reference.inputs["t"]
+    with torch.no_grad():
+        assert relative(dit(**inputs).float(), reference.output) <= 0.02
+
+
+def test_reference_decoder(golden, relative, tmp_path):
+    reference = golden("step1x_vae_tiny")
+    made = Step1X()
+    made.vae_tensors |= {"encoder.x": torch.zeros(2), "pre_kl.weight": torch.zeros(2)}
+    checkpoint = open_checkpoint(made.save(tmp_path / "model"))
+    assert set(checkpoint.ignored) == {"vae.encoder.x", "vae.pre_kl.weight"}
+    decoder = load_shape_decoder(checkpoint)
+    latents, queries = reference.inputs["latents"], reference.inputs["queries"]
+    with torch.no_grad():
+        assert relative(decoder.tokens(latents), reference.tensors["decoded_latents"]) <= 1e-5
+        assert relative(decoder(latents, queries), reference.output) <= 1e-5
+    assert decoder.config.bounds == 1.05
+
+
+def test_what_a_checkpoint_says(tmp_path):
+    made = Step1X()
+    made.vae["volume_decoder_type"] = "hierarchical"
+    checkpoint = open_checkpoint(made.save(tmp_path / "model"))
+    assert checkpoint.family == "step1x3d"
+    assert checkpoint.variant == "step1x-3d-2+3"
+    assert checkpoint.latents == (16, 8)
+    defaults = SamplerDefaults("euler", 30, 7.5, flow="step1x", zero_init=True)
+    assert checkpoint.sampler == defaults
+    assert len(evaluation_times(defaults)) == 29  # the first is multiplied by zero
+    assert len(checkpoint.unknown) == 1
+    assert "volume_decoder_type = 'hierarchical'" in checkpoint.unknown[0]
+    assert checkpoint.part_config("shape_decoder")["width"] == 64
+    made.transformer["use_label_condition"] = True
+    assert open_checkpoint(made.save(tmp_path / "l")).variant == "step1x-3d-2+3-label"
+
+
+def test_released_size():
+    config = dit_config(RELEASED, "test", [])
+    shapes = dit_shapes(config)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert count == 1_316_287_808
+    assert sum(torch.Size(s).numel() for s in original_shapes(config).values()) == count
+    assert len(plan_paper("step1x-3d").blocks) == 14
+
+
+@pytest.mark.parametrize("modulation", ["table", "int8"])
+def test_compressed_it_is_the_same_network(modulation, golden, relative, tmp_path):
+    """8 bits on 64 channels cost 1 %; a wrong row order or swap would cost all."""
+    checkpoint = open_checkpoint(Step1X().save(tmp_path / "model"))
+    out = tmp_path / "m.safetensors"
+    compress(checkpoint, resolve_plan("int8", checkpoint), out, modulation=modulation, steps=[4])
+    packed, original = load_packed_dit(out), load_dit(tmp_path / "model")
+    inputs = golden("step1x3d_tiny").inputs
+    t = evaluation_times(SamplerDefaults("euler", 4, 1.0, flow="step1x", zero_init=True))[0]
+    when = torch.tensor([t], dtype=torch.float64)
+    with torch.no_grad():
+        found = packed(inputs["x"], when, inputs["cond"])
+        wanted = original(inputs["x"], when, inputs["cond"])
+    assert relative(found, wanted) < 0.02
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    made = Step1X()
+    moved = made.tensors.pop("dit_model.transformer_blocks.1.attn.to_k.weight")
+    made.tensors["dit_model.transformer_blocks.1.attn.to_kk.weight"] = moved
+    made.tensors["dit_model.proj_in.weight"] = torch.zeros(64, 9)
+    line = refused(made.save(tmp_path / "a"))
+    assert "missing: transformer.transformer_blocks.1.attn.to_k.weight" in line
+    assert "unexpected: transformer.transformer_blocks.1.attn.to_kk.weight" in line
+    assert "of another shape: transformer.proj_in.weight [64, 9], expected [64, 8]" in line
+    made = Step1X()
+    del made.vae_tensors["decoder.ln_post.bias"]
+    assert "missing: vae.decoder.ln_post.bias" in refused(made.save(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_values_are_named(value, tmp_path):
+    made = Step1X()
+    made.tensors["dit_model.transformer_blocks.0.attn.to_v.weight"][3, 5] = value
+    folder = made.save(tmp_path / "model")
+    with pytest.raises(FormatError, match=r"transformer/diffusion.*holds 1 NaN or infinite"):
+        load_dit(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 10_000, -1])
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_truncated_weights(keep, part, tmp_path):
+    file = Step1X().save(tmp_path / "model") / part / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert str(file) in refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("transformer", "width", "wide", "width is 'wide'"),
+        ("transformer", "num_heads", 5, "not a multiple of heads 5"),
+        ("transformer", "layers", 10**5, "expected at most 1000"),
+        ("transformer", "visual_condition_dim", 32, "project their condition first"),
+        ("vae", "heads", 7, "that the heads divide"),
+        ("vae", "z_scale_factor", 0.0, "z_scale_factor is 0.0"),
+        ("scheduler", "num_train_timesteps", 500, "must be 1000"),
+        ("scheduler", "use_dynamic_shifting", True, "dynamic shifting"),
+    ],
+)
+def test_configurations_that_cannot_be(part, key, value, message, tmp_path):
+    made = Step1X()
+    getattr(made, part)[key] = value
+    assert message in refused(made.save(tmp_path / "model"))
+
+
+def test_other_places(tmp_path):
+    folder = Step1X().save(tmp_path / "model")
+    (folder / "transformer" / "config.json").write_text("{not json")
+    assert "is not JSON" in refused(folder)
+    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "Unet"}))
+    assert "class FluxDenoiser (Step1X-3D)" in refused(folder)
+    (folder / "transformer" / "config.json").write_text(json.dumps([]))
+    assert "expected an object of settings" in refused(folder)
+    folder = Step1X().save(tmp_path / "bare")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "holds no weights" in refused(folder)
