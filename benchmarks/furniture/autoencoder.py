@@ -78,7 +78,7 @@ def distances(data: dict, index: np.ndarray, mirror: np.ndarray) -> Tensor:
 
 
 def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
-    data = load_data(options.data, options.body)
+    data = load_data(options.data, options.body, pictures=False)
     train, unseen = (np.where(data["split"] == name)[0] for name in ("train", "validation"))
     torch.manual_seed(rank)
     rng = np.random.default_rng(rank + 1000 * int(options.minutes))
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--body", type=float, default=0.25, help="least share of solid cells")
+    parser.add_argument("--body", type=float, default=0.0, help="least share of solid cells")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=8, help="a process")
     parser.add_argument("--rate", type=float, default=2e-3)

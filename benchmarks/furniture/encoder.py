@@ -132,7 +132,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     model = Regressor(config, latents.shape[-1], len(shapes))
     trainer = Trainer(
         model, options.out, rank=rank, workers=workers, minutes=options.minutes,
-        rate=options.rate, ema=0.998, weight_decay=0.05, save_every=120,
+        rate=options.rate, ema=0.998, weight_decay=0.05, save_every=120, start=options.start,
     )  # fmt: skip
     if rank == 0:
         names = [data["entries"][i]["id"] for i in shapes]
@@ -148,11 +148,11 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         view = np.tile([views - 1, views - 2], len(shapes))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             unseen = pictures(data, shapes[shape], view, np.zeros(len(shape), bool))
-            guess, scores = average(unseen)
-            guess = guess.float()
+            made = [average(part) for part in unseen.split(64)]
+            guess, scores = (torch.cat(parts).float() for parts in zip(*made, strict=True))
             error = (guess - latents[shape, 0]).square().mean()
             right = (scores.argmax(1).numpy() == shape).mean()
-            some = np.arange(0, len(shape), 8)
+            some = np.linspace(0, len(shape) - 1, 48).astype(int)
             grids = autoencoder.decoder(guess[some] * scale + mean)
         truth = distances(data, shapes[shape[some]], np.zeros(len(some), bool)) < 0
         trainer.log(
@@ -174,26 +174,32 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
 
 
 def cache(options: argparse.Namespace) -> None:
-    """tokens.npz: (shapes, views, mirrored, 50, width) float16 beside the normalised latents."""
+    """tokens.npz: the condition tokens (shapes, views, 50, width) float16 beside the normalised
+    latents (shapes, 64, C), and the tokens of one view of every validation shape."""
     data = load_data(options.data, options.body)
     found = torch.load(options.out / "latents.pt", weights_only=True)
     place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
     shapes = np.array([place[name] for name in found["shapes"]])
-    latents = all_latents(load_autoencoder(options.autoencoder), data, shapes)
+    latents = all_latents(load_autoencoder(options.autoencoder), data, shapes)[:, 0]
     state = torch.load(options.out / "checkpoint.pt", weights_only=True)
     model = Regressor(FurnitureEncoderConfig(), latents.shape[-1], len(shapes))
     model.load_state_dict(state["average"])
     model.eval()
-    tokens = []
-    with torch.no_grad():
-        for shape in shapes:
-            view = np.tile(np.arange(data["images"].shape[1]), 2)
-            mirror = np.repeat([False, True], data["images"].shape[1])
-            batch = pictures(data, np.full(len(view), shape), view, mirror)
-            made = model.encoder(batch).unflatten(0, (2, -1)).transpose(0, 1)
-            tokens.append(made.half().numpy())
-    latents = (latents - found["mean"]) / found["scale"]
-    np.savez(options.out / "tokens.npz", tokens=np.stack(tokens), latents=latents.numpy())
+    validation = np.where(data["split"] == "validation")[0]
+    views = np.arange(data["images"].shape[1])
+
+    def encode(shape: int, view: np.ndarray) -> np.ndarray:
+        batch = pictures(data, np.full(len(view), shape), view, np.zeros(len(view), bool))
+        with torch.no_grad():
+            return model.encoder(batch).half().numpy()
+
+    np.savez(
+        options.out / "tokens.npz",
+        tokens=np.stack([encode(shape, views) for shape in shapes]),
+        latents=((latents - found["mean"]) / found["scale"]).numpy(),
+        validation=validation,
+        validation_tokens=np.stack([encode(shape, views[-1:])[0] for shape in validation]),
+    )
 
 
 def main() -> None:
@@ -201,8 +207,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("autoencoder", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--body", type=float, default=0.25)
-    parser.add_argument("--shapes", type=int, default=200)
+    parser.add_argument("--start", type=Path, help="folder of a run whose weights to start from")
+    parser.add_argument("--body", type=float, default=0.0)
+    parser.add_argument("--shapes", type=int, default=10_000, help="at most")
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--batch", type=int, default=48, help="a process")
     parser.add_argument("--rate", type=float, default=1e-3)

@@ -2,13 +2,13 @@
 
 One thread a process and gloo between them: intra-op threads collapse when the cores are shared.
 A checkpoint holds everything, is written atomically every few minutes, and is resumed from, so a
-run that is cut off loses minutes. Learning rates follow the share of the time budget that is used.
+run that is cut off loses minutes. The learning rate is flat and falls over the last fifth of the
+time budget, so that a larger budget goes on where a smaller one was flat.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+DECAY = 0.2  # share of the time budget, its last, over which the learning rate falls to 2 %
 
 
 def launch(worker: Callable[..., None], workers: int, *arguments: object) -> None:
@@ -51,12 +53,15 @@ class Trainer:
         ema: float,
         weight_decay: float = 0.01,
         save_every: float = 180.0,
+        start: Path | None = None,
     ) -> None:
         self.model, self.folder, self.rank, self.workers = model, folder, rank, workers
+        if start is not None:
+            take_weights(model, start)
         self.seconds, self.rate, self.decay = minutes * 60, rate, ema
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay
+            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
         )
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step, self.used, self.samples, self.save_every = 0, 0.0, 0, save_every
@@ -107,9 +112,7 @@ class Trainer:
             if share >= 1:
                 break
             start = time.perf_counter()
-            yield min(1.0, (self.step + 1) / 200) * (
-                0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
-            )
+            yield min(1.0, (self.step + 1) / 200, 0.02 + 0.98 * (1 - share) / DECAY)
             # A pause (SIGSTOP) must not eat the budget: no real step takes 20 seconds.
             self.used += min(20.0, time.perf_counter() - start)
             if self.used - last_evaluation > evaluate_every:
@@ -155,6 +158,22 @@ class Trainer:
         return blank.eval()
 
 
+def take_weights(model: nn.Module, folder: Path) -> None:
+    """Starts from the averaged weights of another run, where name and shape agree: the identity
+    layer of an encoder that knew fewer shapes stays as it was initialised."""
+    average = torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
+    state = model.state_dict()
+    fitting = {
+        key: value
+        for key, value in average.items()
+        if key in state and state[key].shape == value.shape
+    }
+    if not fitting:
+        raise SystemExit(f"{folder}: no tensor of this checkpoint fits the model")
+    model.load_state_dict(state | fitting)
+    print(f"start from {folder}: {len(fitting)} of {len(state)} tensors", flush=True)
+
+
 def grid_iou(logits: Tensor, inside: Tensor) -> Tensor:
     """IoU of logits > 0 with a boolean grid, (B,)."""
     ours = (logits > 0).flatten(1)
@@ -162,12 +181,13 @@ def grid_iou(logits: Tensor, inside: Tensor) -> Tensor:
     return (ours & theirs).sum(1) / (ours | theirs).sum(1).clamp(min=1)
 
 
-def load_data(path: Path, body: float) -> dict:
+def load_data(path: Path, body: float, *, pictures: bool = True) -> dict:
     """The arrays of data.npz for shapes of which at least the share `body` survives an erosion by
     two cells (0: all shapes); `entries` parsed, `split` (N,) beside them."""
+    left_out = {"entries"} if pictures else {"entries", "images"}
     with np.load(path) as file:
         chosen = file["body"] >= body
-        data = {key: file[key][chosen] for key in file.files if key != "entries"}
+        data = {key: file[key][chosen] for key in file.files if key not in left_out}
         entries = json.loads(str(file["entries"]))
     data["entries"] = [entry for entry, keep in zip(entries, chosen, strict=True) if keep]
     data["split"] = np.array([entry["split"] for entry in data["entries"]])
