@@ -309,7 +309,13 @@ template <class R> class Pair {
  public:
   Pair(const R* x, const R* y, int n, const Options& options, const Kernels& kernels,
        const std::atomic<bool>& stop)
-      : x_(x), y_(y), n_(n), options_(options), kernels_(kernels), stop_(stop), kind_(options.p - 1) {}
+      : x_(x),
+        y_(y),
+        n_(n),
+        options_(options),
+        kernels_(kernels),
+        stop_(stop),
+        kind_(options.p - 1) {}
 
   Outcome solve(std::int64_t* assignment, double* prices) {
     measure();
@@ -359,7 +365,10 @@ template <class R> class Pair {
     std::frexp(extent_, &exponent);
     scale_ = std::ldexp(1.0, -std::max(exponent, -900));
     double square = 0;
-    for (int a = 0; a < 3; ++a) square += (high[a] - low[a]) * scale_ * ((high[a] - low[a]) * scale_);
+    for (int a = 0; a < 3; ++a) {
+      const double side = (high[a] - low[a]) * scale_;
+      square += side * side;
+    }
     diagonal_ = std::sqrt(square);
   }
 
@@ -372,7 +381,8 @@ template <class R> class Pair {
     rough_.build(n_, [&](int j, int a) { return rounded(y_, object_[j], a); });
     rough_people_.resize(3 * std::size_t(n_));
     for (int i = 0; i < n_; ++i)
-      for (int a = 0; a < 3; ++a) rough_people_[3 * std::size_t(i) + a] = rounded(x_, person_[i], a);
+      for (int a = 0; a < 3; ++a)
+        rough_people_[3 * std::size_t(i) + a] = rounded(x_, person_[i], a);
     work_.n = n_;
     work_.owner.assign(n_, -1);
     work_.object.assign(n_, -1);
@@ -385,11 +395,14 @@ template <class R> class Pair {
   // The float64 side is first needed for the certificate; it takes the prices over.
   void refresh_exact() {
     if (exact_.n == 0) {
-      exact_.build(n_, [&](int j, int a) { return double(y_[3 * std::size_t(object_[j]) + a]) * scale_; });
+      const auto scaled = [&](const R* cloud, int i, int a) {
+        return double(cloud[3 * std::size_t(i) + a]) * scale_;
+      };
+      exact_.build(n_, [&](int j, int a) { return scaled(y_, object_[j], a); });
       exact_people_.resize(3 * std::size_t(n_));
       for (int i = 0; i < n_; ++i)
         for (int a = 0; a < 3; ++a)
-          exact_people_[3 * std::size_t(i) + a] = double(x_[3 * std::size_t(person_[i]) + a]) * scale_;
+          exact_people_[3 * std::size_t(i) + a] = scaled(x_, person_[i], a);
     }
     for (int j = 0; j < n_; ++j) exact_.price(j) = rough_.price(j);
     exact_.refresh_minima();
@@ -403,8 +416,8 @@ template <class R> class Pair {
   }
 
   Sums check(double eps) {
-    return double_ ? kernels_.check64[kind_](work_, exact_, exact_people_.data(), eps, stop_)
-                   : kernels_.check32[kind_](work_, rough_, rough_people_.data(), float(eps), stop_);
+    if (double_) return kernels_.check64[kind_](work_, exact_, exact_people_.data(), eps, stop_);
+    return kernels_.check32[kind_](work_, rough_, rough_people_.data(), float(eps), stop_);
   }
 
   double price_sum() const {
@@ -425,13 +438,10 @@ template <class R> class Pair {
   // Distance and bound in scaled units from sums over the exact side.
   std::pair<double, double> certify(const Sums& sums) const {
     Sum total;
-    double highest = 0;
-    for (int j = 0; j < n_; ++j) {
-      total.add(exact_.price(j));
-      highest = std::max(highest, std::fabs(exact_.price(j)));
-    }
-    // A value is a cost (at most 3 in these units) plus a price, rounded at most 6 times.
-    const double margin = 8 * DBL_EPSILON * (3 + highest);
+    for (int j = 0; j < n_; ++j) total.add(exact_.price(j));
+    // A minimum is a cost plus a price, neither negative: it is rounded 6 times in a row at most,
+    // by half an epsilon of itself each time. The sums round once more.
+    const double margin = 8 * DBL_EPSILON * (sums.minimum.value() + total.value()) / n_;
     const double primal = sums.matched.value() / n_;
     double dual = (sums.minimum.value() - total.value()) / n_ - margin;
     dual = std::max(0.0, std::min(dual, primal));
@@ -475,13 +485,17 @@ template <class R> class Pair {
       const double wanted = aim(mean);
       double next = std::max(eps / options_.factor, wanted);
       if (eps <= wanted * 1.0001) next = eps / 2;
+      // Values of about this size get rounded; below 16 steps of float32, float64 goes on.
+      const double size = options_.p == 1 ? 1.0 : std::max(price_span(), 4 * mean);
+      const bool exhausted = next < 1e-16 * size;
       const Sums sums = check(next);
       if (stop) return out;
       const double primal = sums.matched.value() / n_;
       const double dual = std::max(0.0, sums.minimum.value() / n_ - price_sum() / n_);
-      const bool done = options_.p == 1 ? primal - dual <= goal(primal)
-                                        : std::sqrt(primal) - std::sqrt(dual) <= goal(std::sqrt(primal));
-      if (done || next < 1e-16) {
+      const double reached = options_.p == 1 ? primal : std::sqrt(primal);
+      const double shown = options_.p == 1 ? dual : std::sqrt(dual);
+      const bool done = reached - shown <= goal(reached);
+      if (done || exhausted) {
         if (!double_) refresh_exact();
         const bool was = double_;
         std::vector<int> todo = work_.todo;
@@ -490,22 +504,20 @@ template <class R> class Pair {
         double_ = was;
         work_.todo = std::move(todo);
         if (stop) return out;
-        if (ends.first - ends.second <= goal(ends.first) || next < 1e-16) break;
+        if (ends.first - ends.second <= goal(ends.first) || exhausted) break;
       }
       for (int i : work_.todo) {
         work_.owner[work_.object[i]] = -1;
         work_.object[i] = -1;
       }
       eps = next;
-      if (!double_) {
-        // float32 rounds values of about this size; below 16 of its steps, go on in float64.
-        const double size = options_.p == 1 ? 1.0 : std::max(price_span(), 4 * mean);
-        if (eps < 16 * 6e-8 * size) start_double();
-      }
+      if (!double_ && eps < 16 * 6e-8 * size) start_double();
     }
     out.distance = ends.first / scale_;
     out.lower_bound = ends.second / scale_;
-    out.converged = ends.first - ends.second <= goal(ends.first);
+    // Not `goal`, which gives up below what float64 can show.
+    out.converged =
+        ends.first - ends.second <= options_.gap * std::max(ends.first, 1e-6 * diagonal_);
     return out;
   }
 
@@ -549,7 +561,8 @@ template <class R> class Pair {
 };
 
 // Runs `count` jobs on threads and returns when all are done; Ctrl-C sets `stop` and raises.
-template <class Job> void run_jobs(std::int64_t count, int threads, std::atomic<bool>& stop, Job job) {
+template <class Job>
+void run_jobs(std::int64_t count, int threads, std::atomic<bool>& stop, Job job) {
   std::atomic<std::int64_t> next{0};
   std::mutex mutex;
   std::condition_variable finished;
@@ -587,7 +600,8 @@ template <class Job> void run_jobs(std::int64_t count, int threads, std::atomic<
     }
     std::unique_lock<std::mutex> hold(mutex);
     while (running > 0) {
-      if (finished.wait_for(hold, std::chrono::milliseconds(50), [&] { return running == 0; })) break;
+      const auto done = [&] { return running == 0; };
+      if (finished.wait_for(hold, std::chrono::milliseconds(50), done)) break;
       hold.unlock();
       {
         py::gil_scoped_acquire acquire;
@@ -605,9 +619,11 @@ template <class Job> void run_jobs(std::int64_t count, int threads, std::atomic<
   if (error) std::rethrow_exception(error);
 }
 
+template <class R> using Array = py::array_t<R, py::array::c_style>;
+
 template <class R>
-py::dict solve(const py::array_t<R, py::array::c_style>& x, const py::array_t<R, py::array::c_style>& y,
-               const Options& options, int threads, bool want_prices, const Kernels& kernels) {
+py::dict solve(const Array<R>& x, const Array<R>& y, const Options& options, int threads,
+               bool want_prices, const Kernels& kernels) {
   const std::int64_t count = x.shape(0);
   const int n = int(x.shape(1));
   py::array_t<double> distance(count), lower_bound(count);
@@ -627,7 +643,8 @@ py::dict solve(const py::array_t<R, py::array::c_style>& x, const py::array_t<R,
   run_jobs(count, threads, stop, [&](std::int64_t b) {
     const std::size_t points = std::size_t(b) * n * 3;
     Pair<R> pair(from + points, to + points, n, options, kernels, stop);
-    const Outcome out = pair.solve(assignment_at + b * n, want_prices ? prices_at + b * n : nullptr);
+    const Outcome out =
+        pair.solve(assignment_at + b * n, want_prices ? prices_at + b * n : nullptr);
     distance_at[b] = out.distance;
     bound_at[b] = out.lower_bound;
     bids_at[b] = out.bids;
@@ -645,9 +662,9 @@ py::dict solve(const py::array_t<R, py::array::c_style>& x, const py::array_t<R,
   return result;
 }
 
-py::dict emd_auction(const py::array& x, const py::array& y, int p, double gap, std::int64_t max_bids,
-                     int threads, bool want_prices, const std::string& isa, double first_eps,
-                     double factor) {
+py::dict emd_auction(const py::array& x, const py::array& y, int p, double gap,
+                     std::int64_t max_bids, int threads, bool want_prices, const std::string& isa,
+                     double first_eps, double factor) {
   if (x.ndim() != 3 || y.ndim() != 3 || x.shape(2) != 3 || y.shape(2) != 3 ||
       x.shape(0) != y.shape(0) || x.shape(1) != y.shape(1) || x.shape(1) < 1 ||
       x.shape(1) > (1 << 28))
@@ -656,17 +673,15 @@ py::dict emd_auction(const py::array& x, const py::array& y, int p, double gap, 
     throw py::value_error("emd_auction: p is 1 or 2; gap, first_eps > 0; factor > 1");
   const Options options{p, gap, max_bids, first_eps, factor};
   const Kernels kernels = kernels_for(isa);
-  constexpr auto style = py::array::c_style;
-  if (py::array_t<float, style>::check_(x) && py::array_t<float, style>::check_(y))
-    return solve<float>(py::array_t<float, style>(x), py::array_t<float, style>(y), options, threads,
-                        want_prices, kernels);
-  if (py::array_t<double, style>::check_(x) && py::array_t<double, style>::check_(y))
-    return solve<double>(py::array_t<double, style>(x), py::array_t<double, style>(y), options,
-                         threads, want_prices, kernels);
+  if (Array<float>::check_(x) && Array<float>::check_(y))
+    return solve<float>(Array<float>(x), Array<float>(y), options, threads, want_prices, kernels);
+  if (Array<double>::check_(x) && Array<double>::check_(y))
+    return solve<double>(Array<double>(x), Array<double>(y), options, threads, want_prices,
+                         kernels);
   throw py::type_error("emd_auction: x and y must be float32 or float64 and C-contiguous");
 }
 
-py::array_t<std::int64_t> kd_order(const py::array_t<double, py::array::c_style>& points, int leaf) {
+py::array_t<std::int64_t> kd_order(const Array<double>& points, int leaf) {
   if (points.ndim() != 2 || points.shape(1) != 3 || points.shape(0) > (1 << 28) || leaf < 1)
     throw py::value_error("kd_order: points must be (N, 3) float64, leaf >= 1");
   const int n = int(points.shape(0));

@@ -7,9 +7,10 @@
 // so there is no include guard. All three give the same bits: they do the same IEEE operations in
 // the same order (no fused multiply-add), and minima do not depend on the lane width.
 //
-// Why pruning is exact and not "exact up to rounding": a node's bound is computed by the same
-// operations as a point's value, and each of them (subtract, square, add, square root) is monotone
-// under round-to-nearest. So bound <= value holds for the rounded numbers as well.
+// Why pruning is exact and not "exact up to rounding": a box's squared distance is computed by the
+// same operations as a point's, and each of them (subtract, square, add) is monotone under
+// round-to-nearest, so box <= point holds for the rounded numbers as well; the limit that both are
+// held against is padded by more than the comparison itself can round.
 
 namespace EMD_NAMESPACE {
 
@@ -25,9 +26,9 @@ template <> struct Vec<float> {
   EMD_TARGET static inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   EMD_TARGET static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
-  EMD_TARGET static inline V root(V a) { return _mm512_sqrt_ps(a); }
-  EMD_TARGET static inline unsigned less(V a, V b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+  EMD_TARGET static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
+  EMD_TARGET static inline unsigned not_above(V a, V b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
   }
 };
 template <> struct Vec<double> {
@@ -40,9 +41,9 @@ template <> struct Vec<double> {
   EMD_TARGET static inline V sub(V a, V b) { return _mm512_sub_pd(a, b); }
   EMD_TARGET static inline V mul(V a, V b) { return _mm512_mul_pd(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm512_max_pd(a, b); }
-  EMD_TARGET static inline V root(V a) { return _mm512_sqrt_pd(a); }
-  EMD_TARGET static inline unsigned less(V a, V b) {
-    return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ);
+  EMD_TARGET static inline V min(V a, V b) { return _mm512_min_pd(a, b); }
+  EMD_TARGET static inline unsigned not_above(V a, V b) {
+    return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ);
   }
 };
 #elif EMD_LEVEL == 256
@@ -57,9 +58,9 @@ template <> struct Vec<float> {
   EMD_TARGET static inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   EMD_TARGET static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
-  EMD_TARGET static inline V root(V a) { return _mm256_sqrt_ps(a); }
-  EMD_TARGET static inline unsigned less(V a, V b) {
-    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+  EMD_TARGET static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
+  EMD_TARGET static inline unsigned not_above(V a, V b) {
+    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
   }
 };
 template <> struct Vec<double> {
@@ -72,9 +73,9 @@ template <> struct Vec<double> {
   EMD_TARGET static inline V sub(V a, V b) { return _mm256_sub_pd(a, b); }
   EMD_TARGET static inline V mul(V a, V b) { return _mm256_mul_pd(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm256_max_pd(a, b); }
-  EMD_TARGET static inline V root(V a) { return _mm256_sqrt_pd(a); }
-  EMD_TARGET static inline unsigned less(V a, V b) {
-    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)));
+  EMD_TARGET static inline V min(V a, V b) { return _mm256_min_pd(a, b); }
+  EMD_TARGET static inline unsigned not_above(V a, V b) {
+    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LE_OQ)));
   }
 };
 #else
@@ -88,41 +89,64 @@ template <class T> struct Vec {
   static inline V sub(V a, V b) { return a - b; }
   static inline V mul(V a, V b) { return a * b; }
   static inline V max(V a, V b) { return a > b ? a : b; }
-  static inline V root(V a) { return std::sqrt(a); }
-  static inline unsigned less(V a, V b) { return a < b ? 1u : 0u; }
+  static inline V min(V a, V b) { return a < b ? a : b; }
+  static inline unsigned not_above(V a, V b) { return a <= b ? 1u : 0u; }
 };
 #endif
+
+// The smallest of 16 numbers.
+template <class T> EMD_TARGET static inline T lowest(const T* values) {
+  using S = Vec<T>;
+  alignas(64) T folded[S::width];
+  auto low = S::load(values);
+  for (int k = S::width; k < kFan; k += S::width) low = S::min(low, S::load(values + k));
+  S::store(folded, low);
+  for (int half = S::width / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) folded[k] = std::min(folded[k], folded[k + half]);
+  return folded[0];
+}
 
 // What a scan is looking for: the smallest and second smallest of cost + price.
 // Values that are not below `second` on entry are not looked at.
 template <class T> struct Best {
   T x, y, z;
   T first, second;
+  T limit;      // `second`, padded
+  int done[2];  // leaves that were looked at before the rest
   int first_at, second_at;
 };
 
-// Values of the 16 points of a leaf; returns the lanes that are below `limit`.
+// Both tests below ask whether cost + price < limit without a square root, which would be a third
+// of their time: with room = limit - price they ask square <= room^2 (p = 2: square <= room).
+// `limit` comes with a few float steps on top, so rounding never loses a point; what passes is
+// computed and compared for real afterwards.
+template <class T> EMD_TARGET static inline T padded(T limit) {
+  return limit + (limit * (8 * std::numeric_limits<T>::epsilon()) + std::numeric_limits<T>::min());
+}
+
+// The lanes of a leaf whose value may be below `limit` (padded); their squared distances.
 template <class T, int P>
-EMD_TARGET static inline unsigned leaf_values(const T* leaf, T x, T y, T z, T limit, T* out) {
+EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limit, T* out) {
   using S = Vec<T>;
   const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(limit);
+  const auto zero = S::all(T(0));
   unsigned mask = 0;
   for (int k = 0; k < kFan; k += S::width) {
     const auto dx = S::sub(S::load(leaf + k), px);
     const auto dy = S::sub(S::load(leaf + kFan + k), py);
     const auto dz = S::sub(S::load(leaf + 2 * kFan + k), pz);
-    auto cost = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
-    if (P == 1) cost = S::root(cost);
-    const auto value = S::add(cost, S::load(leaf + 3 * kFan + k));
-    mask |= S::less(value, top) << k;
-    S::store(out + k, value);
+    const auto square = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
+    auto room = S::max(zero, S::sub(top, S::load(leaf + 3 * kFan + k)));
+    if (P == 1) room = S::mul(room, room);
+    mask |= S::not_above(square, room) << k;
+    S::store(out + k, square);
   }
   return mask;
 }
 
-// Lower bounds of the 16 children of a node; returns those that are below `limit`.
+// The children of a node that may hold a value below `limit` (padded); squared box distances.
 template <class T, int P>
-EMD_TARGET static inline unsigned node_bounds(const T* node, T x, T y, T z, T limit, T* out) {
+EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limit, T* out) {
   using S = Vec<T>;
   const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(limit);
   const auto zero = S::all(T(0));
@@ -134,50 +158,70 @@ EMD_TARGET static inline unsigned node_bounds(const T* node, T x, T y, T z, T li
                                         S::sub(py, S::load(node + 4 * kFan + k))));
     const auto dz = S::max(zero, S::max(S::sub(S::load(node + 2 * kFan + k), pz),
                                         S::sub(pz, S::load(node + 5 * kFan + k))));
-    auto cost = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
-    if (P == 1) cost = S::root(cost);
-    const auto bound = S::add(cost, S::load(node + 6 * kFan + k));
-    mask |= S::less(bound, top) << k;
-    S::store(out + k, bound);
+    const auto square = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
+    auto room = S::max(zero, S::sub(top, S::load(node + 6 * kFan + k)));
+    if (P == 1) room = S::mul(room, room);
+    mask |= S::not_above(square, room) << k;
+    S::store(out + k, square);
   }
   return mask;
 }
 
-// With `Both` false only the smallest value is wanted, and `second` is kept equal to `first`.
+// Takes a leaf's points into `best`. With `Both` false only the smallest value is wanted, and
+// `second` is kept equal to `first`.
+template <class T, int P, bool Both>
+EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best) {
+  alignas(64) T square[kFan];
+  const T* leaf = tree.leaf(child);
+  unsigned hit = leaf_test<T, P>(leaf, best.x, best.y, best.z, best.limit, square);
+  while (hit) {
+    const int j = __builtin_ctz(hit);
+    hit &= hit - 1;
+    const T v = (P == 1 ? std::sqrt(square[j]) : square[j]) + leaf[3 * kFan + j];
+    if (!(v < best.second)) continue;
+    if (!Both) {
+      best.first = best.second = v, best.first_at = child * kFan + j;
+    } else if (v < best.first) {
+      best.second = best.first, best.second_at = best.first_at;
+      best.first = v, best.first_at = child * kFan + j;
+    } else {
+      best.second = v, best.second_at = child * kFan + j;
+    }
+    best.limit = padded(best.second);
+  }
+}
+
+// Goes through what is under a node and may matter.
 template <class T, int P, bool Both>
 EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>& best) {
-  alignas(64) T bound[kFan];
-  unsigned mask = node_bounds<T, P>(tree.node(level, block), best.x, best.y, best.z, best.second,
-                                    bound);
+  alignas(64) T near[kFan];
+  const T* node = tree.node(level, block);
+  unsigned mask = node_test<T, P>(node, best.x, best.y, best.z, best.limit, near);
   while (mask) {
     const int k = __builtin_ctz(mask);
     mask &= mask - 1;
-    if (!(bound[k] < best.second)) continue;
+    // The limit has fallen if an earlier child held something better.
+    const T room = std::max(T(0), best.limit - node[6 * kFan + k]);
+    if (near[k] > (P == 1 ? room * room : room)) continue;
     const int child = block * kFan + k;
     if (level > 0) {
       visit<T, P, Both>(tree, level - 1, child, best);
       continue;
     }
-    alignas(64) T value[kFan];
-    unsigned hit = leaf_values<T, P>(tree.leaf(child), best.x, best.y, best.z, best.second, value);
-    while (hit) {
-      const int j = __builtin_ctz(hit);
-      hit &= hit - 1;
-      const T v = value[j];
-      if (!Both) {
-        if (v < best.first) best.first = best.second = v, best.first_at = child * kFan + j;
-      } else if (v < best.first) {
-        best.second = best.first, best.second_at = best.first_at;
-        best.first = v, best.first_at = child * kFan + j;
-      } else if (v < best.second) {
-        best.second = v, best.second_at = child * kFan + j;
-      }
-    }
+    if (child != best.done[0] && child != best.done[1]) look<T, P, Both>(tree, child, best);
   }
 }
 
+// Finds what `best` asks for. The leaves of two objects that were good before come first: they
+// bring the limit down to about its final value, which saves a third of the leaves (10k points on
+// surfaces) to two thirds (outliers).
 template <class T, int P, bool Both>
-EMD_TARGET static inline void scan(const Tree<T>& tree, Best<T>& best) {
+EMD_TARGET static inline void scan(const Tree<T>& tree, int from, int also, Best<T>& best) {
+  best.limit = padded(best.second);
+  best.done[0] = from / kFan;
+  best.done[1] = also / kFan;
+  look<T, P, Both>(tree, best.done[0], best);
+  if (best.done[1] != best.done[0]) look<T, P, Both>(tree, best.done[1], best);
   const int level = tree.top;
   const int blocks = tree.blocks[level];
   for (int block = 0; block < blocks; ++block) visit<T, P, Both>(tree, level, block, best);
@@ -206,8 +250,7 @@ template <class T> EMD_TARGET static inline void set_price(Tree<T>& tree, int j,
     T* minima = tree.node(level, child / kFan) + 6 * kFan;
     T& slot = minima[child % kFan];
     if (old > slot) return;  // this point was not what the minimum came from
-    T low = prices[0];
-    for (int k = 1; k < kFan; ++k) low = prices[k] < low ? prices[k] : low;
+    const T low = lowest(prices);
     if (low == slot) return;
     old = slot;
     slot = low;
@@ -240,7 +283,7 @@ EMD_TARGET static void auction(Work& work, Tree<T>& tree, const T* people, T eps
     const T limit = a > b ? a : b;
     best.first = best.second = limit + (limit * slack + std::numeric_limits<T>::min());
     best.first_at = best.second_at = -1;
-    scan<T, P, true>(tree, best);
+    scan<T, P, true>(tree, near1, near2, best);
     const int j = best.first_at;
     near1 = work.hint1[i] = best.first_at;
     near2 = work.hint2[i] = best.second_at;
@@ -276,7 +319,7 @@ EMD_TARGET static Sums check(Work& work, const Tree<T>& tree, const T* people, T
     const T value = value_at<T, P>(tree, mine, best.x, best.y, best.z);
     best.first = best.second = value + (value * slack + std::numeric_limits<T>::min());
     best.first_at = best.second_at = -1;
-    scan<T, P, false>(tree, best);
+    scan<T, P, false>(tree, mine, mine, best);
     sums.minimum.add(double(best.first));
     sums.matched.add(double(cost_at<T, P>(tree, mine, best.x, best.y, best.z)));
     if (eps >= 0 && value > best.first + eps) work.todo.push_back(i);
@@ -304,7 +347,7 @@ EMD_TARGET static void finish(Work& work, Tree<T>& tree, const T* people,
     best.x = people[3 * i], best.y = people[3 * i + 1], best.z = people[3 * i + 2];
     best.first = best.second = inf;
     best.first_at = best.second_at = -1;
-    scan<T, P, false>(tree, best);
+    scan<T, P, false>(tree, 0, 0, best);
     work.object[i] = best.first_at;
     work.owner[best.first_at] = i;
     set_price(tree, best.first_at, inf);

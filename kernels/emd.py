@@ -87,14 +87,14 @@ def emd(
     depend on a pair's neighbours in the batch.
 
     With `return_prices` anyone can check the bound, in units of the cost ||.||^p:
-    mean_i min_j (cost_ij + price_j) - mean_j price_j >= lower_bound^p, less a rounding margin of
-    16 float64 steps of the largest value.
+    mean_i min_j (cost_ij + price_j) - mean_j price_j >= lower_bound^p, which keeps a rounding
+    margin of 8 (CUDA: 16) float64 epsilons of the sum of both means.
 
     Raises ValueError for shapes, dtypes, NaN or infinity, options out of range and mixed devices;
     TypeError for what is no array; ImportError where the compiled part is not built;
     KeyboardInterrupt within a second of Ctrl-C (CPU).
     """
-    if isinstance(p, bool) or p not in (1, 2):
+    if isinstance(p, bool) or not isinstance(p, int | np.integer) or p not in (1, 2):
         raise ValueError(f"p={p!r}: expected 1 (mean distance) or 2 (root mean square)")
     if not _is_number(gap) or not math.isfinite(gap) or gap <= 0:
         raise ValueError(f"gap={gap!r}: expected a positive number, such as 1e-3")
@@ -298,6 +298,8 @@ def _check_arrays(x: Any, y: Any) -> bool:
         raise ValueError(f"x has shape {tuple(x.shape)}, y {tuple(y.shape)}; expected equal shapes")
     if on_torch and x.device != y.device:
         raise ValueError(f"x is on {x.device}, y on {y.device}; expected one device")
+    if on_torch and x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"x and y are on {x.device}; expected a CPU or CUDA device")
     for name, value in (("x", x), ("y", y)):
         _check_values(name, value, on_torch)
     return on_torch
