@@ -10,7 +10,7 @@
 // Why pruning is exact and not "exact up to rounding": a box's squared distance is computed by the
 // same operations as a point's, and each of them (subtract, square, add) is monotone under
 // round-to-nearest, so box <= point holds for the rounded numbers as well; the limit that both are
-// held against is padded by more than the comparison itself can round.
+// held against is padded by more than the test's own arithmetic can round.
 
 namespace EMD_NAMESPACE {
 
@@ -27,8 +27,9 @@ template <> struct Vec<float> {
   EMD_TARGET static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
   EMD_TARGET static inline V min(V a, V b) { return _mm512_min_ps(a, b); }
-  EMD_TARGET static inline unsigned not_above(V a, V b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+  EMD_TARGET static inline V root(V a) { return _mm512_sqrt_ps(a); }
+  EMD_TARGET static inline unsigned less(V a, V b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
   }
 };
 template <> struct Vec<double> {
@@ -42,8 +43,9 @@ template <> struct Vec<double> {
   EMD_TARGET static inline V mul(V a, V b) { return _mm512_mul_pd(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm512_max_pd(a, b); }
   EMD_TARGET static inline V min(V a, V b) { return _mm512_min_pd(a, b); }
-  EMD_TARGET static inline unsigned not_above(V a, V b) {
-    return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ);
+  EMD_TARGET static inline V root(V a) { return _mm512_sqrt_pd(a); }
+  EMD_TARGET static inline unsigned less(V a, V b) {
+    return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ);
   }
 };
 #elif EMD_LEVEL == 256
@@ -59,8 +61,9 @@ template <> struct Vec<float> {
   EMD_TARGET static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
   EMD_TARGET static inline V min(V a, V b) { return _mm256_min_ps(a, b); }
-  EMD_TARGET static inline unsigned not_above(V a, V b) {
-    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
+  EMD_TARGET static inline V root(V a) { return _mm256_sqrt_ps(a); }
+  EMD_TARGET static inline unsigned less(V a, V b) {
+    return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
   }
 };
 template <> struct Vec<double> {
@@ -74,8 +77,9 @@ template <> struct Vec<double> {
   EMD_TARGET static inline V mul(V a, V b) { return _mm256_mul_pd(a, b); }
   EMD_TARGET static inline V max(V a, V b) { return _mm256_max_pd(a, b); }
   EMD_TARGET static inline V min(V a, V b) { return _mm256_min_pd(a, b); }
-  EMD_TARGET static inline unsigned not_above(V a, V b) {
-    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LE_OQ)));
+  EMD_TARGET static inline V root(V a) { return _mm256_sqrt_pd(a); }
+  EMD_TARGET static inline unsigned less(V a, V b) {
+    return unsigned(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)));
   }
 };
 #else
@@ -90,7 +94,8 @@ template <class T> struct Vec {
   static inline V mul(V a, V b) { return a * b; }
   static inline V max(V a, V b) { return a > b ? a : b; }
   static inline V min(V a, V b) { return a < b ? a : b; }
-  static inline unsigned not_above(V a, V b) { return a <= b ? 1u : 0u; }
+  static inline V root(V a) { return std::sqrt(a); }
+  static inline unsigned less(V a, V b) { return a < b ? 1u : 0u; }
 };
 #endif
 
@@ -117,18 +122,19 @@ template <class T> struct Best {
 };
 
 // Both tests below ask whether cost + price < limit without a square root, which would be a third
-// of their time: with room = limit - price they ask square <= room^2 (p = 2: square <= room).
-// `limit` comes with a few float steps on top, so rounding never loses a point; what passes is
-// computed and compared for real afterwards.
+// of their time: with room = limit - price they ask square < room^2 (p = 2: square < room).
+// `limit` comes with a few float steps on top, and with a trace whose square is above 0, so neither
+// rounding nor underflow loses a point; what passes is computed and compared for real afterwards.
 template <class T> EMD_TARGET static inline T padded(T limit) {
-  return limit + (limit * (8 * std::numeric_limits<T>::epsilon()) + std::numeric_limits<T>::min());
+  const T trace = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
+  return limit + (limit * (8 * std::numeric_limits<T>::epsilon()) + trace);
 }
 
-// The lanes of a leaf whose value may be below `limit` (padded); their squared distances.
+// The lanes of a leaf whose value is below `limit`, and these values. `wide` is `limit` padded.
 template <class T, int P>
-EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limit, T* out) {
+EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limit, T wide, T* out) {
   using S = Vec<T>;
-  const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(limit);
+  const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(wide);
   const auto zero = S::all(T(0));
   unsigned mask = 0;
   for (int k = 0; k < kFan; k += S::width) {
@@ -136,10 +142,13 @@ EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limi
     const auto dy = S::sub(S::load(leaf + kFan + k), py);
     const auto dz = S::sub(S::load(leaf + 2 * kFan + k), pz);
     const auto square = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
-    auto room = S::max(zero, S::sub(top, S::load(leaf + 3 * kFan + k)));
+    const auto price = S::load(leaf + 3 * kFan + k);
+    auto room = S::max(zero, S::sub(top, price));
     if (P == 1) room = S::mul(room, room);
-    mask |= S::not_above(square, room) << k;
-    S::store(out + k, square);
+    if (!S::less(square, room)) continue;  // nine leaves of ten
+    const auto value = S::add(P == 1 ? S::root(square) : square, price);
+    mask |= S::less(value, S::all(limit)) << k;
+    S::store(out + k, value);
   }
   return mask;
 }
@@ -161,7 +170,7 @@ EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limi
     const auto square = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
     auto room = S::max(zero, S::sub(top, S::load(node + 6 * kFan + k)));
     if (P == 1) room = S::mul(room, room);
-    mask |= S::not_above(square, room) << k;
+    mask |= S::less(square, room) << k;
     S::store(out + k, square);
   }
   return mask;
@@ -171,13 +180,14 @@ EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limi
 // `second` is kept equal to `first`.
 template <class T, int P, bool Both>
 EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best) {
-  alignas(64) T square[kFan];
-  const T* leaf = tree.leaf(child);
-  unsigned hit = leaf_test<T, P>(leaf, best.x, best.y, best.z, best.limit, square);
+  alignas(64) T value[kFan];
+  unsigned hit =
+      leaf_test<T, P>(tree.leaf(child), best.x, best.y, best.z, best.second, best.limit, value);
+  if (!hit) return;
   while (hit) {
     const int j = __builtin_ctz(hit);
     hit &= hit - 1;
-    const T v = (P == 1 ? std::sqrt(square[j]) : square[j]) + leaf[3 * kFan + j];
+    const T v = value[j];
     if (!(v < best.second)) continue;
     if (!Both) {
       best.first = best.second = v, best.first_at = child * kFan + j;
@@ -187,8 +197,8 @@ EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best
     } else {
       best.second = v, best.second_at = child * kFan + j;
     }
-    best.limit = padded(best.second);
   }
+  best.limit = padded(best.second);
 }
 
 // Goes through what is under a node and may matter.
@@ -200,9 +210,9 @@ EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>&
   while (mask) {
     const int k = __builtin_ctz(mask);
     mask &= mask - 1;
-    // The limit has fallen if an earlier child held something better.
-    const T room = std::max(T(0), best.limit - node[6 * kFan + k]);
-    if (near[k] > (P == 1 ? room * room : room)) continue;
+    // For real now: the limit may have fallen, and many ties pass a padded one.
+    const T bound = (P == 1 ? std::sqrt(near[k]) : near[k]) + node[6 * kFan + k];
+    if (!(bound < best.second)) continue;
     const int child = block * kFan + k;
     if (level > 0) {
       visit<T, P, Both>(tree, level - 1, child, best);
