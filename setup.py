@@ -43,7 +43,7 @@ class Build(build_ext):
         target = ROOT if self.inplace else Path(self.build_lib)
         library = target / "vitapack" / "libvitapack_cuda.so"
         library.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-O3", "-std=c++17", "--shared", "-cudart", "static"]
+        command = [nvcc, "-O3", "-std=c++17", "--shared", "-cudart", "static", "--threads", "2"]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-o", str(library)]
         for arch in CUDA_ARCHITECTURES:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]

@@ -105,6 +105,7 @@ def emd(
     if single:
         x, y = x[None], y[None]
 
+    found: dict[str, Any]
     if on_torch and x.device.type != "cpu":
         from vitapack.kernels.emd_cuda import solve_cuda
 
@@ -128,7 +129,8 @@ def emd(
             import torch
 
             found = {k: None if v is None else torch.from_numpy(v) for k, v in found.items()}
-    distance, lower_bound = found["distance"], found["lower_bound"]
+    distance: Any = found["distance"]
+    lower_bound: Any = found["lower_bound"]
     # A distance of 0 has the bound 0: costs are not negative.
     found["gap"] = (distance - lower_bound) / (distance + (distance == 0))
     _warn_if_open(found, gap, max_bids)
