@@ -29,8 +29,8 @@ from vitapack.runtime.errors import UserError, atomic_path
 from vitapack.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
-    from vitapack.runtime.dit import DiT
     from vitapack.runtime.pipeline import Pipeline
+    from vitapack.runtime.trellis import Network
 
 Block = tuple[str, int]  # kind and original index
 # Three more clouds of the full mesh an image: 24 images then pool 48 degrees of freedom.
@@ -152,7 +152,9 @@ class Measure:
         x, y = self._load(a).cloud, self._load(b).cloud
         return self._distance(x, _collapsed(x) if a == b else y)
 
-    def _latents(self, cond: torch.Tensor, noise_seed: int, dit: DiT | None = None) -> torch.Tensor:
+    def _latents(
+        self, cond: torch.Tensor, noise_seed: int, dit: Network | None = None
+    ) -> torch.Tensor:
         sampler = self.settings.sampler
         return self.pipeline.latents(
             cond,

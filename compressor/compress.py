@@ -9,6 +9,7 @@ interrupted job continues where it was. Equal inputs give equal bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,12 +27,11 @@ from vitapack.runtime.container import ITEM_BYTES, Layout, lay_out
 from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint
-from vitapack.runtime.layermap import LayerMap
+from vitapack.runtime.layermap import BLOCK_FIELDS, LayerMap, kept_blocks
 from vitapack.runtime.packed import torch_dtype
 from vitapack.runtime.packed_header import (
     KEY,
     MODULATIONS,
-    NETWORK_KIND,
     PARTS,
     RESTS,
     encode,
@@ -50,6 +50,7 @@ from vitapack.runtime.packed_layout import (
     size_table,
 )
 from vitapack.runtime.sampling import SamplerDefaults
+from vitapack.runtime.trellis import FlowConfig
 
 # Decoder and conditioner travel inside the file up to this size together: all of the furniture
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.
@@ -173,7 +174,9 @@ def make_plan(
     modulation_json = {
         "kind": modulation,
         "dtype": table_dtype,
-        "guidance": checkpoint.sampler.guidance if network["guidance_embed"] and tables else None,
+        "guidance": checkpoint.sampler.guidance
+        if checkpoint.config.guidance_embed and tables
+        else None,
         "nodes": len(nodes),
         "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
     }
@@ -213,27 +216,23 @@ def make_plan(
     return Plan(network, linears, modulation_json, nodes, rest, tuple(embedded), layout)
 
 
-def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig:
+def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig | FlowConfig:
     """The kept network's hyper-parameters. UserError if the map belongs to another network."""
-    config = checkpoint.config
-    held = {"double": len(config.double_blocks), "single": len(config.single_blocks)}
+    held = {kind: len(indices) for kind, indices in kept_blocks(checkpoint.config).items()}
     asked = {kind: count for kind, count in layer_map.totals.items() if count}
     if asked != {kind: count for kind, count in held.items() if count}:
         raise UserError(
             f"the layer map is for a network of {_counts(asked)}, "
             f"{checkpoint.path} ({checkpoint.variant}) has {_counts(held)}"
         )
-    return replace(
-        config, double_blocks=layer_map.kept("double"), single_blocks=layer_map.kept("single")
-    )
+    kept: dict[str, Any] = {BLOCK_FIELDS[kind]: layer_map.kept(kind) for kind in held}
+    return replace(checkpoint.config, **kept)
 
 
-def network_json(config: DiTConfig) -> dict[str, Any]:
-    """DiTConfig as the packed header states it."""
-    data = {"kind": NETWORK_KIND, **asdict(config)}
-    for kind in ("double_blocks", "single_blocks"):
-        data[kind] = list(data[kind])
-    return data
+def network_json(config: DiTConfig | FlowConfig) -> dict[str, Any]:
+    """The hyper-parameters as the packed header states them."""
+    lists = {BLOCK_FIELDS[kind]: list(indices) for kind, indices in kept_blocks(config).items()}
+    return {"kind": config.network_kind, **asdict(config), **lists}
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,6 @@ class Job:
 
 def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[Job]:
     placed = plan.layout.tensors
-    head_dim = (plan.network["hidden"] // plan.network["heads"],)
     tables: list[ModulationTables] = []  # made when the first one is needed, then kept
 
     def owned(name: str) -> tuple[str, ...]:
@@ -286,8 +284,8 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
             tensors["bias"] = _fetch(checkpoint, f"{name}.bias", (shape.out,))
         return {f"model.{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    def norm(name: str) -> dict[str, Tensor]:
-        return {f"model.{name}": _fetch(checkpoint, name, head_dim)}
+    def norm(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {f"model.{name}": _fetch(checkpoint, name, shape)}
 
     def embedded(part: str, full: str, name: str) -> dict[str, Tensor]:
         return {full: checkpoint.part_tensor(part, name)}
@@ -301,12 +299,8 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
     for name, shape in network_linears(plan.network).items():
         if names := owned(name):
             yield Job(names, shape.out * shape.inputs, partial(linear, name, shape, names))
-    for name in network_norms(plan.network):
-        yield Job(
-            (f"model.{name}",),
-            head_dim[0],
-            partial(norm, name),
-        )
+    for name, norm_shape in network_norms(plan.network).items():
+        yield Job((f"model.{name}",), math.prod(norm_shape), partial(norm, name, norm_shape))
     for part in plan.embedded:
         for full in _part_specs(checkpoint, part):
             name = full.removeprefix(f"{PARTS[part]}.")

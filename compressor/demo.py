@@ -37,7 +37,6 @@ from vitapack.compressor.report import (
 )
 from vitapack.compressor.vitality import analyze
 from vitapack.compressor.vitality_table import Vitality
-from vitapack.runtime.dit import DiT
 from vitapack.runtime.errors import UserError, atomic_path
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.furniture import HeldOut, held_out
@@ -45,6 +44,7 @@ from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.mesh import Mesh, save, surface_from_grid
 from vitapack.runtime.packed_layout import SizeTable
 from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.trellis import Network
 
 Report = Callable[[int, int, str], None]
 
@@ -74,7 +74,9 @@ class Made:
     mesh: Mesh | None  # None where the grid has no surface
 
 
-def grid_of(pipeline: Pipeline, picture: HeldOut, seed: int, dit: DiT | None = None) -> np.ndarray:
+def grid_of(
+    pipeline: Pipeline, picture: HeldOut, seed: int, dit: Network | None = None
+) -> np.ndarray:
     """The logits that a model makes of a held-out picture; `dit` stands in for its network."""
     cond = pipeline.condition(Image.open(picture.image_path), picture.name)
     return pipeline.grid(pipeline.latents(cond, pipeline.noise(seed), dit=dit))

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitapack.compressor.quantize import check_finite
 from vitapack.runtime.dit import DiTConfig, TimeEmbedding
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.trellis import FlowConfig
 
 HALF_MAX = 65504.0
 
@@ -29,7 +30,7 @@ class ModulationTables:
 
     def __init__(
         self,
-        config: DiTConfig,
+        config: DiTConfig | FlowConfig,
         tensor: Callable[[str], Tensor],
         nodes: Sequence[float],
         guidance: float | None = None,

@@ -30,7 +30,7 @@ from vitapack.compressor.vitality_table import (
 )
 from vitapack.runtime.container import lay_out
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.layermap import BlockEntry, LayerMap
+from vitapack.runtime.layermap import BLOCK_FIELDS, BlockEntry, LayerMap, kept_blocks
 from vitapack.runtime.packed_header import KEY, encode, schedule_nodes
 from vitapack.runtime.packed_layout import SizeTable, model_tensors, plan_linears, size_table
 from vitapack.runtime.sampling import SamplerDefaults
@@ -392,7 +392,7 @@ def predict_size(
     if modulation not in ("table", "both"):
         schedules = []
     network = vitality.network | {
-        f"{kind}_blocks": list(layer_map.kept(kind)) for kind in ("double", "single")
+        BLOCK_FIELDS[kind]: list(layer_map.kept(kind)) for kind in vitality.kinds
     }
     linears = plan_linears(network, layer_map, modulation)
     tables = {
@@ -506,9 +506,7 @@ def resolve_plan(plan: str | Path | LayerMap, checkpoint: Checkpoint) -> LayerMa
     Raises UserError for a plan of another family or other block counts.
     """
     totals = {
-        kind: len(indices)
-        for kind in ("double", "single", "block")
-        if (indices := getattr(checkpoint.config, f"{kind}_blocks", ()))
+        kind: len(indices) for kind, indices in kept_blocks(checkpoint.config).items() if indices
     }
     uniform = {"int8": 8, "int4": 4, "fp16": 16}
     if isinstance(plan, str) and plan in uniform:

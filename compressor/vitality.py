@@ -41,11 +41,11 @@ from vitapack.compressor.vitality_table import (
     summarize,
 )
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.layermap import KINDS
+from vitapack.runtime.layermap import KIND_OF, kept_blocks
 
 if TYPE_CHECKING:
-    from vitapack.runtime.dit import DiT
     from vitapack.runtime.pipeline import Pipeline
+    from vitapack.runtime.trellis import Network
 
 __all__ = ["Vitality", "analyze", "chamfer", "describe"]
 
@@ -149,28 +149,28 @@ def _check(
         raise UserError(f"two images are called {repeated[0]!r}; names must differ")
 
 
-def _blocks_of(dit: DiT) -> tuple[list[Block], dict[str, int]]:
+def _blocks_of(dit: Network) -> tuple[list[Block], dict[str, int]]:
     """Every block in the order in which it runs, and the totals by kind."""
-    kept = {kind: getattr(dit.config, f"{kind}_blocks", ()) for kind in KINDS}
+    kept = kept_blocks(dit.config)
     for kind, indices in kept.items():
         if tuple(indices) != tuple(range(len(indices))):
             raise UserError(
                 f"this model is already pruned ({kind} blocks {', '.join(map(str, indices))} are "
                 "left); analyze the original checkpoint"
             )
-    blocks = [(kind, index) for kind in KINDS for index in kept[kind]]
+    blocks = [(kind, index) for kind, indices in kept.items() for index in indices]
     if not blocks:
         raise UserError("this model has no blocks to leave out")
     return blocks, {kind: len(indices) for kind, indices in kept.items() if indices}
 
 
-def _fp16_bytes(dit: DiT, totals: dict[str, int]) -> dict[str, int]:
+def _fp16_bytes(dit: Network, totals: dict[str, int]) -> dict[str, int]:
     """Of one block of each kind (all are alike), and of the "rest"."""
     sizes = dict.fromkeys((*totals, "rest"), 0)
     for name, tensor in dit.state_dict().items():
         head, _, tail = name.partition(".")
-        kind = head.removesuffix("_blocks")
-        if kind in totals and head != kind:
+        kind = KIND_OF.get(head, "")
+        if kind in totals:
             sizes[kind] += 2 * tensor.numel() * tail.startswith("0.")
         else:
             sizes["rest"] += 2 * tensor.numel()

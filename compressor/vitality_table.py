@@ -21,8 +21,7 @@ import numpy as np
 from vitapack.compressor.bootstrap import mean_interval
 from vitapack.runtime.errors import FormatError, UserError, atomic_path
 from vitapack.runtime.layermap import KINDS
-from vitapack.runtime.packed_header import NETWORK_KIND
-from vitapack.runtime.packed_layout import network_linears
+from vitapack.runtime.packed_layout import BLOCK_KINDS, network_linears
 
 FORMAT = "vitapack-vitality"
 VERSION = 1
@@ -169,7 +168,7 @@ class Vitality:
         found = [(block.kind, block.index) for block in self.blocks]
         if set(found) != wanted or len(found) != len(wanted) or set(self.totals) - set(KINDS):
             raise ValueError(f"{len(found)} blocks do not match totals {self.totals}")
-        if self.network.get("kind") == NETWORK_KIND:
+        if self.network.get("kind") in BLOCK_KINDS:
             network_linears(self.network)  # KeyError or TypeError for a damaged architecture
         if self.settings["metric"] not in METRICS:
             raise ValueError(f"metric {self.settings['metric']!r}")

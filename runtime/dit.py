@@ -14,11 +14,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vitapack.runtime.layermap import BLOCK_FIELDS, kept_blocks
+from vitapack.runtime.packed_layout import DOUBLE_SINGLE
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class TimeEmbedding:
 @dataclass(frozen=True)
 class DiTConfig:
     """Hyper-parameters of one (possibly pruned) network."""
+
+    network_kind: ClassVar[str] = DOUBLE_SINGLE
 
     in_channels: int
     cond_channels: int
@@ -196,7 +205,14 @@ class StreamAttention(nn.Module):
         return *self.norm(q, k), v
 
 
-def mlp(config: DiTConfig) -> nn.Sequential:
+class Widths(Protocol):
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def mlp_hidden(self) -> int: ...
+
+
+def mlp(config: Widths) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(config.hidden, config.mlp_hidden),
         nn.GELU(approximate="tanh"),
@@ -357,21 +373,18 @@ class DiT(nn.Module):
 
     def without(self, *blocks: tuple[str, int]) -> DiT:
         """The same network, weights shared, without the given ("double" | "single", index)."""
-        kept = {
-            kind: tuple(
-                index
-                for index in getattr(self.config, f"{kind}_blocks")
-                if (kind, index) not in blocks
-            )
-            for kind in ("double", "single")
-        }
-        pruned = copy.copy(self)
-        pruned._modules = dict(self._modules)
-        for kind, indices in kept.items():
-            name = f"{kind}_blocks"
-            ours = getattr(self, name)
-            pruned._modules[name] = nn.ModuleDict({str(i): ours[str(i)] for i in indices})
-        pruned.config = replace(
-            self.config, double_blocks=kept["double"], single_blocks=kept["single"]
-        )
-        return pruned
+        return leave_out(self, blocks)
+
+
+def leave_out(network: Network, blocks: Iterable[tuple[str, int]]) -> Network:
+    """A copy that shares all weights but has no such blocks: (kind, original index)."""
+    gone, pruned = set(blocks), copy.copy(network)
+    pruned._modules = dict(network._modules)
+    changes: dict[str, Any] = {}
+    for kind, indices in kept_blocks(network.config).items():
+        kept = tuple(index for index in indices if (kind, index) not in gone)
+        ours = getattr(network, BLOCK_FIELDS[kind])
+        pruned._modules[BLOCK_FIELDS[kind]] = nn.ModuleDict({str(i): ours[str(i)] for i in kept})
+        changes[BLOCK_FIELDS[kind]] = kept
+    pruned.config = replace(network.config, **changes)  # type: ignore[type-var]
+    return pruned

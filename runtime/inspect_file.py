@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vitapack.runtime.layermap import KINDS
 from vitapack.runtime.packed_header import PackedHeader
 
 
@@ -21,7 +22,7 @@ def describe(header: PackedHeader) -> str:
         f"{network['in_channels']} latent and {network['cond_channels']} condition channels",
         f"layer map   {header.layer_map.how or 'unnamed'}",
     ]
-    for kind in ("double", "single"):
+    for kind in KINDS:
         lines += _blocks(header, kind)
     lines.append(f"quantizer   {header.quantizer}, everything else {header.rest}")
     tables = modulation["kind"] in ("table", "both")

@@ -13,6 +13,16 @@ from typing import Any
 
 KINDS = ("double", "single", "block")  # "block": the single-kind network of TRELLIS
 BITS = (4, 8, 16)
+# Where a network keeps its blocks of a kind: in configuration, module and tensor names alike.
+BLOCK_FIELDS = {"double": "double_blocks", "single": "single_blocks", "block": "blocks"}
+KIND_OF = {field: kind for kind, field in BLOCK_FIELDS.items()}
+
+
+def kept_blocks(config: Any) -> dict[str, tuple[int, ...]]:
+    """Original indices of a network's blocks by kind, in the order in which they run."""
+    return {
+        kind: getattr(config, name) for kind, name in BLOCK_FIELDS.items() if hasattr(config, name)
+    }
 
 
 @dataclass(frozen=True)

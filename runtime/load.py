@@ -14,11 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import DiT
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.linear import COMPUTES
+from vitapack.runtime.packed import network_of
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.trellis import Network, OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.weights import is_packed
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -29,7 +30,7 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     compute: str = "a16",
-) -> DiT:
+) -> Network:
     """The network of a packed file, or of an original checkpoint (folder, file, bundled name).
 
     Returns it in eval mode without gradients, called as dit(x, t, cond, guidance=None) in the
@@ -54,24 +55,27 @@ def dit_of(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> DiT:
+) -> Network:
     """The network of an open original checkpoint; see `load_dit`."""
     tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.names())
-    return build(lambda: DiT(checkpoint.config), tensors, dtype, device)
+    return build(lambda: network_of(checkpoint.config), tensors, dtype, device)
 
 
 def load_shape_decoder(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> ShapeDecoder:
-    """The ShapeVAE decoder of an original checkpoint, in eval mode without gradients."""
+) -> ShapeDecoder | OccupancyDecoder:
+    """The shape decoder of an original checkpoint, in eval mode without gradients: a ShapeVAE's,
+    or TRELLIS' occupancy decoder."""
     config = checkpoint.decoder
     names = list(checkpoint.part_shapes("shape_decoder"))
-    if not isinstance(config, ShapeDecoderConfig) or not names:
-        raise UserError(f"{checkpoint.path} ({checkpoint.variant}) holds no ShapeVAE decoder")
     tensors = ((name, checkpoint.part_tensor("shape_decoder", name)) for name in names)
-    return build(lambda: ShapeDecoder(config), tensors, dtype, device)
+    if names and isinstance(config, ShapeDecoderConfig):
+        return build(lambda: ShapeDecoder(config), tensors, dtype, device)
+    if names and isinstance(config, OccupancyConfig):
+        return build(lambda: OccupancyDecoder(config), tensors, dtype, device)
+    raise UserError(f"{checkpoint.path} ({checkpoint.variant}) holds no shape decoder")
 
 
 def build(

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 from vitapack.runtime.container import content_digest
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.inspect_file import describe
+from vitapack.runtime.layermap import BLOCK_FIELDS
 from vitapack.runtime.packed_header import PARTS, PackedHeader, read_header
-from vitapack.runtime.packed_layout import GROUP_OF, W16, network_linears
+from vitapack.runtime.packed_layout import BLOCK_KINDS, FLOW, GROUP_OF, W16, network_linears
 
 if TYPE_CHECKING:
     import torch
 
-    from vitapack.runtime.dit import DiT, DiTConfig
+    from vitapack.runtime.dit import DiTConfig
+    from vitapack.runtime.trellis import FlowConfig, Network
 
 __all__ = [
     "PackedHeader",
@@ -46,14 +48,23 @@ def verify(path: str | os.PathLike[str]) -> str:
     return actual
 
 
-def dit_config(header: PackedHeader) -> DiTConfig:
+def dit_config(header: PackedHeader) -> DiTConfig | FlowConfig:
     from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+    from vitapack.runtime.trellis import FlowConfig
 
     fields = {name: value for name, value in header.network.items() if name != "kind"}
     fields["time"] = TimeEmbedding(**fields["time"])
-    for kind in ("double_blocks", "single_blocks"):
-        fields[kind] = tuple(fields[kind])
-    return DiTConfig(**fields)
+    for kind in BLOCK_KINDS[header.network["kind"]]:
+        fields[BLOCK_FIELDS[kind]] = tuple(fields[BLOCK_FIELDS[kind]])
+    return FlowConfig(**fields) if header.network["kind"] == FLOW else DiTConfig(**fields)
+
+
+def network_of(config: DiTConfig | FlowConfig) -> Network:
+    """The network with these hyper-parameters, not yet filled."""
+    from vitapack.runtime.dit import DiT, DiTConfig
+    from vitapack.runtime.trellis import FlowTransformer
+
+    return DiT(config) if isinstance(config, DiTConfig) else FlowTransformer(config)
 
 
 def load_packed_dit(
@@ -64,7 +75,7 @@ def load_packed_dit(
     dtype: torch.dtype | None = None,
     modulation: str | None = None,
     verify_content: bool | None = None,
-) -> DiT:
+) -> Network:
     """The network of a packed file, in eval mode.
 
     compute: "a16" (weight-only) or "a8" (int8 activations as well). dtype: of everything that is
@@ -74,7 +85,7 @@ def load_packed_dit(
     """
     import torch
 
-    from vitapack.runtime.dit import DiT, ModulationTable, TimeNodes
+    from vitapack.runtime.dit import ModulationTable, TimeNodes
     from vitapack.runtime.linear import COMPUTES, PackedLinear
 
     header = read_header(path)
@@ -86,7 +97,7 @@ def load_packed_dit(
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     with torch.device("meta"):
-        dit = DiT(dit_config(header)).eval()
+        dit = network_of(dit_config(header)).eval()
 
     with TensorReader(header, device) as reader:
         for name, linear in network_linears(header.network).items():
@@ -122,7 +133,7 @@ def load_packed_dit(
                 )
             guidance = header.modulation["guidance"]
             dit.time_in = TimeNodes(nodes, guidance, header.schedules())
-            if header.network["guidance_embed"]:
+            if header.network.get("guidance_embed"):
                 del dit.guidance_in
         rest = {
             name: reader.floats(f"model.{name}", dtype)

@@ -25,9 +25,11 @@ from vitapack.runtime.container import (
     read_container,
 )
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.layermap import LayerMap
+from vitapack.runtime.layermap import BLOCK_FIELDS, KINDS, LayerMap
 from vitapack.runtime.packed_layout import (
     BITS_OF,
+    BLOCK_KINDS,
+    FLOW,
     SizeTable,
     model_tensors,
     plan_linears,
@@ -37,7 +39,6 @@ from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 
 FORMAT = 1
 KEY = "vitapack"  # of __metadata__
-NETWORK_KIND = "double-single-dit"
 
 MODULATIONS = ("table", "int8", "both", "kept")  # kept: as in the source, fp16
 STORAGES = ("embedded", "referenced", "none")
@@ -175,15 +176,19 @@ def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
         _check(f"{name}", data[name], _text, "a short text")
     network = _network(data["network"])
     layer_map = LayerMap.from_json(data["layer_map"])
-    for kind in ("double", "single"):
-        kept, listed = list(layer_map.kept(kind)), network[f"{kind}_blocks"]
+    for kind in KINDS:
+        if kind not in BLOCK_KINDS[network["kind"]]:
+            if layer_map.kept(kind):
+                raise ValueError(
+                    "the layer map keeps blocks of a kind that this network does not have"
+                )
+            continue
+        kept, listed = list(layer_map.kept(kind)), network[BLOCK_FIELDS[kind]]
         if kept != listed:
             raise ValueError(
                 f"the layer map keeps {kind} blocks {_short(kept)}, "
                 f"the network has {_short(listed)}"
             )
-    if layer_map.kept("block"):
-        raise ValueError("the layer map keeps blocks of a kind that this network does not have")
     _choice("rest", data["rest"], RESTS)
     modulation = _modulation(data["modulation"])
     linears = _linears(data["linears"], network, layer_map, modulation["kind"])
@@ -237,22 +242,27 @@ def _check_tensors(header: PackedHeader) -> None:
 
 def _network(data: Any) -> dict[str, Any]:
     _object("network", data)
+    _choice("network kind", data.get("kind"), tuple(BLOCK_KINDS))
     count: Callable[[Any], bool] = lambda v: type(v) is int and 1 <= v <= 1 << 20  # noqa: E731
     flag: Callable[[Any], bool] = lambda v: type(v) is bool  # noqa: E731
     number: Callable[[Any], bool] = lambda v: type(v) in (int, float) and 0 < v <= 1e9  # noqa: E731
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "kind": (lambda v: v == NETWORK_KIND, repr(NETWORK_KIND)),
+        "kind": (_text, "a kind of network"),
         "in_channels": (count, "a size"),
         "cond_channels": (count, "a size"),
         "hidden": (count, "a size"),
         "heads": (count, "a count"),
-        "double_blocks": (_indices, "ascending original indices"),
-        "single_blocks": (_indices, "ascending original indices"),
         "mlp_ratio": (lambda v: number(v) and v <= 64, "a number in 0..64"),
-        "qkv_bias": (flag, "true or false"),
-        "guidance_embed": (flag, "true or false"),
         "time": (lambda v: isinstance(v, dict), "an object"),
     }
+    for kind in BLOCK_KINDS[data["kind"]]:
+        checks[BLOCK_FIELDS[kind]] = (_indices, "ascending original indices")
+    if data["kind"] == FLOW:
+        few: Callable[[Any], bool] = lambda v: type(v) is int and 0 <= v <= 1024  # noqa: E731
+        checks |= {"resolution": (few, "0..1024"), "in_channels": (few, "0..1024")}
+        checks["patch"] = (lambda v: few(v) and 1 <= v <= 16, "1..16")
+    else:
+        checks |= {name: (flag, "true or false") for name in ("qkv_bias", "guidance_embed")}
     time_checks = {
         "channels": (count, "a size"),
         "hidden": (count, "a size"),

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitapack.runtime.layermap import LayerMap
+from vitapack.runtime.layermap import KIND_OF, LayerMap
+
+DOUBLE_SINGLE, FLOW = "double-single-dit", "flow-transformer"  # runtime/dit.py, runtime/trellis.py
+BLOCK_KINDS = {DOUBLE_SINGLE: ("double", "single"), FLOW: ("block",)}
 
 # Layout ids, one per linear. A change of byte order gets a new id, never a new meaning.
 W16, W8 = "w16-v1", "w8-c-v1"
@@ -57,7 +60,9 @@ class SizeTable:
 
 
 def network_linears(network: Mapping[str, Any]) -> dict[str, Linear]:
-    """Every linear of the canonical double/single DiT by its canonical name, in model order."""
+    """Every linear of a network by its canonical name, in model order."""
+    if network["kind"] == FLOW:
+        return _flow_linears(network)
     h, wide = network["hidden"], int(network["hidden"] * network["mlp_ratio"])
     time, qkv_bias = network["time"], network["qkv_bias"]
     linears = {
@@ -85,15 +90,52 @@ def network_linears(network: Mapping[str, Any]) -> dict[str, Linear]:
     return linears
 
 
-def network_norms(network: Mapping[str, Any]) -> list[str]:
-    """Names of the (head_dim,) q/k norm scales, the only tensors that are no linear's."""
+def _flow_linears(network: Mapping[str, Any]) -> dict[str, Linear]:
+    h, wide, time = (
+        network["hidden"],
+        int(network["hidden"] * network["mlp_ratio"]),
+        network["time"],
+    )
+    token = network["in_channels"] * network["patch"] ** 3
+    edges = bool(network["in_channels"])
+    linears = {"latent_in": Linear(h, token, True, "edge")} if edges else {}
+    linears["time_in.in_layer"] = Linear(time["hidden"], time["channels"], True, "time")
+    linears["time_in.out_layer"] = Linear(h, time["hidden"], True, "time")
+    for index in network["blocks"]:
+        name = f"blocks.{index}"
+        linears[f"{name}.mod.lin"] = Linear(6 * h, h, True, "modulation")
+        linears[f"{name}.self_attn.qkv"] = Linear(3 * h, h, True, "block")
+        linears[f"{name}.self_attn.proj"] = Linear(h, h, True, "block")
+        linears[f"{name}.cross_attn.q"] = Linear(h, h, True, "block")
+        linears[f"{name}.cross_attn.kv"] = Linear(2 * h, network["cond_channels"], True, "block")
+        linears[f"{name}.cross_attn.proj"] = Linear(h, h, True, "block")
+        linears[f"{name}.mlp.0"] = Linear(wide, h, True, "block")
+        linears[f"{name}.mlp.2"] = Linear(h, wide, True, "block")
+    if edges:
+        linears["final_layer.linear"] = Linear(token, h, True, "edge")
+    return linears
+
+
+def network_norms(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that are no linear's, by name: norms, q/k norm scales as a rule."""
+    h, heads = network["hidden"], network["heads"]
+    if network["kind"] == FLOW:
+        norms: dict[str, tuple[int, ...]] = {}
+        for index in network["blocks"]:
+            name = f"blocks.{index}"
+            for which in ("query", "key"):
+                norms[f"{name}.self_attn.norm.{which}_norm.scale"] = (heads, h // heads)
+            norms |= {f"{name}.cross_norm.{leaf}": (h,) for leaf in ("weight", "bias")}
+        return norms
     streams = [
         f"double_blocks.{index}.{stream}_attn"
         for index in network["double_blocks"]
         for stream in ("img", "txt")
     ]
     streams += [f"single_blocks.{index}" for index in network["single_blocks"]]
-    return [f"{s}.norm.{which}_norm.scale" for s in streams for which in ("query", "key")]
+    return {
+        f"{s}.norm.{which}_norm.scale": (h // heads,) for s in streams for which in ("query", "key")
+    }
 
 
 def weight_tensors(name: str, linear: Linear, layout: str, rest: str) -> dict[str, Any]:
@@ -130,9 +172,8 @@ def model_tensors(
         tensors |= weight_tensors(name, linear, linears.get(name, W16), rest)
         if linear.bias:
             tensors[f"{name}.bias"] = (rest, (linear.out,))
-    head_dim = network["hidden"] // network["heads"]
-    for name in network_norms(network):
-        tensors[name] = (rest, (head_dim,))
+    for name, norm in network_norms(network).items():
+        tensors[name] = (rest, norm)
     tensors = {f"model.{name}": spec for name, spec in tensors.items()}
     if tables:
         tensors["modulation.t"] = ("F64", (modulation["nodes"],))
@@ -148,7 +189,7 @@ def plan_linears(
     for name, linear in network_linears(network).items():
         if linear.role == "block":
             kind, index = name.split(".")[:2]
-            plan[name] = layouts[layer_map.bits(kind.removesuffix("_blocks"), int(index))]
+            plan[name] = layouts[layer_map.bits(KIND_OF[kind], int(index))]
         elif linear.role == "modulation" and modulation != "table":
             plan[name] = W16 if modulation == "kept" else W8
     return plan
@@ -176,7 +217,7 @@ def _part(name: str, linears: Mapping[str, str]) -> str:
     owner, dot, _ = inner.partition(".weight")
     owner = owner if dot else inner.removesuffix(".bias")
     if owner.startswith(("time_in", "guidance_in")) or owner.endswith(
-        ("_mod.lin", "modulation.lin", "adaLN_modulation.1")
+        ("_mod.lin", ".mod.lin", "modulation.lin", "adaLN_modulation.1")
     ):
         return "modulation weights"
     if dot and owner in linears:

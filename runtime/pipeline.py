@@ -23,11 +23,12 @@ from torch import Tensor
 
 import vitapack
 from vitapack.runtime import packed, sampling
-from vitapack.runtime.dit import DiT, MissingTime
+from vitapack.runtime.dit import MissingTime
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import BUNDLED, furniture, open_checkpoint
 from vitapack.runtime.load import dit_of
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
+from vitapack.runtime.trellis import Network
 from vitapack.runtime.weights import is_packed
 
 # Families whose whole way from picture to mesh is here; of the others, the network alone is.
@@ -60,7 +61,7 @@ class Pipeline:
 
     def __init__(
         self,
-        dit: DiT,
+        dit: Network,
         sampler: sampling.SamplerDefaults,
         conditioner: Callable[..., Tensor],
         decoder: Any,
@@ -153,7 +154,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
-        dit: DiT | None = None,
+        dit: Network | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents (1, L, C) float32 on the CPU; `dit` stands in for the model's own network, such

@@ -47,3 +47,47 @@ class Step1X:
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler))
         (folder / "model_index.json").write_text(json.dumps(self.index))
         return folder
+
+
+class Trellis:
+    """A TRELLIS folder: pipeline.json and two models below ckpts/."""
+
+    FLOW, DECODER = "ckpts/ss_flow_img_dit", "ckpts/ss_dec_conv3d"
+
+    def __init__(self) -> None:
+        self.flow = {"name": "SparseStructureFlowModel", "args": golden_config("trellis_ss_tiny")}
+        args = golden_config("trellis_ss_decoder_tiny")
+        self.decoder = {"name": "SparseStructureDecoder", "args": args}
+        self.tensors = golden_tensors("trellis_ss_tiny")
+        self.decoder_tensors = golden_tensors("trellis_ss_decoder_tiny")
+        self.pipeline: dict[str, Any] = {
+            "name": "TrellisImageTo3DPipeline",
+            "args": {
+                "models": {
+                    "sparse_structure_flow_model": self.FLOW,
+                    "sparse_structure_decoder": self.DECODER,
+                },
+                "sparse_structure_sampler": {
+                    "name": "FlowEulerGuidanceIntervalSampler",
+                    "args": {"sigma_min": 1e-5},
+                    "params": {
+                        "steps": 25,
+                        "cfg_strength": 5.0,
+                        "cfg_interval": [0.5, 1.0],
+                        "rescale_t": 3.0,
+                    },
+                },
+                "image_cond_model": "dinov2_vitl14_reg",
+            },
+        }
+
+    def save(self, folder: Path) -> Path:
+        (folder / "ckpts").mkdir(parents=True, exist_ok=True)
+        for stem, config, tensors in (
+            (self.FLOW, self.flow, self.tensors),
+            (self.DECODER, self.decoder, self.decoder_tensors),
+        ):
+            (folder / f"{stem}.json").write_text(json.dumps(config))
+            save_file(tensors, folder / f"{stem}.safetensors")
+        (folder / "pipeline.json").write_text(json.dumps(self.pipeline))
+        return folder

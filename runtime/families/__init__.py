@@ -14,13 +14,18 @@ import os
 from pathlib import Path
 
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.families import furniture, hunyuan3d, step1x3d
+from vitapack.runtime.families import furniture, hunyuan3d, step1x3d, trellis
 from vitapack.runtime.families.checkpoint import Checkpoint, Family, Found
 from vitapack.runtime.weights import is_packed
 
 __all__ = ["BUNDLED", "FAMILIES", "Checkpoint", "Family", "open_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (hunyuan3d.FAMILY, step1x3d.FAMILY, furniture.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    step1x3d.FAMILY,
+    trellis.FAMILY,
+    hunyuan3d.FAMILY,
+    furniture.FAMILY,
+)
 
 log = logging.getLogger("vitapack.families")
 

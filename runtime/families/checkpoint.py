@@ -19,10 +19,12 @@ import yaml
 from torch import Tensor, nn
 
 from vitapack.runtime.container import NO_DIGEST, one_line, parse_json
-from vitapack.runtime.dit import DiT, DiTConfig
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.packed import network_of
 from vitapack.runtime.packed_header import PARTS
 from vitapack.runtime.sampling import SamplerDefaults
+from vitapack.runtime.trellis import FlowConfig
 from vitapack.runtime.weights import INDEX, PICKLED, Weights, dtype_name, open_weights, some
 
 
@@ -36,9 +38,9 @@ class Checkpoint:
     family: str
     variant: str  # "hunyuan3d-2mini-turbo"; names the released model where it is one
     path: Path  # as the user gave it
-    config: DiTConfig
+    config: DiTConfig | FlowConfig
     sampler: SamplerDefaults
-    latents: tuple[int, int] | None  # tokens, channels; None where only the DiT is there
+    latents: tuple[int, ...] | None  # tokens, channels; None where only the DiT is there
     decoder: Any  # the family's decoder config (ShapeDecoderConfig, ...), None where unknown
     scale_factor: float | None  # the DiT's latents are the autoencoder's times this
     weights: Weights  # names "model.<canonical>", "vae.<...>", "conditioner.<...>"
@@ -273,8 +275,8 @@ def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    return shapes_of(lambda: DiT(config))
+def network_shapes(config: DiTConfig | FlowConfig) -> dict[str, tuple[int, ...]]:
+    return shapes_of(lambda: network_of(config))
 
 
 def check_part(

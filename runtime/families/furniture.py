@@ -25,7 +25,7 @@ from vitapack.runtime.families.checkpoint import (
     Found,
     Params,
     check_part,
-    dit_shapes,
+    network_shapes,
     shapes_of,
 )
 from vitapack.runtime.families.hunyuan3d import dit_config
@@ -154,7 +154,7 @@ def read(found: Found) -> Checkpoint:
             f"{where}: in_channels is {config.in_channels}; expected latent_channels "
             f"{decoder.latent_channels} + {ANCHOR_CHANNELS} anchors"
         )
-    check_part(found.weights, "model", dit_shapes(config), found.path)
+    check_part(found.weights, "model", network_shapes(config), found.path)
     for part, network in (
         ("vae", lambda: FurnitureDecoder(decoder)),
         ("conditioner", lambda: FurnitureEncoder(encoder)),

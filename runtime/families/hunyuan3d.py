@@ -19,7 +19,7 @@ from vitapack.runtime.families.checkpoint import (
     Found,
     Params,
     check_part,
-    dit_shapes,
+    network_shapes,
     shapes_of,
 )
 from vitapack.runtime.sampling import SamplerDefaults
@@ -171,7 +171,7 @@ def read(found: Found) -> Checkpoint:
         if alone
         else dit_config(found.params("model"), f"{where}: model.params")
     )
-    check_part(weights, "model", dit_shapes(config), path)
+    check_part(weights, "model", network_shapes(config), path)
     ignored = tuple(name for name in weights if name.startswith(NOT_NEEDED))
     decoder, unknown = None, list[str]()
     if found.target("vae"):

@@ -24,7 +24,7 @@ from vitapack.runtime.families.checkpoint import (
     Found,
     Params,
     check_part,
-    dit_shapes,
+    network_shapes,
     read_json,
     shapes_of,
     weight_file,
@@ -90,7 +90,7 @@ def originals(name: str) -> tuple[str, ...]:
 def original_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the released transformer must hold."""
     shapes = {}
-    for name, shape in dit_shapes(config).items():
+    for name, shape in network_shapes(config).items():
         names = originals(name)
         rows = [config.hidden] * len(names)
         rows[-1] = shape[0] - sum(rows[:-1])  # proj_mlp is wider than q, k and v
@@ -102,7 +102,7 @@ def original_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 def canonical(weights: Weights, config: DiTConfig) -> Weights:
     """The transformer's tensors as the canonical DiT names and lays them out."""
     stored = {}
-    for name in dit_shapes(config):
+    for name in network_shapes(config):
         entry = stacked([weights.stored[original] for original in originals(name)])
         if name.startswith("final_layer.adaLN_modulation"):
             entry = _swapped(entry)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_model import tiny_config, tiny_dit
 
+from vitapack.compressor.compress import network_json
 from vitapack.compressor.modulation import ModulationTables, exact_sinusoid, stored
 from vitapack.runtime.dit import hunyuan_time, sinusoid
 from vitapack.runtime.errors import UserError
@@ -19,7 +20,7 @@ def tables(dit, nodes, guidance=None):
 
 
 def modulation_names(dit):
-    network = {**vars(dit.config), "time": vars(dit.config.time)}
+    network = network_json(dit.config)
     return [n for n, linear in network_linears(network).items() if linear.role == "modulation"]
 
 

@@ -84,7 +84,7 @@ def test_source_and_its_digest(released, tmp_path):
 )
 def test_released_variants(depths, guidance, scheduler, encoder, variant, released, tmp_path):
     """The released configurations, at a width of 8."""
-    from vitapack.runtime.families.checkpoint import dit_shapes
+    from vitapack.runtime.families.checkpoint import network_shapes
     from vitapack.runtime.families.hunyuan3d import dit_config
 
     made = released()
@@ -95,7 +95,7 @@ def test_released_variants(depths, guidance, scheduler, encoder, variant, releas
     if scheduler.startswith("Con"):
         made.config["scheduler"]["params"]["pcm_timesteps"] = 100
     made.config["conditioner"]["params"]["main_image_encoder"]["type"] = encoder
-    shapes = dit_shapes(dit_config(params, "test"))
+    shapes = network_shapes(dit_config(params, "test"))
     made.tensors = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     checkpoint = open_checkpoint(made.save(tmp_path / "model"))
     assert checkpoint.variant == variant
@@ -109,11 +109,11 @@ def test_released_variants(depths, guidance, scheduler, encoder, variant, releas
 @pytest.mark.parametrize(("depths", "count"), [((16, 32), 1_113_274_432), ((8, 16), 559_196_224)])
 def test_released_sizes(depths, count):
     """Parameters of 2.0 as its file size says, and of 2mini, from the published numbers alone."""
-    from vitapack.runtime.families.checkpoint import dit_shapes
+    from vitapack.runtime.families.checkpoint import network_shapes
     from vitapack.runtime.families.hunyuan3d import dit_config
 
     params = {"depth": depths[0], "depth_single_blocks": depths[1]}
-    shapes = dit_shapes(dit_config(params, "test"))
+    shapes = network_shapes(dit_config(params, "test"))
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
 
 

@@ -37,7 +37,7 @@ def test_file_without_config(name, prefix, golden, tmp_path):
     checkpoint = open_checkpoint(path)
     assert checkpoint.decoder is None
     assert checkpoint.scale_factor is None
-    with pytest.raises(UserError, match="holds no ShapeVAE decoder"):
+    with pytest.raises(UserError, match="holds no shape decoder"):
         load_shape_decoder(checkpoint)
 
 

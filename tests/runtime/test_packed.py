@@ -111,7 +111,7 @@ def test_the_loaded_network_runs_and_says_what_it_is(tmp_path):
 def test_the_table_of_tensors_is_the_networks_own_state_dict():
     for changes in ({}, {"guidance_embed": True}, {"qkv_bias": False}, {"double_blocks": (1,)}):
         config = tiny_config(**changes)
-        network = {**vars(config), "time": vars(config.time)}
+        network = {"kind": "double-single-dit", **vars(config), "time": vars(config.time)}
         kept = {"kind": "kept", "dtype": "F16", "nodes": 0}
         tensors = model_tensors(network, {}, "F16", kept)
         with torch.device("meta"):
@@ -189,7 +189,11 @@ LIES = [
     ("family", ..., "missing family"),
     ("family", 3, "family: expected a short text"),
     ("network", [], "network: expected an object"),
-    ("network.kind", "moe", "network kind: expected 'double-single-dit'"),
+    (
+        "network.kind",
+        "moe",
+        "network kind 'moe': this vitapack knows double-single-dit, flow-transformer",
+    ),
     ("network.hidden", 6, "the layer map|expected"),
     ("network.hidden", 5, "hidden 5 must be a multiple of heads 2"),
     ("network.hidden", 10**12, "network hidden: expected a size"),

@@ -10,7 +10,7 @@ from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import plan_paper, resolve_plan
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.checkpoint import dit_shapes
+from vitapack.runtime.families.checkpoint import network_shapes
 from vitapack.runtime.families.step1x3d import dit_config, original_shapes
 from vitapack.runtime.load import load_dit, load_shape_decoder
 from vitapack.runtime.packed import load_packed_dit
@@ -91,7 +91,7 @@ def test_what_a_checkpoint_says(tmp_path):
 
 def test_released_size():
     config = dit_config(RELEASED, "test", [])
-    shapes = dit_shapes(config)
+    shapes = network_shapes(config)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert count == 1_316_287_808
     assert sum(torch.Size(s).numel() for s in original_shapes(config).values()) == count

@@ -1,0 +1,273 @@
+"""TRELLIS image-large: the sparse-structure flow with its occupancy decoder, and the SLAT flow.
+
+Released layout: a folder with pipeline.json, which names the models by their place below it
+(`ckpts/ss_flow_img_dit_L_16l8_fp16` is a pair of .json and .safetensors); a folder means its
+sparse-structure flow. One model's .json or .safetensors is read by itself. Of the SLAT flow the
+transformer blocks are read, for size and analysis; its sparse convolutions are named as ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitapack.runtime.errors import FormatError
+from vitapack.runtime.families.checkpoint import (
+    Checkpoint,
+    Family,
+    Found,
+    Params,
+    check_part,
+    network_shapes,
+    read_json,
+    shapes_of,
+)
+from vitapack.runtime.sampling import SamplerDefaults
+from vitapack.runtime.trellis import (
+    FlowConfig,
+    OccupancyConfig,
+    OccupancyDecoder,
+    trellis_time,
+)
+from vitapack.runtime.weights import Weights, merged, open_weights
+
+NAME = "trellis"
+STRUCTURE, SLAT = "SparseStructureFlowModel", ("SLatFlowModel", "ElasticSLatFlowModel")
+DECODER = "SparseStructureDecoder"
+RELEASED = {(STRUCTURE, 24): "trellis-ss", ("slat", 24): "trellis-slat"}
+# The places of the tokens are computed, and the SLAT flow's ends are sparse convolutions.
+NOT_NEEDED = ("pos_emb", "input_blocks.", "out_blocks.")
+SLAT_ENDS = ("input_layer.", "out_layer.")
+
+_PARTS = {
+    "mod.lin": "adaLN_modulation.1",
+    "self_attn.qkv": "self_attn.to_qkv",
+    "self_attn.proj": "self_attn.to_out",
+    "self_attn.norm.query_norm": "self_attn.q_rms_norm",
+    "self_attn.norm.key_norm": "self_attn.k_rms_norm",
+    "cross_norm": "norm2",
+    "cross_attn.q": "cross_attn.to_q",
+    "cross_attn.kv": "cross_attn.to_kv",
+    "cross_attn.proj": "cross_attn.to_out",
+    "mlp.0": "mlp.mlp.0",
+    "mlp.2": "mlp.mlp.2",
+}
+_EDGES = {
+    "latent_in": "input_layer",
+    "time_in.in_layer": "t_embedder.mlp.0",
+    "time_in.out_layer": "t_embedder.mlp.2",
+    "final_layer.linear": "out_layer",
+}
+
+
+def original(name: str) -> str:
+    """The released name of a canonical tensor."""
+    owner, _, leaf = name.rpartition(".")
+    leaf = "gamma" if leaf == "scale" else leaf
+    if owner in _EDGES:
+        return f"{_EDGES[owner]}.{leaf}"
+    _, index, inner = owner.split(".", 2)
+    return f"blocks.{index}.{_PARTS[inner]}.{leaf}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One released model: its class, its settings and its two files."""
+
+    kind: str
+    args: dict[str, Any]
+    config: Path
+    weights: Path
+
+
+def open_model(stem: Path) -> Model:
+    """`stem`.json with its .safetensors. UserError, FormatError."""
+    config = stem.with_name(f"{stem.name}.json")
+    data = read_json(config)
+    kind, args = data.get("name"), data.get("args")
+    if not isinstance(kind, str) or not isinstance(args, dict):
+        raise FormatError(f"{config}: expected name and args of a model")
+    return Model(kind, args, config, stem.with_name(f"{stem.name}.safetensors"))
+
+
+def flow_config(
+    values: Mapping[str, Any], where: str, unknown: list[str], slat: bool
+) -> FlowConfig:
+    """`args` of a flow model. FormatError for what is no released architecture."""
+    params = Params(values, where)
+    params.drop("use_fp16", "use_checkpoint", "num_io_res_blocks", "io_block_channels")
+    params.drop("num_head_channels", "use_skip_connection", "out_channels")
+    for name, only in (("pe_mode", "ape"), ("qk_rms_norm", True), ("share_mod", False)):
+        if params.take(name, type(only), only) != only:
+            raise FormatError(f"{where}: {name} is {values[name]!r}; only {only!r} is supported")
+    if params.take("qk_rms_norm_cross", bool, False):
+        raise FormatError(f"{where}: qk_rms_norm_cross is not supported (no released model has it)")
+    hidden, depth = params.size("model_channels", 1024), params.size("num_blocks", 24)
+    channels, patch = params.size("in_channels", 8), params.size("patch_size", 1)
+    resolution = params.size("resolution", 64 if slat else 16)
+    if depth > 1000 or resolution > 256 or patch > 16:
+        raise FormatError(
+            f"{where}: {depth} blocks, resolution {resolution}, patches of {patch}; expected at "
+            "most 1000, 256 and 16"
+        )
+    if not slat and values.get("out_channels", channels) != channels:
+        raise FormatError(f"{where}: out_channels must be in_channels, {channels}")
+    try:
+        config = FlowConfig(
+            resolution=0 if slat else resolution,
+            in_channels=0 if slat else channels,
+            patch=1 if slat else patch,
+            cond_channels=params.size("cond_channels", 1024),
+            hidden=hidden,
+            heads=params.size("num_heads", 16),
+            blocks=tuple(range(depth)),
+            mlp_ratio=params.take("mlp_ratio", float, 4.0),
+            time=trellis_time(hidden),
+        )
+    except ValueError as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where}: {error}") from error
+    unknown += params.left()
+    return config
+
+
+def decoder_config(values: Mapping[str, Any], where: str, resolution: int = 16) -> OccupancyConfig:
+    """`args` of the occupancy decoder. FormatError."""
+    params = Params(values, where)
+    params.drop("use_fp16")
+    channels = params.take("channels", list)
+    if not channels or len(channels) > 6 or not all(type(c) is int and c > 0 for c in channels):
+        raise FormatError(f"{where}: channels are {channels!r}; expected one to six widths")
+    if params.take("norm_type", str, "layer") != "layer" or params.size("out_channels", 1) != 1:
+        raise FormatError(f"{where}: only layer norms and one output channel are supported")
+    config = OccupancyConfig(
+        latent_channels=params.size("latent_channels"),
+        channels=tuple(channels),
+        blocks=params.size("num_res_blocks"),
+        middle=params.size("num_res_blocks_middle", 2, least=0),
+        resolution=resolution,
+    )
+    if config.blocks + config.middle > 100:
+        raise FormatError(f"{where}: more than 100 residual blocks a level")
+    params.done()
+    return config
+
+
+def sampler_defaults(args: Mapping[str, Any], where: str, slat: bool) -> SamplerDefaults:
+    """25 steps, guidance 1 + 5 on the noisier half, times rescaled by 3; as pipeline.json says."""
+    section = args.get("slat_sampler" if slat else "sparse_structure_sampler") or {}
+    params = section.get("params") if isinstance(section, dict) else None
+    given = Params(params or {}, f"{where}: sampler")
+    interval = given.values.get("cfg_interval", [0.5, 1.0])
+    if not isinstance(interval, list) or len(interval) != 2:
+        raise FormatError(f"{where}: cfg_interval is {interval!r}; expected two levels")
+    return SamplerDefaults(
+        "euler",
+        steps=given.size("steps", 25),
+        # (1 + w) c - w u is u + (1 + w) (c - u).
+        guidance=1.0 + given.take("cfg_strength", float, 5.0),
+        shift=given.take("rescale_t", float, 3.0),
+        flow="trellis",
+        guidance_interval=(interval[0], interval[1]),
+    )
+
+
+def _stem(found: Found) -> Path | None:
+    """Where the flow model's two files are, if the path looks like this family's."""
+    if found.path.is_file():
+        if found.path.suffix not in (".json", ".safetensors"):
+            return None
+        stem = found.path.with_suffix("")
+        config = stem.with_name(f"{stem.name}.json")
+        named = read_json(config).get("name") if config.is_file() else None
+        return stem if named in (STRUCTURE, *SLAT) else None
+    pipeline = found.path / "pipeline.json"
+    if not pipeline.is_file():
+        return None
+    name = _models(pipeline).get("sparse_structure_flow_model")
+    if not isinstance(name, str):
+        return None
+    return _inside(found.path, name)
+
+
+def _models(pipeline: Path) -> dict[str, Any]:
+    args = read_json(pipeline).get("args")
+    models = args.get("models") if isinstance(args, dict) else None
+    return models if isinstance(models, dict) else {}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise FormatError(f"{folder / 'pipeline.json'}: {name} points out of its folder; refused")
+    return folder / name
+
+
+def recognises(found: Found) -> bool:
+    return found.config is None and _stem(found) is not None
+
+
+def read(found: Found) -> Checkpoint:
+    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    stem = _stem(found)
+    assert stem is not None
+    model = open_model(stem)
+    slat = model.kind in SLAT
+    unknown: list[str] = []
+    config = flow_config(model.args, str(model.config), unknown, slat)
+    raw = open_weights(model.weights)
+    ignored = NOT_NEEDED + (SLAT_ENDS if slat else ())
+    skipped = tuple(name for name in raw if name.startswith(ignored))
+    shapes = network_shapes(config)
+    expected = {original(name): shape for name, shape in shapes.items()}
+    flow = merged({"flow.": raw})
+    check_part(flow, "flow", expected, model.weights, [f"flow.{name}" for name in skipped])
+    stored = {name: raw.stored[original(name)] for name in shapes}
+    left = {name: raw.stored[name] for name in skipped}
+    parts = {"model.": Weights(raw.files, stored | left)}
+    sections: dict[str, Any] = {"model": {"params": model.args}}
+    pipeline = found.path / "pipeline.json"
+    args: dict[str, Any] = {}
+    decoder = None
+    if found.path.is_dir():
+        args = read_json(pipeline).get("args") or {}
+        name = _models(pipeline).get("sparse_structure_decoder")
+        if isinstance(name, str):
+            part = open_model(_inside(found.path, name))
+            if part.kind != DECODER:
+                raise FormatError(f"{part.config} is a {part.kind}; expected {DECODER}")
+            decoder = decoder_config(part.args, str(part.config), config.resolution)
+            sections["vae"] = {"params": part.args | {"resolution": config.resolution}}
+            parts["vae."] = open_weights(part.weights)
+            check_part(
+                merged({"vae.": parts["vae."]}),
+                "vae",
+                shapes_of(lambda: OccupancyDecoder(decoder)),
+                part.weights,
+            )
+    depth = len(config.blocks)
+    kind = "slat" if slat else STRUCTURE
+    return Checkpoint(
+        family=NAME,
+        variant=RELEASED.get((kind, depth), f"trellis-{'slat' if slat else 'ss'}-{depth}"),
+        path=found.path,
+        config=config,
+        sampler=sampler_defaults(args, str(pipeline), slat),
+        latents=None if slat else (config.in_channels, *(3 * [config.resolution])),
+        decoder=decoder,
+        scale_factor=None if decoder is None else 1.0,
+        weights=merged(parts),
+        ignored=tuple(f"model.{name}" for name in skipped),
+        unknown=tuple(unknown),
+        sections=sections,
+    )
+
+
+FAMILY = Family(
+    name=NAME,
+    looks_for="a folder with pipeline.json that names a sparse_structure_flow_model (TRELLIS)",
+    recognises=recognises,
+    read=read,
+)
