@@ -25,17 +25,17 @@
 #else
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define BLOCK_SHARED(type, name) __shared__ type name
 #define GRID_SYNC() cooperative_groups::this_grid().sync()
-#define LAUNCH(kernel, blocks, threads, shared, stream, problem) \
-  (kernel<<<dim3(blocks), dim3(threads), shared, stream>>>(problem), cudaGetLastError())
+#define LAUNCH(kernel, blocks, threads, stream, problem) \
+  (kernel<<<dim3(blocks), dim3(threads), 0, stream>>>(problem), cudaGetLastError())
 #define EXPORT __attribute__((visibility("default")))
 template <class K, class A>
-static cudaError_t launch_cooperative(K kernel, unsigned blocks, unsigned threads, size_t shared,
+static cudaError_t launch_cooperative(K kernel, unsigned blocks, unsigned threads,
                                       cudaStream_t stream, A problem) {
   void* arguments[] = {&problem};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                     dim3(threads), arguments, shared, stream);
+                                     dim3(threads), arguments, 0, stream);
 }
 #endif
 
@@ -656,8 +656,7 @@ __device__ inline View<double>& pick(Space& space, double) { return space.exact;
 // The float32 kernel starts a pair, the float64 kernel certifies or goes on, and writes the result.
 template <class T, int P> __global__ void __launch_bounds__(kThreads, 1) solve(Problem problem) {
   constexpr bool kExact = sizeof(T) == 8;
-  DYNAMIC_SHARED(raw);
-  Shared& shared = *reinterpret_cast<Shared*>(raw);
+  BLOCK_SHARED(Shared, shared);
   const bool cooperative = problem.pair >= 0;
   const size_t pair = cooperative ? problem.pair : blockIdx.x;
   const Group group = {cooperative ? int(gridDim.x) : 1, cooperative ? int(blockIdx.x) : 0,
@@ -751,12 +750,11 @@ cudaError_t launch(Kernel kernel, Problem problem, int pairs, int blocks, int th
                    cudaStream_t stream) {
   if (blocks == 0) {
     problem.pair = -1;
-    return LAUNCH(kernel, pairs, threads, sizeof(Shared), stream, problem);
+    return LAUNCH(kernel, pairs, threads, stream, problem);
   }
   for (int pair = 0; pair < pairs; ++pair) {
     problem.pair = pair;
-    const cudaError_t code =
-        launch_cooperative(kernel, blocks, threads, sizeof(Shared), stream, problem);
+    const cudaError_t code = launch_cooperative(kernel, blocks, threads, stream, problem);
     if (code != cudaSuccess) return code;
   }
   return cudaSuccess;

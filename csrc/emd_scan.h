@@ -124,7 +124,8 @@ template <class T> struct Best {
 // Both tests below ask whether cost + price < limit without a square root, which would be a third
 // of their time: with room = limit - price they ask square < room^2 (p = 2: square < room).
 // `limit` comes with a few float steps on top, and with a trace whose square is above 0, so neither
-// rounding nor underflow loses a point; what passes is computed and compared for real afterwards.
+// rounding nor underflow loses a point; where a lane passes, values are computed and compared for
+// real. Most leaves have no such lane.
 template <class T> EMD_TARGET static inline T padded(T limit) {
   const T trace = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
   return limit + (limit * (8 * std::numeric_limits<T>::epsilon()) + trace);
@@ -145,7 +146,7 @@ EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limi
     const auto price = S::load(leaf + 3 * kFan + k);
     auto room = S::max(zero, S::sub(top, price));
     if (P == 1) room = S::mul(room, room);
-    if (!S::less(square, room)) continue;  // nine leaves of ten
+    if (!S::less(square, room)) continue;
     const auto value = S::add(P == 1 ? S::root(square) : square, price);
     mask |= S::less(value, S::all(limit)) << k;
     S::store(out + k, value);
@@ -153,11 +154,11 @@ EMD_TARGET static inline unsigned leaf_test(const T* leaf, T x, T y, T z, T limi
   return mask;
 }
 
-// The children of a node that may hold a value below `limit` (padded); squared box distances.
+// The children of a node that may hold a value below `limit`; the lower bounds of their values.
 template <class T, int P>
-EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limit, T* out) {
+EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limit, T wide, T* out) {
   using S = Vec<T>;
-  const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(limit);
+  const auto px = S::all(x), py = S::all(y), pz = S::all(z), top = S::all(wide);
   const auto zero = S::all(T(0));
   unsigned mask = 0;
   for (int k = 0; k < kFan; k += S::width) {
@@ -168,10 +169,13 @@ EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limi
     const auto dz = S::max(zero, S::max(S::sub(S::load(node + 2 * kFan + k), pz),
                                         S::sub(pz, S::load(node + 5 * kFan + k))));
     const auto square = S::add(S::add(S::mul(dx, dx), S::mul(dy, dy)), S::mul(dz, dz));
-    auto room = S::max(zero, S::sub(top, S::load(node + 6 * kFan + k)));
+    const auto price = S::load(node + 6 * kFan + k);
+    auto room = S::max(zero, S::sub(top, price));
     if (P == 1) room = S::mul(room, room);
-    mask |= S::less(square, room) << k;
-    S::store(out + k, square);
+    if (!S::less(square, room)) continue;
+    const auto bound = S::add(P == 1 ? S::root(square) : square, price);
+    mask |= S::less(bound, S::all(limit)) << k;
+    S::store(out + k, bound);
   }
   return mask;
 }
@@ -204,15 +208,13 @@ EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best
 // Goes through what is under a node and may matter.
 template <class T, int P, bool Both>
 EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>& best) {
-  alignas(64) T near[kFan];
-  const T* node = tree.node(level, block);
-  unsigned mask = node_test<T, P>(node, best.x, best.y, best.z, best.limit, near);
+  alignas(64) T bound[kFan];
+  unsigned mask = node_test<T, P>(tree.node(level, block), best.x, best.y, best.z, best.second,
+                                  best.limit, bound);
   while (mask) {
     const int k = __builtin_ctz(mask);
     mask &= mask - 1;
-    // For real now: the limit may have fallen, and many ties pass a padded one.
-    const T bound = (P == 1 ? std::sqrt(near[k]) : near[k]) + node[6 * kFan + k];
-    if (!(bound < best.second)) continue;
+    if (!(bound[k] < best.second)) continue;  // an earlier child may have held something better
     const int child = block * kFan + k;
     if (level > 0) {
       visit<T, P, Both>(tree, level - 1, child, best);

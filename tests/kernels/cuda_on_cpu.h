@@ -108,6 +108,7 @@ struct Machine {
 
 inline Machine* machine = nullptr;
 constexpr std::size_t kStack = 256 * 1024;
+constexpr std::size_t kShared = 48 * 1024;  // a block's static limit
 inline dim3 block_size, grid_size;
 
 #if defined(__x86_64__)
@@ -294,8 +295,7 @@ inline Fiber* next_ready() {
   return fiber;
 }
 
-inline cudaError_t run(dim3 grid, dim3 threads, std::size_t shared, bool cooperative,
-                       std::function<void()> body) {
+inline cudaError_t run(dim3 grid, dim3 threads, bool cooperative, std::function<void()> body) {
   if (threads.x == 0 || threads.x > 1024 || grid.x == 0) return cudaErrorInvalidValue;
   message.clear();
   grid_size = grid, block_size = threads;
@@ -310,7 +310,7 @@ inline cudaError_t run(dim3 grid, dim3 threads, std::size_t shared, bool coopera
     now.random = std::uint64_t(order) * 7919 + first;
     for (unsigned b = 0; b < together; ++b) {
       auto block = std::make_unique<Block>();
-      block->shared.assign(shared + 64, 0xff);
+      block->shared.assign(kShared + 64, 0xff);
       block->alive = int(threads.x);
       block->warps.resize((threads.x + 31) / 32);
       for (unsigned t = 0; t < threads.x; ++t) {
@@ -377,7 +377,8 @@ inline cudaError_t run(dim3 grid, dim3 threads, std::size_t shared, bool coopera
   return cudaSuccess;
 }
 
-inline unsigned char* shared_memory() {
+inline unsigned char* shared_memory(std::size_t bytes) {
+  if (bytes > kShared) fail("more than 48 KiB of shared memory");
   unsigned char* raw = machine->current->home->shared.data();
   return raw + (64 - reinterpret_cast<std::uintptr_t>(raw) % 64) % 64;
 }
@@ -388,21 +389,23 @@ inline unsigned char* shared_memory() {
 #define blockIdx (cuda_on_cpu::machine->current->block)
 #define blockDim (cuda_on_cpu::block_size)
 #define gridDim (cuda_on_cpu::grid_size)
-#define DYNAMIC_SHARED(name) unsigned char* name = cuda_on_cpu::shared_memory()
+// At most one in a kernel.
+#define BLOCK_SHARED(type, name) \
+  type& name = *reinterpret_cast<type*>(cuda_on_cpu::shared_memory(sizeof(type)))
 #define GRID_SYNC() cuda_on_cpu::grid_barrier(__LINE__)
 #define __syncthreads() cuda_on_cpu::barrier(__LINE__)
 #define __syncwarp() cuda_on_cpu::exchange(0xffffffffu, 0, __LINE__)
 #define __shfl_sync(mask, value, from) cuda_on_cpu::shuffle(mask, value, from, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) cuda_on_cpu::shuffle_xor(mask, value, bits, __LINE__)
 #define __ballot_sync(mask, value) cuda_on_cpu::ballot(mask, value, __LINE__)
-#define LAUNCH(kernel, blocks, threads, shared, stream, problem)                             \
-  ((void)(stream), cuda_on_cpu::run(dim3{unsigned(blocks)}, dim3{unsigned(threads)}, shared, \
-                                    false, [=] { kernel(problem); }))
+#define LAUNCH(kernel, blocks, threads, stream, problem)                                    \
+  ((void)(stream), cuda_on_cpu::run(dim3{unsigned(blocks)}, dim3{unsigned(threads)}, false, \
+                                    [=] { kernel(problem); }))
 
 template <class K, class A>
-cudaError_t launch_cooperative(K kernel, unsigned blocks, unsigned threads, std::size_t shared,
-                               cudaStream_t, A problem) {
-  return cuda_on_cpu::run(dim3{blocks}, dim3{threads}, shared, true, [=] { kernel(problem); });
+cudaError_t launch_cooperative(K kernel, unsigned blocks, unsigned threads, cudaStream_t,
+                               A problem) {
+  return cuda_on_cpu::run(dim3{blocks}, dim3{threads}, true, [=] { kernel(problem); });
 }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
