@@ -164,9 +164,9 @@ def debiased_emd(x: Any, y: Any, x_again: Any, y_again: Any = None, **options: A
     """EMD(x, y) less its sampling floor, in quadrature: sqrt(max(0, raw^2 - floor^2)).
 
     Two random samplings of one surface are about 0.03 apart at N=10,000 in [-1, 1]; quadrature
-    tracks the distance of the surfaces better than plain subtraction does. The clamp at 0 is never silent:
-    `raw` and `floor` come along, and a change within two `floor.deviation` of the floor is noise.
-    Arguments as in `emd_floor`; without y_again the floor is that of x alone.
+    tracks the distance of the surfaces better than plain subtraction does. The clamp at 0 is never
+    silent: `raw` and `floor` come along, and a change within two `floor.deviation` of the floor is
+    noise. Arguments as in `emd_floor`; without y_again the floor is that of x alone.
     """
     raw = float(emd(x, y, **options).distance)
     if y_again is None:
