@@ -156,3 +156,57 @@ def linear_w8a8_ref(x: Tensor, w8: Tensor, scale: Tensor, bias: Tensor | None) -
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def gemm_ref(
+    x: Tensor,
+    sx: Tensor | None,
+    w8: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu_from: int,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A packed linear with its epilogue, float32 after the product: (M, N) in `dtype`.
+
+    x (M, K) float, or int8 codes with sx (M, 1) or (M,). Then * scale, + bias (N,), GELU (tanh) in
+    columns from gelu_from on (-1: none), and residual (M, N) + gate (1 or M / tokens, N) * y.
+    """
+    if sx is None:
+        out = x.float() @ (w8.float() * scale[:, None]).t()
+    else:
+        out = int8_matmul(x, w8).float() * sx.reshape(-1, 1) * scale
+    if bias is not None:
+        out = out + bias.float()
+    if gelu_from >= 0:
+        out = torch.cat([out[:, :gelu_from], F.gelu(out[:, gelu_from:], approximate="tanh")], dim=1)
+    if residual is not None and gate is not None:
+        rows = torch.arange(x.shape[0], device=x.device) // tokens
+        spread = gate if gate.shape[0] == 1 else gate[rows]
+        out = residual.float() + spread.float() * out
+    return out.to(dtype)
+
+
+def modulate_ref(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN in float32: (1 + scale) * LayerNorm(x) + shift; x (B, n, h), modulation (B, 1, h)."""
+    norm = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return (1 + scale.float()) * norm + shift.float()
+
+
+def join_ref(left: Tensor | None, right: Tensor, gelu: bool) -> Tensor:
+    """[left | GELU(right)] in float32, GELU in its tanh form and only if asked for."""
+    wide = F.gelu(right.float(), approximate="tanh") if gelu else right.float()
+    return wide if left is None else torch.cat([left.float(), wide], dim=-1)
+
+
+def qk_norm_ref(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """RMS-normalised q and k (B, H, n, d) of qkv (B, n, 3 * H * d), float32 inside."""
+    q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).float()
+    parts = [
+        y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * scale.float()
+        for y, scale in ((q, q_scale), (k, k_scale))
+    ]
+    return parts[0].to(qkv.dtype).contiguous(), parts[1].to(qkv.dtype).contiguous()
