@@ -330,6 +330,9 @@ def main() -> None:
             report[part] = run_part(part)
         RESULTS.write_text(json.dumps(report, indent=1) + "\n")
     emd_page.write(report)
+    for part, text in emd_page.texts(report).items():
+        if part in arguments.parts:
+            print(f"\n{part}: {text}")
 
 
 if __name__ == "__main__":

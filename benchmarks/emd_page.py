@@ -119,9 +119,9 @@ def on(part: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, {machine['instruction_set']}"
 
 
-def write(report: dict[str, Any]) -> None:
-    """Puts each part's text between its two markers in docs/emd.md."""
-    texts = {
+def texts(report: dict[str, Any]) -> dict[str, str]:
+    """Part -> Markdown, for the parts that the report has."""
+    makers = {
         "table": table_text,
         "hard": hard_text,
         "large": large_text,
@@ -129,12 +129,15 @@ def write(report: dict[str, Any]) -> None:
         "floor": floor_text,
         "cuda": cuda_text,
     }
+    return {part: make(report[part]) for part, make in makers.items() if part in report}
+
+
+def write(report: dict[str, Any]) -> None:
+    """Puts each part's text between its two markers in docs/emd.md."""
     page = PAGE.read_text()
-    for part, text in texts.items():
-        if part not in report:
-            continue
+    for part, text in texts(report).items():
         start, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->"
         before, rest = page.split(start)
         after = rest.split(end)[1]
-        page = f"{before}{start}{text(report[part])}\n{end}{after}"
+        page = f"{before}{start}{text}\n{end}{after}"
     PAGE.write_text(page)

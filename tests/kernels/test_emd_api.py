@@ -297,5 +297,8 @@ def test_stratified_floor_is_lower_and_debiasing_finds_a_shift() -> None:
     assert unchanged.distance < moved.distance / 3
     assert moved.distance == math.sqrt(moved.raw**2 - moved.floor.mean**2)
     assert moved.distance == pytest.approx(0.1, rel=0.1)
+    on_torch = debiased_emd(*map(torch.from_numpy, (x, clouds[4], again)))
+    assert on_torch.raw == unchanged.raw
+    assert on_torch.floor.mean == unchanged.floor.mean
     with pytest.raises(ValueError, match="go together"):
         emd_floor(x, again, clouds[4])
