@@ -10,6 +10,7 @@ of a step, and these operators have no backward anyway.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitapack.kernels import reference, tuning
@@ -124,22 +125,41 @@ def _finish(wide: Tensor, dtype: torch.dtype, quantize: bool) -> tuple[Tensor, T
 def _(x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype):
     from vitapack.kernels.triton_gemm import Epilogue, gemm
 
-    arch = tuning.arch_of(x.device)
-    op = tuning.op_name(w4=group is not None, a8=sx is not None)
-    choice = tuning.choose(op, x.device, x.shape[0], w.shape[0], x.shape[1], group_size)
+    a8, (m, k), n = sx is not None, x.shape, w.shape[0]
+    op = tuning.op_name(w4=group is not None, a8=a8)
+    choice = tuning.choose(op, x.device, m, n, k, group_size)
     if choice is None:
-        raise ValueError(f"no {op} kernel for compute capability sm_{arch}")
-    if choice.how == "expand":  # int4 to int8 first: the int8 GEMM has the better loop there
-        w = ops.expand(w, group, group_size, scale, x.shape[1], torch.int8)
-        group, group_size = None, 0
-        choice = tuning.choose("w8a8", x.device, x.shape[0], w.shape[0], x.shape[1], 0)
-        assert choice is not None
-    assert choice.tile is not None, "dense is the dispatcher's to choose"
+        arch = tuning.arch_of(x.device)
+        raise ValueError(f"no {op} kernel for compute capability sm_{arch}: use the reference")
+    if not a8 and (choice.how == "dense" or x.dtype != torch.float16):
+        # cuBLAS on a scratch as large as this one layer, which the next layer's reuses.
+        dense = ops.expand(w, group, group_size, scale, k, x.dtype)
+        y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return _unfused(y.to(dtype), gelu_from, residual, gate, tokens)
+    if choice.how == "expand":  # int4 to an int8 scratch: the int8 GEMM's loop is the better one
+        w, group, group_size = ops.expand(w, group, group_size, scale, k, torch.int8), None, 0
+        choice = tuning.choose("w8a8", x.device, m, n, k, 0)
+    assert choice is not None
+    assert choice.tile is not None
     return gemm(
         x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype,
         epilogue=Epilogue(bias, None if gelu_from < 0 else gelu_from, residual, gate, tokens),
-        tile=choice.tile, fence=arch < 90,
+        tile=choice.tile, fence=tuning.arch_of(x.device) < 90,
     )  # fmt: skip
+
+
+def _unfused(
+    y: Tensor, gelu_from: int, residual: Tensor | None, gate: Tensor | None, tokens: int
+) -> Tensor:
+    """The epilogue of a product that cuBLAS made."""
+    if gelu_from == 0:
+        y = F.gelu(y, approximate="tanh")
+    elif gelu_from > 0:
+        y = torch.cat([y[:, :gelu_from], F.gelu(y[:, gelu_from:], approximate="tanh")], dim=1)
+    if residual is None or gate is None:
+        return y
+    before, after = (z.unflatten(0, (-1, tokens)) for z in (residual, y))
+    return ops.gate_residual(before, gate[:, None], after).flatten(0, 1)
 
 
 @torch.library.impl("vitapack::expand", "CUDA", lib=_library)

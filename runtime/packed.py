@@ -59,11 +59,15 @@ def dit_config(header: PackedHeader) -> DiTConfig | FlowConfig:
     return FlowConfig(**fields) if header.network["kind"] == FLOW else DiTConfig(**fields)
 
 
-def network_of(config: DiTConfig | FlowConfig) -> Network:
-    """The network with these hyper-parameters, not yet filled."""
+def network_of(config: DiTConfig | FlowConfig, device_type: str = "cpu") -> Network:
+    """The network with these hyper-parameters, not yet filled; for "cuda" in its fused form."""
     from vitapack.runtime.dit import DiT, DiTConfig
     from vitapack.runtime.trellis import FlowTransformer
 
+    if isinstance(config, DiTConfig) and device_type == "cuda":
+        from vitapack.runtime.dit_gpu import GpuDiT
+
+        return GpuDiT(config)
     return DiT(config) if isinstance(config, DiTConfig) else FlowTransformer(config)
 
 
@@ -97,7 +101,7 @@ def load_packed_dit(
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     with torch.device("meta"):
-        dit = network_of(dit_config(header)).eval()
+        dit = network_of(dit_config(header), device.type).eval()
 
     with TensorReader(header, device) as reader:
         for name, linear in network_linears(header.network).items():

@@ -1,0 +1,165 @@
+"""The packed DiT on GPUs: the blocks of `runtime/dit.py` through fused Triton operators.
+
+`load_dit(packed, device="cuda")` returns a `GpuDiT`, called like any other. Its blocks are the same
+modules with the same parameters; only the order of the arithmetic differs: adaLN, GELU and the join
+before the second linear emit the int8 codes that the next GEMM reads, gate and residual are part of
+a GEMM's epilogue, q and k are normalised in one pass. Compiled, not timed: it has run on CPUs only,
+where the operators are the reference.
+
+A step is `velocity(x, when, cond)`: no host synchronisation, so that CUDA graphs can take it;
+`when(t)` looks the times up on the host, once a step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitapack.kernels import dispatch, gpu_ops
+from vitapack.runtime.dit import (
+    DiT,
+    DoubleBlock,
+    ModulationTable,
+    SingleBlock,
+    StreamAttention,
+    When,
+)
+from vitapack.runtime.linear import PackedLinear
+
+ops = gpu_ops.ops
+
+
+class GpuDiT(DiT):
+    """A `DiT` whose blocks run fused on CUDA devices."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or cond.requires_grad)
+        if x.device.type != "cuda" or differentiable or not dispatch.gpu_kernels("DiT", x.device):
+            return super().forward(x, t, cond, guidance)
+        with torch.no_grad():
+            return self.velocity(x, self.when(t, guidance), cond)
+
+    def velocity(self, x: Tensor, when: When, cond: Tensor) -> Tensor:
+        """x (B, L, C) and cond (B, N, D) at a step's modulation input to (B, L, C)."""
+        x, y = self.latent_in(x), self.cond_in(cond)
+        y = y.expand(x.shape[0], -1, -1)
+        for block in self.double_blocks.values():
+            assert isinstance(block, DoubleBlock)
+            x, y = double_block(block, x, y, when)
+        z = torch.cat([y, x], dim=1)
+        for block in self.single_blocks.values():
+            assert isinstance(block, SingleBlock)
+            z = single_block(block, z, when)
+        modulation = self.final_layer.adaLN_modulation[1]
+        if isinstance(modulation, ModulationTable):
+            shift, scale = modulation(when)
+        else:
+            shift, scale = modulation(when.vector)[:, None].chunk(2, dim=-1)
+        latents, _ = ops.modulate(z[:, y.shape[1] :], shift, scale, False)
+        return self.final_layer.linear(latents)
+
+
+def double_block(block: DoubleBlock, x: Tensor, y: Tensor, when: When) -> tuple[Tensor, Tensor]:
+    """`DoubleBlock.forward`."""
+    x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = block.img_mod(when)
+    y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = block.txt_mod(when)
+    x_qkv = heads_of(block.img_attn, x, x_shift1, x_scale1)
+    y_qkv = heads_of(block.txt_attn, y, y_shift1, y_scale1)
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
+    joint = attend(q, k, v, block.img_attn.qkv)
+    y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
+    x = project(block.img_attn.proj, quantized(block.img_attn.proj, x_out), x, x_gate1)
+    x = mlp(block.img_mlp, x, x_shift2, x_scale2, x_gate2)
+    y = project(block.txt_attn.proj, quantized(block.txt_attn.proj, y_out), y, y_gate1)
+    y = mlp(block.txt_mlp, y, y_shift2, y_scale2, y_gate2)
+    return x, y
+
+
+def single_block(block: SingleBlock, z: Tensor, when: When) -> Tensor:
+    """`SingleBlock.forward`."""
+    shift, scale, gate = block.modulation(when)
+    rows = ops.modulate(z, shift, scale, wants_codes(block.linear1))
+    qkv, wide = project(block.linear1, rows, z).split(block.widths, dim=-1)
+    q, k = ops.qk_norm(qkv, block.norm.query_norm.scale, block.norm.key_norm.scale, block.heads)
+    out = attend(q, k, values(qkv, block.heads), block.linear1)
+    rows = ops.join(out, wide, True, wants_codes(block.linear2))
+    return project(block.linear2, rows, z, gate)
+
+
+def heads_of(
+    attention: StreamAttention, x: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one stream, (B, H, n, d) each."""
+    rows = ops.modulate(x, shift, scale, wants_codes(attention.qkv))
+    qkv = project(attention.qkv, rows, x)
+    norm = attention.norm
+    q, k = ops.qk_norm(qkv, norm.query_norm.scale, norm.key_norm.scale, attention.heads)
+    return q, k, values(qkv, attention.heads)
+
+
+def mlp(layers: nn.Sequential, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * MLP(adaLN(x)). GELU is part of whatever touches the wide tensor next."""
+    first, second = layers[0], layers[2]
+    rows = ops.modulate(x, shift, scale, wants_codes(first))
+    if wants_codes(second):
+        rows = ops.join(None, project(first, rows, x), True, True)
+    else:
+        rows = project(first, rows, x, gelu=True), None
+    return project(second, rows, x, gate)
+
+
+def values(qkv: Tensor, heads: int) -> Tensor:
+    """The values (B, H, n, d) inside (B, n, 3 * H * d), as a view."""
+    return qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, linear: nn.Module) -> Tensor:
+    """Attention (B, H, n, d) to (B, n, H * d), as exact as the block's linears."""
+    return dispatch.attention(q, k, v, wants_codes(linear)).transpose(1, 2).flatten(2)
+
+
+def wants_codes(linear: nn.Module) -> bool:
+    """Whether a linear multiplies int8 activations."""
+    return isinstance(linear, PackedLinear) and linear.compute == "a8"
+
+
+def quantized(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x as its linear wants it: int8 codes with their scales, or itself."""
+    return ops.join(None, x, False, True) if wants_codes(linear) else (x, None)
+
+
+def project(
+    linear: nn.Module,
+    rows: tuple[Tensor, Tensor | None],
+    stream: Tensor,
+    gate: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """A linear on (B, n, K) values, or codes with scales, to (B, n, N) in the stream's dtype.
+
+    With a gate (B or 1, 1, N): stream + gate * y.
+    """
+    y, steps = rows
+    if not isinstance(linear, PackedLinear):
+        out = linear(y)
+        if gelu:
+            out = F.gelu(out, approximate="tanh")
+        return out if gate is None else ops.gate_residual(stream, gate, out)
+    dispatch.announce_gpu(linear.bits, linear.compute, stream)
+    codes = linear.q8 if linear.q8 is not None else linear.q4
+    out = ops.gemm(
+        y.flatten(0, 1),
+        steps.flatten() if linear.compute == "a8" and steps is not None else None,
+        codes,
+        linear.group,
+        linear.group_size,
+        linear.scale,
+        linear.bias,
+        0 if gelu else -1,
+        None if gate is None else stream.flatten(0, 1),
+        None if gate is None else gate[:, 0],
+        stream.shape[1],
+        stream.dtype,
+    )
+    return out.unflatten(0, stream.shape[:2])
