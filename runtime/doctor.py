@@ -13,7 +13,6 @@ ROOT = Path(vitapack.__file__).parent
 PACKAGES = {
     "torch": "needed: pip install torch",
     "triton": "GPU kernels: pip install 'vitapack[gpu]'",
-    "transformers": "DINOv2 of the published models: pip install 'vitapack[conditioners]'",
     "rembg": "pictures without alpha: pip install 'vitapack[background]'",
     "pot": "only the tests' reference for EMD",
 }

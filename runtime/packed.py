@@ -150,6 +150,18 @@ def load_packed_dit(
     return dit.requires_grad_(False)
 
 
+def loaded_bytes(header: PackedHeader, dtype: torch.dtype) -> int:
+    """Bytes of the network that `load_packed_dit` makes: codes as stored, floats in `dtype`."""
+    total = 0
+    for name, info in header.tensors.items():
+        if not name.startswith(("model.", "modulation.")):
+            continue
+        fixed = info.dtype in ("I8", "U8", "F64") or name.endswith(".weight.scale")
+        items = info.nbytes // (4 if info.dtype == "F32" else 2)
+        total += info.nbytes if fixed else items * dtype.itemsize
+    return total
+
+
 def embedded_tensors(
     path: str | os.PathLike[str] | PackedHeader, part: str
 ) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ what else was in the batch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,30 +17,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import vitapack
 from vitapack.runtime import packed, sampling
+from vitapack.runtime.conditioner import Picture
 from vitapack.runtime.dit import MissingTime
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.families import BUNDLED, furniture, open_checkpoint
+from vitapack.runtime.families import (
+    BUNDLED,
+    Checkpoint,
+    furniture,
+    hunyuan3d,
+    open_checkpoint,
+    step1x3d,
+    trellis,
+)
 from vitapack.runtime.load import dit_of
+from vitapack.runtime.memory import PhaseMeter
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
+from vitapack.runtime.parts import Part, packed_part, part_of
 from vitapack.runtime.trellis import Network
 from vitapack.runtime.weights import is_packed
 
-# Families whose whole way from picture to mesh is here; of the others, the network alone is.
-WHOLE = {furniture.NAME: furniture}
-
-
-def _family(name: str, source: str) -> Any:
-    if name not in WHOLE:
-        raise UserError(
-            f"{source}: the image encoder of the family {name} is not supported yet; its network "
-            "can be loaded (load_dit) and compressed, but not yet run from a picture"
-        )
-    return WHOLE[name]
+# How each family sees a picture and what its latents become.
+FAMILIES = {module.NAME: module for module in (furniture, hunyuan3d, step1x3d, trellis)}
+MEMORY = ("resident", "lean")  # keep what is loaded, or free each phase's network after it
+PHASES = ("condition", "denoise", "decode")
 
 
 def _device(name: str) -> str:
@@ -61,7 +63,7 @@ class Pipeline:
 
     def __init__(
         self,
-        dit: Network,
+        dit: Network | Part[Network],
         sampler: sampling.SamplerDefaults,
         conditioner: Callable[..., Tensor],
         decoder: Any,
@@ -69,63 +71,129 @@ class Pipeline:
         family: str,
         source: str,
         sha256: str,
+        variant: str = "",
+        memory: str = "resident",
     ) -> None:
-        self.dit, self.sampler = dit, sampler
+        """Whatever has a `free` method (a Part, the families' conditioners and decoders) is loaded
+        when its phase begins, and freed after it where `memory` is "lean"."""
+        if memory not in MEMORY:
+            raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
+        self._dit, self.sampler = dit, sampler
         self.conditioner, self.decoder = conditioner, decoder
         self.family, self.source, self.source_sha256 = family, source, sha256
+        self.variant, self.memory = variant, memory
         self.seconds: dict[str, float] = {}  # of the last call, by phase
+        self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
+
+    @property
+    def dit(self) -> Network:
+        return self._dit() if isinstance(self._dit, Part) else self._dit
+
+    @dit.setter
+    def dit(self, network: Network) -> None:
+        self._dit = network
 
     @classmethod
-    def open(cls, path: str | Path, device: str = "auto", compute: str = "a16") -> Pipeline:
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        compute: str = "a16",
+        *,
+        parts: str | Path | None = None,
+        memory: str = "resident",
+    ) -> Pipeline:
         """A packed file, an original checkpoint (folder or file), or a bundled model's name."""
         place = Path(path)
         if str(path) not in BUNDLED and is_packed(place):
-            return cls.from_packed(place, device, compute)
-        return cls.from_model(path, device)
+            return cls.from_packed(place, device, compute, parts=parts, memory=memory)
+        return cls.from_model(path, device, memory=memory)
 
     @classmethod
-    def from_packed(cls, path: str | Path, device: str = "auto", compute: str = "a16") -> Pipeline:
-        """Loads a packed file; the fp16 network is never in memory."""
+    def from_packed(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        compute: str = "a16",
+        *,
+        parts: str | Path | None = None,
+        memory: str = "resident",
+        encoder_bits: int = 8,
+    ) -> Pipeline:
+        """Opens a packed file; the fp16 network is never in memory.
+
+        `parts` is the original checkpoint of a file that refers to its image encoder and shape
+        decoder: only these are read from it, the encoder's linears into 8 bits (`encoder_bits` 16:
+        as they are). UserError where it is another model than the packed one.
+        """
         header = packed.read_header(path)
-        family = _family(header.family, str(path))
-        dit = packed.load_packed_dit(path, device=_device(device), compute=compute)
+        if header.size <= packed.VERIFY_BELOW:  # now, not when the network is first needed
+            packed.verify(path)
+        where = _device(device)
+        dtype = torch.float32 if where == "cpu" else torch.float16
+        family = FAMILIES[_known(header.family, str(path))]
+        original = None if parts is None else _original(header, parts)
+        conditioner = packed_part(header, "conditioner", original)
+        decoder = packed_part(header, "shape_decoder", original)
         return cls(
-            dit,
+            Part(
+                lambda: packed.load_packed_dit(
+                    path, device=where, compute=compute, verify_content=False
+                ),
+                packed.loaded_bytes(header, dtype),
+            ),
             sampling.SamplerDefaults.from_json(header.sampler),
-            family.Conditioner(
-                header.conditioner["config"], packed.embedded_tensors(header, "conditioner")
-            ),
-            family.ShapeDecoder(
-                header.shape_decoder["config"], packed.embedded_tensors(header, "shape_decoder")
-            ),
+            family.conditioner(conditioner, dtype, where, encoder_bits),
+            family.shape_decoder(decoder, dtype, where),
             family=header.family,
             source=str(path),
             sha256=header.sha256,
+            variant=header.variant,
+            memory=memory,
         )
 
     @classmethod
-    def from_model(cls, model: str | Path, device: str = "auto") -> Pipeline:
-        """Loads an original checkpoint in float32 on CPUs, fp16 elsewhere."""
+    def from_model(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        *,
+        memory: str = "resident",
+        encoder_bits: int = 16,
+    ) -> Pipeline:
+        """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
-        family = _family(checkpoint.family, str(model))
+        family = FAMILIES[_known(checkpoint.family, str(model))]
         where = _device(device)
         dtype = torch.float32 if where == "cpu" else torch.float16
-
-        def part(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            tensors = {
-                key: checkpoint.part_tensor(name, key) for key in checkpoint.part_shapes(name)
-            }
-            return checkpoint.part_config(name), tensors
-
+        conditioner = part_of(checkpoint, "conditioner")
+        decoder = part_of(checkpoint, "shape_decoder")
         return cls(
-            dit_of(checkpoint, dtype=dtype, device=where),
+            Part(
+                lambda: dit_of(checkpoint, dtype=dtype, device=where),
+                checkpoint.parameters() * dtype.itemsize,
+            ),
             checkpoint.sampler,
-            family.Conditioner(*part("conditioner")),
-            family.ShapeDecoder(*part("shape_decoder")),
+            family.conditioner(conditioner, dtype, where, encoder_bits),
+            family.shape_decoder(decoder, dtype, where),
             family=checkpoint.family,
             source=str(checkpoint.path),
             sha256=checkpoint.source(hashed=True)["sha256"],
+            variant=checkpoint.variant,
+            memory=memory,
         )
+
+    def predicted_bytes(self) -> dict[str, int]:
+        """Weights in memory by phase (with the decoder's grid), known before anything is loaded."""
+        holders = (self.conditioner, self._dit, self.decoder)
+        return {
+            phase: getattr(holder, "nbytes", 0)
+            for phase, holder in zip(PHASES, holders, strict=True)
+        }
+
+    def _free(self, holder: Any) -> None:
+        if self.memory == "lean" and hasattr(holder, "free"):
+            holder.free()
 
     # The sampler's own times (and so the tables' rows) never depend on the picture or the seed.
     def settings(
@@ -135,15 +203,16 @@ class Pipeline:
         asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "name": sampler}
         return replace(self.sampler, **{k: v for k, v in asked.items() if v is not None})
 
-    def condition(self, image: Image.Image, name: str = "image") -> Tensor:
-        """Condition tokens (1, N, D) of a picture."""
+    def condition(self, image: Picture, name: str = "image") -> Tensor:
+        """Condition tokens (1, N, D) of a picture, or of views by name ("front", "left", ...)."""
         return self.conditioner(image, name)
 
     def noise(self, seed: int) -> Tensor:
-        """(1, L, C) float32, the same for the same seed on every device."""
+        """(1, L, C), for TRELLIS (1, C, R, R, R): the same for the same seed on every device."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((1, *self.decoder.latent_shape), generator=generator)
-        return torch.cat([noise, self.decoder.anchors[None]], dim=-1)
+        anchors = getattr(self.decoder, "anchors", None)  # places that some latents carry along
+        return noise if anchors is None else torch.cat([noise, anchors[None]], dim=-1)
 
     @torch.inference_mode()
     def latents(
@@ -155,10 +224,12 @@ class Pipeline:
         guidance: float | None = None,
         sampler: str | None = None,
         dit: Network | None = None,
+        one_batch: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Latents (1, L, C) float32 on the CPU; `dit` stands in for the model's own network, such
-        as one with a block left out."""
+        """Latents float32 on the CPU, of the noise's shape; `dit` stands in for the model's own
+        network, such as one with a block left out. `one_batch`: guidance as one batch of two or as
+        two passes, which need half the memory (the default where memory is "lean")."""
         settings = self.settings(steps, guidance, sampler)
         network = self.dit if dit is None else dit
         where = network.latent_in.weight
@@ -177,6 +248,7 @@ class Pipeline:
             cond,
             torch.zeros_like(cond),
             1.0 if network.config.guidance_embed else settings.guidance,
+            one_batch=self.memory != "lean" if one_batch is None else one_batch,
             only_at=sampling.guided_times(settings),
         )
         try:
@@ -200,39 +272,43 @@ class Pipeline:
 
     def __call__(
         self,
-        image: Image.Image,
+        image: Picture,
         *,
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
         name: str = "image",
+        one_batch: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Mesh:
         """A mesh whose metadata says how it was made. Raises UserError for a picture without an
         object, for a step count that the packed file has no tables for, for an empty shape."""
         settings = self.settings(steps, guidance, sampler)
-        start = time.perf_counter()
-        cond = self.condition(image, name)
-        conditioned = time.perf_counter()
-        latents = self.latents(
-            cond,
-            self.noise(seed),
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            progress=progress,
-        )
-        denoised = time.perf_counter()
-        mesh = self.surface(self.grid(latents))
-        self.seconds = {
-            "condition": conditioned - start,
-            "denoise": denoised - conditioned,
-            "decode": time.perf_counter() - denoised,
-        }
+        meter = PhaseMeter(self.predicted_bytes())
+        with meter("condition"):
+            cond = self.condition(image, name)
+            self._free(self.conditioner)
+        with meter("denoise"):
+            latents = self.latents(
+                cond,
+                self.noise(seed),
+                steps=steps,
+                guidance=guidance,
+                sampler=sampler,
+                one_batch=one_batch,
+                progress=progress,
+            )
+            self._free(self._dit)
+        with meter("decode"):
+            grid = self.grid(latents)
+            self._free(self.decoder)
+            mesh = self.surface(grid)
+        self.seconds, self.bytes = meter.seconds, meter.bytes
         metadata = {
             "generator": f"vitapack {vitapack.__version__}",
             "family": self.family,
+            "variant": self.variant,
             "model": Path(self.source).name,
             "sha256": self.source_sha256,
             "seed": seed,
@@ -241,3 +317,22 @@ class Pipeline:
             "guidance": settings.guidance,
         }
         return replace(mesh, metadata=metadata)
+
+
+def _known(family: str, source: str) -> str:
+    if family not in FAMILIES:
+        raise UserError(f"{source}: no family {family!r} here; known are {', '.join(FAMILIES)}")
+    return family
+
+
+def _original(header: packed.PackedHeader, parts: str | Path) -> Checkpoint:
+    """The checkpoint that a packed file was made from, by its family and size."""
+    original = open_checkpoint(parts)
+    found = original.source(hashed=False)
+    if (original.family, found["bytes"]) != (header.family, header.source["bytes"]):
+        raise UserError(
+            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not what "
+            f"{header.path} was made from: {header.variant}, {header.source['name']} of "
+            f"{header.source['bytes']} bytes"
+        )
+    return original

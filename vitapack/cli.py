@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,6 +134,7 @@ def compress(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     from vitapack.runtime.images import find_images, load_image
+    from vitapack.runtime.mesh import report as describe_mesh
     from vitapack.runtime.mesh import save
     from vitapack.runtime.pipeline import Pipeline
 
@@ -143,7 +145,14 @@ def generate(options: argparse.Namespace) -> None:
             f"two pictures are called {repeated[0]!r}, so one mesh would overwrite the other; "
             "rename one of them"
         )
-    pipeline = Pipeline.open(options.packed, device=options.device, compute=options.compute)
+    pipeline = Pipeline.open(
+        options.packed, device=options.device, compute=options.compute, parts=options.parts,
+        memory=options.memory,
+    )  # fmt: skip
+    if options.resolution is not None:
+        if not hasattr(pipeline.decoder, "resolution"):
+            raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
+        pipeline.decoder.resolution = options.resolution
     written, failed = [], []
     with progress(options.quiet) as report:
         for number, path in enumerate(paths):
@@ -161,14 +170,35 @@ def generate(options: argparse.Namespace) -> None:
                 failed.append(str(error))
                 continue
             save(mesh, target)
-            written.append({"file": str(target), **mesh.metadata, "seconds": pipeline.seconds})
+            written.append(
+                {
+                    "file": str(target),
+                    **mesh.metadata,
+                    "mesh": asdict(describe_mesh(mesh)),
+                    "seconds": pipeline.seconds,
+                    "bytes": pipeline.bytes,
+                }
+            )
         report(len(paths), len(paths), "meshes")
-    lines = [f"{row['file']}  {sum(row['seconds'].values()):.1f} s" for row in written]
+    lines = [mesh_line(row) for row in written]
     say(options, {"written": written, "failed": failed}, "\n".join(lines))
     if failed:
         for line in failed:
             print(f"vitapack: {line}", file=sys.stderr)
         raise UserError(f"{len(failed)} of {len(paths)} pictures gave no mesh (named above)")
+
+
+def mesh_line(row: dict[str, Any]) -> str:
+    """One line for people: what the mesh is like, what it took."""
+    shape = row["mesh"]
+    words = "watertight" if shape["watertight"] else "not watertight"
+    peaks = [part["peak"] for part in row["bytes"].values() if part["peak"] is not None]
+    memory = f", peak {max(peaks) / 2**30:.2f} GiB" if peaks else ""
+    return (
+        f"{row['file']}  {sum(row['seconds'].values()):.1f} s{memory}; {shape['faces']} faces, "
+        f"{words}, components {shape['components']}, Euler number {shape['euler_number']}, "
+        f"volume {shape['volume']:.3g}"
+    )
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -192,6 +222,17 @@ def inspect(options: argparse.Namespace) -> None:
 
     header = read_header(options.packed)
     say(options, header.to_json(), describe(header))
+
+
+def random_checkpoint(options: argparse.Namespace) -> None:
+    from vitapack.compressor.random_checkpoint import write
+
+    with progress(options.quiet) as report:
+        files = write(
+            options.name, options.out, parts=options.parts, seed=options.seed, progress=report
+        )
+    written = [str(options.out / place) for place in (*files.texts, *files.tensors)]
+    say(options, {"written": written, "bytes": files.nbytes}, "\n".join(written))
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -228,7 +269,10 @@ def build_parser() -> Parser:
 
     def command(run: Callable[..., None], words: str, example: str) -> Parser:
         sub = commands.add_parser(
-            run.__name__, help=words, description=words, epilog=f"example: vitapack {example}"
+            run.__name__.replace("_", "-"),
+            help=words,
+            description=words,
+            epilog=f"example: vitapack {example}",
         )
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="the result as JSON")
@@ -301,6 +345,14 @@ def build_parser() -> Parser:
     sub.add_argument("--sampler", choices=("euler", "unipc", "consistency"))
     sub.add_argument("--device", default="auto")
     sub.add_argument("--compute", choices=("a16", "a8"), default="a16")
+    sub.add_argument("--parts", metavar="MODEL", help="original that holds encoder and decoder")
+    sub.add_argument(
+        "--memory",
+        choices=("resident", "lean"),
+        default="resident",
+        help="lean: one network in memory at a time, guidance in two passes",
+    )
+    sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
     sub.add_argument("--format", choices=("glb", "obj", "ply", "stl"), default="glb")
 
     sub = command(
@@ -318,6 +370,18 @@ def build_parser() -> Parser:
 
     sub = command(inspect, "what a packed file holds (without torch)", "inspect model.safetensors")
     sub.add_argument("packed", type=Path)
+
+    sub = command(
+        random_checkpoint,
+        "full-size random weights in a released layout, for tests and benchmarks",
+        "random-checkpoint hunyuan3d-2mini -o mini",
+    )
+    sub.add_argument("name", help="hunyuan3d-2.0, hunyuan3d-2mini, step1x-3d, trellis-ss, ...")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--parts", type=lambda text: text.split(","),
+                     default=["dit", "decoder", "conditioner"],
+                     help="some of dit,decoder,conditioner; all by default")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0)
 
     command(doctor, "what this installation can do, and what it lacks", "doctor")
     return parser

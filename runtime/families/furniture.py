@@ -41,6 +41,7 @@ from vitapack.runtime.furniture_model import (
     anchors,
 )
 from vitapack.runtime.images import recentre, separate
+from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 
 NAME = "furniture"
@@ -117,6 +118,17 @@ class ShapeDecoder:
     def __call__(self, latents: Tensor) -> np.ndarray:
         logits = self.decoder(latents.float())[0]
         return np.pad(logits.numpy(), 1, constant_values=-4.0)
+
+
+def conditioner(
+    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> Conditioner:
+    """Both parts are small: in memory at once, in float32, on the CPU."""
+    return Conditioner(source.config, {name: source.read(name) for name in source.shapes})
+
+
+def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> ShapeDecoder:
+    return ShapeDecoder(source.config, {name: source.read(name) for name in source.shapes})
 
 
 def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:

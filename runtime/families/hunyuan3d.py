@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from vitapack.runtime.conditioner import ImageConditioner, encoder_part, hunyuan_picture
+from vitapack.runtime.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.dit import DiTConfig, hunyuan_time
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
@@ -22,6 +26,7 @@ from vitapack.runtime.families.checkpoint import (
     network_shapes,
     shapes_of,
 )
+from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.weights import Weights
@@ -200,8 +205,40 @@ def read(found: Found) -> Checkpoint:
         weights=weights,
         ignored=ignored,
         unknown=tuple(unknown),
-        sections=found.config or {},
+        sections=_sections(found),
     )
+
+
+def _sections(found: Found) -> dict[str, Any]:
+    """config.yaml, with the image processor's settings beside the image encoder's."""
+    sections = dict(found.config or {})
+    if isinstance(sections.get("conditioner"), dict):
+        params = found.params("conditioner") | {"image_processor": found.params("image_processor")}
+        sections["conditioner"] = sections["conditioner"] | {"params": params}
+    return sections
+
+
+def conditioner(
+    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> ImageConditioner:
+    """DINOv2-giant on a white ground; CLS and patches are the tokens."""
+    main = source.config.get("main_image_encoder")
+    main = main if isinstance(main, dict) else {}
+    kwargs = main.get("kwargs") if isinstance(main.get("kwargs"), dict) else {}
+    picture = Params(source.config.get("image_processor") or {}, f"{source.where}: image_processor")
+    encoder = Params(kwargs or {}, f"{source.where}: main_image_encoder")
+    pixels = encoder.size("image_size", 518)
+    prepare = hunyuan_picture(
+        picture.size("size", 512), pixels, picture.take("border_ratio", float, 0.15)
+    )
+    if pixels % 14 or pixels > 4096:
+        raise FormatError(f"{source.where}: image_size {pixels} is no multiple of 14 below 4096")
+    views = str(main.get("type", "")).endswith("MV")
+    return ImageConditioner(encoder_part(source, dtype, device, bits), prepare, views=views)
+
+
+def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
+    return volume_decoder(source, decoder_config(source.config, source.where), dtype, device)
 
 
 def _dit(

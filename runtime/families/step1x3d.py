@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitapack.runtime.conditioner import ImageConditioner, encoder_part, framed_picture
+from vitapack.runtime.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.dit import DiTConfig, TimeEmbedding
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
@@ -29,6 +31,7 @@ from vitapack.runtime.families.checkpoint import (
     shapes_of,
     weight_file,
 )
+from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.weights import Stored, Weights, merged, open_weights, stacked
@@ -36,8 +39,7 @@ from vitapack.runtime.weights import Stored, Weights, merged, open_weights, stac
 NAME = "step1x3d"
 TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders
 NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
-# The label variant appends the rows of three small tables to the image's tokens.
-LABEL_TOKENS = 3
+LABELS = "label."  # prefix of the label encoder's tensors among the conditioner's
 
 _DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
@@ -263,7 +265,7 @@ def read(found: Found) -> Checkpoint:
     labelled = bool(settings.get("use_label_condition"))
     for name, prefix in (
         ("visual_encoder", "conditioner."),
-        ("label_encoder", "conditioner.label."),
+        ("label_encoder", f"conditioner.{LABELS}"),
     ):
         path = root / name / "config.json"
         if whole and path.is_file():
@@ -286,6 +288,38 @@ def read(found: Found) -> Checkpoint:
         unknown=tuple(unknown),
         sections=sections,
     )
+
+
+def conditioner(
+    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> ImageConditioner:
+    """DINOv2-large with registers on a white ground; the label variant's tokens come last."""
+    labels = source.below(LABELS)
+    names = [n for n in source.shapes if not n.startswith(LABELS)]
+    visual = Source(source.where, source.config, {n: source.shapes[n] for n in names}, source.read)
+    return ImageConditioner(
+        encoder_part(visual, dtype, device, bits),
+        framed_picture(518, 0.95),
+        extra=label_tokens(labels) if labels.shapes else None,
+    )
+
+
+def label_tokens(source: Source) -> Tensor:
+    """(1, 3, D): the first row of each table, "unknown" pose, no symmetry, ordinary quality."""
+    tables = []
+    for what in ("pose", "symm", "quality"):
+        found = [n for n, shape in source.shapes.items() if what in n.lower() and len(shape) == 2]
+        if len(found) != 1:
+            raise FormatError(
+                f"{source.where}: the label encoder should hold one table each of pose, symmetry "
+                f"and quality; of {what} it has {len(found)}"
+            )
+        tables.append(source.read(found[0])[0].float())
+    return torch.stack(tables)[None]
+
+
+def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
+    return volume_decoder(source, decoder_config(source.config, source.where), dtype, device)
 
 
 def _variant(config: DiTConfig, labelled: bool) -> str:

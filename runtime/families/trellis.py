@@ -8,11 +8,22 @@ transformer blocks are read, for size and analysis; its sparse convolutions are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vitapack.runtime.conditioner import (
+    ImageConditioner,
+    encoder_part,
+    plain_norm,
+    trellis_picture,
+)
+from vitapack.runtime.decoders import OccupancyGrid, occupancy_grid
+from vitapack.runtime.dinov2 import from_hub
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -24,6 +35,7 @@ from vitapack.runtime.families.checkpoint import (
     read_json,
     shapes_of,
 )
+from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.trellis import (
     FlowConfig,
@@ -34,6 +46,7 @@ from vitapack.runtime.trellis import (
 from vitapack.runtime.weights import Weights, merged, open_weights
 
 NAME = "trellis"
+ENCODER = "dinov2_vitl14_reg4_pretrain"
 STRUCTURE, SLAT = "SparseStructureFlowModel", ("SLatFlowModel", "ElasticSLatFlowModel")
 DECODER = "SparseStructureDecoder"
 RELEASED = {(STRUCTURE, 24): "trellis-ss", ("slat", 24): "trellis-slat"}
@@ -205,6 +218,32 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def image_encoder(folder: Path) -> Path | None:
+    """The torch-hub file of DINOv2-large with registers, which TRELLIS downloads on first use: in
+    the model's folder, or where torch.hub keeps it."""
+    cache = os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch"
+    for place in (folder, folder / "ckpts", Path(cache) / "hub" / "checkpoints"):
+        for suffix in (".safetensors", ".pth"):
+            if (place / f"{ENCODER}{suffix}").is_file():
+                return place / f"{ENCODER}{suffix}"
+    return None
+
+
+def conditioner(
+    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> ImageConditioner:
+    """DINOv2-large with registers on a black ground; every token, normalised without weights."""
+    part = encoder_part(source, dtype, device, bits)
+    return ImageConditioner(part, trellis_picture(518), finish=plain_norm)
+
+
+def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> OccupancyGrid:
+    params = dict(source.config)
+    resolution = params.pop("resolution", 16)
+    config = decoder_config(params, source.where, resolution)
+    return occupancy_grid(source, config, dtype, device)
+
+
 def recognises(found: Found) -> bool:
     return found.config is None and _stem(found) is not None
 
@@ -247,6 +286,10 @@ def read(found: Found) -> Checkpoint:
                 shapes_of(lambda: OccupancyDecoder(decoder)),
                 part.weights,
             )
+        encoder = image_encoder(found.path)
+        if encoder is not None:
+            parts["conditioner."] = from_hub(open_weights(encoder))
+            sections["conditioner"] = {"params": {"file": encoder.name}}
     depth = len(config.blocks)
     kind = "slat" if slat else STRUCTURE
     return Checkpoint(

@@ -1,0 +1,199 @@
+"""A picture to condition tokens: the object set on its ground, then DINOv2, as each family does it.
+
+    condition = ImageConditioner(Part(...), prepare=hunyuan_picture(512, 518, 0.15))
+    tokens = condition(Image.open("chair.png"))      # (1, N, D); the unconditional ones are zeros
+
+What the published pipelines do with OpenCV and torchvision is done with pillow and torch here; a
+pixel differs by a grey level or two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from vitapack.runtime.dinov2 import MEAN, STD, Dinov2, config_from_shapes
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.images import separate
+from vitapack.runtime.parts import Part, Source, fill, filled_bytes
+
+Prepare = Callable[[Image.Image, str], Tensor]  # picture, its name -> (3, H, W) in 0..1
+VIEWS = ("front", "left", "back", "right")  # of a multi-view model, by index
+Picture = Image.Image | Mapping[str, Image.Image]
+
+
+class ImageConditioner:
+    """Tokens (1, N, D) float32 on the CPU of one picture, or of several views."""
+
+    def __init__(
+        self,
+        encoder: Part[Dinov2],
+        prepare: Prepare,
+        *,
+        finish: Callable[[Tensor, int], Tensor] | None = None,
+        views: bool = False,
+        extra: Tensor | None = None,
+    ) -> None:
+        """`finish` turns the encoder's tokens (before its last LayerNorm) into the model's; by
+        default that LayerNorm, registers dropped. `extra` (1, n, D) tokens come after them."""
+        self.encoder, self.prepare, self.finish = encoder, prepare, finish
+        self.views, self.extra = views, extra
+
+    @property
+    def nbytes(self) -> int:
+        return self.encoder.nbytes
+
+    def free(self) -> None:
+        self.encoder.free()
+
+    @torch.inference_mode()
+    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+        if not isinstance(image, Mapping):
+            image = {VIEWS[0]: image}
+        elif not self.views and len(image) != 1:
+            raise UserError(f"{name}: this model takes one picture, not {len(image)} views")
+        if odd := [view for view in image if view not in VIEWS]:
+            raise UserError(f"{name}: no view {odd[0]!r}; choose among {', '.join(VIEWS)}")
+        if not image:
+            raise UserError(f"{name}: no picture was given")
+        tokens = []
+        for index, view in enumerate(VIEWS):
+            if view in image:
+                found = self._encode(image[view], name if len(image) == 1 else f"{name}, {view}")
+                tokens.append(
+                    found + view_embedding(index, found.shape[-1]) if self.views else found
+                )
+        if self.extra is not None:
+            tokens.append(self.extra)
+        return torch.cat(tokens, dim=1)
+
+    def _encode(self, image: Image.Image, name: str) -> Tensor:
+        pixels = self.prepare(image, name)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        encoder = self.encoder()
+        place = encoder.layernorm.weight
+        tokens = encoder(((pixels - mean) / std)[None].to(place.device), normalise=False)
+        registers = encoder.config.registers
+        if self.finish is not None:
+            tokens = self.finish(tokens, registers)
+        else:
+            tokens = encoder.layernorm(tokens)
+            tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
+        return tokens.float().cpu()
+
+
+def view_embedding(index: int, channels: int) -> Tensor:
+    """(channels,) [sin | cos] of a view's index, which tells the views of a model apart."""
+    half = channels // 2
+    angles = index * torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(1e4) / half))
+    return torch.cat([angles.sin(), angles.cos()]).float()
+
+
+def plain_norm(tokens: Tensor, registers: int) -> Tensor:
+    """TRELLIS: all tokens, registers too, through a LayerNorm without affine, eps 1e-5."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+def encoder_part(
+    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> Part[Dinov2]:
+    """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears."""
+    tail = "embeddings.cls_token"
+    starts = [name.removesuffix(tail) for name in source.shapes if name.endswith(tail)]
+    if len(starts) != 1:
+        raise FormatError(f"{source.where}: the image encoder should be a DINOv2; found no {tail}")
+    inner = source.below(starts[0])
+    config = config_from_shapes(inner.weights(), source.where)
+
+    def linear(name: str) -> bool:
+        return name.startswith("encoder.") and len(inner.weights()[name]) == 2
+
+    def load() -> Dinov2:
+        made = fill(lambda: Dinov2(config), inner, dtype, device, bits, ("embeddings.mask_token",))
+        assert isinstance(made, Dinov2)
+        return made
+
+    return Part(load, filled_bytes(inner, dtype, bits, linear))
+
+
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def hunyuan_picture(size: int, pixels: int, border: float) -> Prepare:
+    """The object's box at 1 - `border` of a white square of the picture's longer side, resized to
+    `size` (bicubic) and then to the encoder's `pixels` (bilinear, antialiased)."""
+
+    def prepare(image: Image.Image, name: str) -> Tensor:
+        rgb, alpha = separate(image, name)
+        side = max(alpha.shape)
+        rows, columns = np.nonzero(alpha.any(1))[0], np.nonzero(alpha.any(0))[0]
+        top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
+        box = np.dstack([rgb, alpha])[top:bottom, left:right]  # as published: the last ones are cut
+        scale = int(side * (1 - border)) / max(box.shape[:2])
+        height, width = (max(1, int(length * scale)) for length in box.shape[:2])
+        method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
+        # Channel by channel: pillow would weight colours by alpha, the published pipeline does not.
+        channels = [Image.fromarray(np.ascontiguousarray(box[..., c])) for c in range(4)]
+        small = np.dstack([np.asarray(c.resize((width, height), method)) for c in channels])
+        square = np.full((side, side, 3), 255, np.uint8)
+        cover = small[..., 3:] / np.float32(255)
+        flat = small[..., :3] * cover + 255 * (1 - cover)
+        y, x = (side - height) // 2, (side - width) // 2
+        square[y : y + height, x : x + width] = flat.clip(0, 255)
+        grid = torch.from_numpy(square).permute(2, 0, 1)[None].float()
+        grid = F.interpolate(grid, size=(size, size), mode="bicubic").round().clamp(0, 255) / 255
+        if size != pixels:
+            grid = F.interpolate(grid, size=(pixels, pixels), mode="bilinear", antialias=True)
+        return grid[0]
+
+    return prepare
+
+
+def framed_picture(pixels: int, fill_ratio: float) -> Prepare:
+    """Step1X-3D: the object's box at `fill_ratio` of a white square, resized bicubically."""
+
+    def prepare(image: Image.Image, name: str) -> Tensor:
+        rgb, alpha = separate(image, name)
+        rows, columns = np.nonzero(alpha.any(1))[0], np.nonzero(alpha.any(0))[0]
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        cover = alpha[box][..., None] / np.float32(255)
+        flat = rgb[box] * cover + 255 * (1 - cover)
+        height, width = flat.shape[:2]
+        side = max(round(max(height, width) / fill_ratio), height, width)
+        square = np.full((side, side, 3), 255, np.uint8)
+        y, x = (side - height) // 2, (side - width) // 2
+        square[y : y + height, x : x + width] = flat.round()
+        return _unit(Image.fromarray(square).resize((pixels, pixels), Image.Resampling.BICUBIC))
+
+    return prepare
+
+
+def trellis_picture(pixels: int) -> Prepare:
+    """TRELLIS: a square of 1.2 times the object's box, on black."""
+
+    def prepare(image: Image.Image, name: str) -> Tensor:
+        rgb, alpha = separate(image, name)
+        rows = np.nonzero((alpha > 0.8 * 255).any(1))[0]
+        columns = np.nonzero((alpha > 0.8 * 255).any(0))[0]
+        if not len(rows):
+            raise UserError(f"{name}: the object is translucent everywhere; expected a solid one")
+        x, y = (columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2
+        half = int(max(np.ptp(rows), np.ptp(columns)) * 1.2) // 2
+        square = Image.fromarray(np.dstack([rgb, alpha])).crop(
+            (round(x - half), round(y - half), round(x + half), round(y + half))
+        )
+        small = np.asarray(square.resize((pixels, pixels), Image.Resampling.LANCZOS))
+        black = small[..., :3] * (small[..., 3:] / np.float32(255))
+        return _unit(Image.fromarray(black.astype(np.uint8)))
+
+    return prepare
+
+
+def _unit(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)

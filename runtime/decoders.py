@@ -1,0 +1,94 @@
+"""Latents to the grid of logits that the surface is taken from, positive inside.
+
+A decoder says `latent_shape` and `bounds` without being loaded; `decoder(latents)` loads it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitapack.runtime.grid import coarse_to_fine, dense
+from vitapack.runtime.parts import Part, Source, fill, filled_bytes
+from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
+
+
+class VolumeDecoder:
+    """A ShapeVAE: latents (1, n, c) to (R + 1)^3 logits, evaluated near the surface only."""
+
+    def __init__(self, decoder: Part[ShapeDecoder], config: ShapeDecoderConfig) -> None:
+        self.decoder, self.config = decoder, config
+        self.latent_shape: tuple[int, ...] = (config.latents, config.channels)
+        self.bounds = config.bounds
+        self.resolution = 384  # of the published pipelines
+        self.dense = False  # every node, for comparisons
+        self.queries = 0  # of the last shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the network and the grid with its interpolation and masks: 10 bytes a node."""
+        return self.decoder.nbytes + 10 * (self.resolution + 1) ** 3
+
+    def free(self) -> None:
+        self.decoder.free()
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        network = self.decoder()
+        device = network.post_kl.weight.device
+        evaluate = dense if self.dense else coarse_to_fine
+        field = network.field(latents.to(device))
+        grid = evaluate(field, self.resolution, self.bounds, device=device)
+        self.queries = grid.queries
+        return grid.values.numpy()
+
+
+class OccupancyGrid:
+    """TRELLIS: latents (1, 8, 16, 16, 16) to logits at the centres of 64^3 voxels.
+
+    One ring of empty voxels closes shapes that touch the border. TRELLIS' z points up; the grid is
+    turned to y up, front +z, like everything else here.
+    """
+
+    def __init__(self, decoder: Part[OccupancyDecoder], config: OccupancyConfig) -> None:
+        self.decoder, self.config = decoder, config
+        side = config.resolution
+        self.latent_shape: tuple[int, ...] = (config.latent_channels, side, side, side)
+        self.bounds = 0.5 + 0.5 / config.side
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoder.nbytes
+
+    def free(self) -> None:
+        self.decoder.free()
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        network = self.decoder()
+        logits = network(latents.to(network.input_layer.weight))[0, 0].float().cpu().numpy()
+        turned = logits.transpose(0, 2, 1)[:, :, ::-1]  # (x, y, z) to (x, z, -y)
+        return np.pad(turned, 1, constant_values=min(-1.0, float(logits.min())))
+
+
+def volume_decoder(
+    source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
+) -> VolumeDecoder:
+    def load() -> ShapeDecoder:
+        made = fill(lambda: ShapeDecoder(config), source, dtype, device)
+        assert isinstance(made, ShapeDecoder)
+        return made
+
+    return VolumeDecoder(Part(load, filled_bytes(source, dtype, 16, lambda name: False)), config)
+
+
+def occupancy_grid(
+    source: Source, config: OccupancyConfig, dtype: torch.dtype, device: str | torch.device
+) -> OccupancyGrid:
+    def load() -> OccupancyDecoder:
+        made = fill(lambda: OccupancyDecoder(config), source, dtype, device)
+        assert isinstance(made, OccupancyDecoder)
+        return made
+
+    return OccupancyGrid(Part(load, filled_bytes(source, dtype, 16, lambda name: False)), config)

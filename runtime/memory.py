@@ -1,0 +1,63 @@
+"""What a phase takes: seconds, and the peak of memory while it ran.
+
+    meter = PhaseMeter({"decode": 900_000_000})
+    with meter("decode"): ...
+    meter.bytes["decode"]    # {"predicted": ..., "peak": ..., "reserved": None}
+
+On Linux the kernel's own high-water mark of the process is reset at the start of each phase, so the
+figure holds everything: weights, activations, the allocator's holes. With CUDA it is torch's peak
+of allocated and of reserved memory instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident(peak: bool = False) -> int | None:
+    """Bytes of the process in memory, now or at most since the last reset; None off Linux."""
+    try:
+        text = STATUS.read_text()
+    except OSError:
+        return None
+    field = "VmHWM:" if peak else "VmRSS:"
+    return int(text.split(field)[1].split()[0]) * 1024 if field in text else None
+
+
+def reset_peak() -> None:
+    """Lets `resident(peak=True)` start anew; without effect where the kernel does not allow it."""
+    try:
+        RESET.write_text("5")
+    except OSError:
+        return
+
+
+class PhaseMeter:
+    """Seconds and bytes by phase: predicted, peak, and what torch reserved on a GPU."""
+
+    def __init__(self, predicted: Mapping[str, int]) -> None:
+        self.predicted = predicted
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, dict[str, int | None]] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        import torch
+
+        gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        reset_peak()
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+        self.bytes[phase] = {
+            "predicted": self.predicted.get(phase),
+            "peak": torch.cuda.max_memory_allocated() if gpu else resident(peak=True),
+            "reserved": torch.cuda.max_memory_reserved() if gpu else None,
+        }
