@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 
 void bind_emd(pybind11::module_& m);  // emd_auction.cpp
+void bind_int8(pybind11::module_& m);  // int8_bind.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU parts of vitapack; the public functions are in vitapack.kernels.";
   bind_emd(m);
+  bind_int8(m);
 }

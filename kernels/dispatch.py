@@ -1,7 +1,7 @@
 """Which kernel runs a packed linear, said once per layer class and device: never a silent fallback.
 
-Today there is one path, the plain-PyTorch reference; kernels of `cpu.py` and `triton_gemm.py` are
-chosen here when they exist, and nowhere else.
+On CPUs that is the int8 engine of `cpu.py` in the instruction set it found; the plain-PyTorch
+reference serves what has no kernel, with a warning, and whoever needs gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,12 @@ from torch import Tensor
 
 from vitapack.kernels import reference
 
+if TYPE_CHECKING:
+    from vitapack.kernels.cpu import Panels
+
 log = logging.getLogger("vitapack.kernels")
+
+REFERENCE = "the reference: gradients are needed, or there is no kernel"
 
 
 @functools.cache  # one line per distinct (layer class, device, path, reason)
@@ -130,11 +135,37 @@ def _on_gpu(layer: str, x: Tensor) -> bool:
     return gpu_kernels(layer, x.device)
 
 
+def cpu_engine(layer: str) -> bool:
+    """Whether the int8 engine serves `layer` on this CPU; says so, or warns that it does not."""
+    from vitapack.kernels import cpu
+
+    if not cpu.available():
+        why = "vitapack._C is not built: pip install -e . builds it; expect a tenth of the speed"
+        announce(layer, "cpu", "plain PyTorch", why, logging.WARNING)
+        return False
+    name = cpu.instruction_set()
+    if name == "portable":
+        why = "this CPU has neither AVX2 nor VNNI: correct, but slow"
+        announce(layer, "cpu", "int8 engine, portable C++", why, logging.WARNING)
+    else:
+        best = name == cpu.instruction_sets()[0]
+        why = "the best that this CPU has" if best else f"{cpu.VARIABLE} or the caller asks for it"
+        announce(layer, "cpu", f"int8 engine, {name}", why)
+    return True
+
+
+def linear_panels(x: Tensor, panels: Panels, compute: str) -> Tensor:
+    """x (..., K) on the CPU through a weight in the engine's panels."""
+    from vitapack.kernels import cpu
+
+    return cpu.linear_a8(x, panels) if compute == "a8" else cpu.linear_a16(x, panels)
+
+
 def linear_int8(x: Tensor, q8: Tensor, scale: Tensor, bias: Tensor | None, compute: str) -> Tensor:
     """x (..., K) through an 8-bit weight (N, K); `compute` is "a16" or "a8"."""
     if _on_gpu(f"int8 {compute} linear", x):
         return _linear_gpu(x, q8, None, 0, scale, bias, compute)
-    announce(f"int8 {compute} linear", x.device.type, "plain PyTorch", "the only path built so far")
+    announce(f"int8 {compute} linear", x.device.type, "plain PyTorch", REFERENCE)
     run = reference.linear_w8a8_ref if compute == "a8" else reference.linear_a16_ref
     return run(x, q8, scale, bias)
 
@@ -151,7 +182,7 @@ def linear_int4(
     """x (..., K) through a 4-bit weight, expanded exactly to int8 for this one call."""
     if _on_gpu(f"int4 {compute} linear", x):
         return _linear_gpu(x, q4, group, group_size, scale, bias, compute)
-    announce(f"int4 {compute} linear", x.device.type, "plain PyTorch", "the only path built so far")
+    announce(f"int4 {compute} linear", x.device.type, "plain PyTorch", REFERENCE)
     w8 = reference.expand_int4(q4, group, group_size, x.shape[-1])
     run = reference.linear_w8a8_ref if compute == "a8" else reference.linear_a16_ref
     return run(x, w8, scale, bias)

@@ -89,7 +89,8 @@ def load_packed_dit(
     """
     import torch
 
-    from vitapack.runtime.dit import ModulationTable, TimeNodes
+    from vitapack.runtime.dit import DiTConfig, ModulationTable, TimeNodes
+    from vitapack.runtime.dit_engine import EngineDiT
     from vitapack.runtime.linear import COMPUTES, PackedLinear
 
     header = read_header(path)
@@ -100,8 +101,11 @@ def load_packed_dit(
         verify(path)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    config = dit_config(header)
+    on_engine = compute == "a8" and device.type == "cpu"
     with torch.device("meta"):
-        dit = network_of(dit_config(header), device.type).eval()
+        fused = on_engine and isinstance(config, DiTConfig)
+        dit = (EngineDiT(config) if fused else network_of(config, device.type)).eval()
 
     with TensorReader(header, device) as reader:
         for name, linear in network_linears(header.network).items():
@@ -127,6 +131,8 @@ def load_packed_dit(
                     compute="a16" if linear.role == "modulation" else compute,
                     **codes,
                 )
+                if on_engine:
+                    packed.prepare()  # now, so that only one weight is ever held twice
                 _replace(dit, name, packed)
         if chosen == "table":
             nodes = reader.floats("modulation.t", torch.float64)

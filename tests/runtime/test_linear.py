@@ -22,9 +22,13 @@ def make(bits, n=24, k=100, group=32, bias=True, compute="a16"):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 100), (100,), (0, 100), (2, 5, 100)])
-def test_a16_equals_the_fake_quantized_linear_exactly(bits, bias, shape):
+def test_a16_equals_the_fake_quantized_linear(bits, bias, shape):
     layer, packed, tensors = make(bits, bias=bias)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain = F.linear(x, packed.dequantized(), tensors.get("a.bias"))
+    # To rounding: the CPU engine sums integers times activations and scales the sum.
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+    x.requires_grad_()  # the reference serves gradients: the same operations, the same bits
     assert torch.equal(layer(x), F.linear(x, packed.dequantized(), tensors.get("a.bias")))
     assert torch.equal(layer.dequantized(), packed.dequantized())
 

@@ -1,0 +1,253 @@
+// The row kernels: everything that runs hot, compiled once per instruction set.
+//
+// A file int8_<set>.cpp switches the set on for all functions that follow, defines
+//   VP_NAME   the name under which users know it       VP_LEVEL  512, 256 or 0: see int8_vec.h
+//   VP_VNNI   whether VP_DOT exists (level 256)        VP_TABLE  the name of its table
+// and includes this file. Everything is in an unnamed namespace and uses no templates of the
+// standard library: a std function compiled here for AVX-512 could otherwise be the copy that the
+// linker picks for the whole program.
+
+namespace vitapack {
+namespace {
+
+#include "int8_vec.h"
+#include "int8_tiles.h"
+
+constexpr float kInt8Max = 127.0f;
+
+// Makes u8 of k floats: round-half-even(x / sx) + 128 with sx = peak / 127, as reference.py does.
+// `check` is 0, or NaN where a value is NaN or infinite: then sx is NaN, and so is what it scales.
+inline float quantize_row(const float* x, std::int64_t k, float peak, float check,
+                          std::uint8_t* out) {
+  if (!(check == 0.0f)) {
+    std::memset(out, 128, std::size_t(k));
+    return check - check;
+  }
+  const float sx = peak / kInt8Max;
+  // Dividing, not multiplying by 127 / peak: that would be infinite for denormal peaks.
+  const F by = all(sx > 0 ? sx : 1.0f), zero = all(128.0f), top = all(kInt8Max);
+  const F bottom = all(-kInt8Max);
+  std::int64_t i = 0;
+  for (; i + 16 <= k; i += 16)
+    store_bytes(out + i, max(bottom, min(top, round(load(x + i) / by))) + zero);
+  if (i < k) {
+    std::uint8_t lane[16];
+    store_bytes(lane, max(bottom, min(top, round(load_part(x + i, k - i) / by))) + zero);
+    std::memcpy(out + i, lane, std::size_t(k - i));
+  }
+  return sx;
+}
+
+struct Peak {
+  F top = all(0.0f), check = all(0.0f);
+  void add(F x) {
+    top = max(top, abs(x));
+    check = fma(x, all(0.0f), check);  // NaN and infinity times 0 are NaN
+  }
+};
+
+void quantize(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
+              std::uint8_t* out, std::int64_t stride, float* sx) {
+  constexpr std::int64_t kChunk = 1024;  // other types are widened piece by piece, twice
+  float piece[kChunk];
+  for (std::int64_t r = 0; r < rows; ++r, out += stride) {
+    Peak peak;
+    for (std::int64_t i = 0; i < k; i += 16)
+      peak.add(load_any(x, type, r * x_stride + i, k - i < 16 ? k - i : 16));
+    const float top = largest(peak.top), check = sum(peak.check);
+    if (type == Type::f32) {
+      sx[r] = quantize_row(static_cast<const float*>(x) + r * x_stride, k, top, check, out);
+      continue;
+    }
+    sx[r] = 0;
+    for (std::int64_t at = 0; at < k; at += kChunk) {
+      const std::int64_t n = k - at < kChunk ? k - at : kChunk;
+      for (std::int64_t i = 0; i < n; i += 16) {
+        const std::int64_t lanes_left = n - i < 16 ? n - i : 16;
+        store_part(piece + i, load_any(x, type, r * x_stride + at + i, lanes_left), lanes_left);
+      }
+      sx[r] = quantize_row(piece, n, top, check, out + at);
+    }
+  }
+}
+
+inline void peak_of(const float* x, std::int64_t k, Peak& peak) {
+  std::int64_t i = 0;
+  for (; i + 16 <= k; i += 16) peak.add(load(x + i));
+  if (i < k) peak.add(load_part(x + i, k - i));
+}
+
+void quantize_pair(const float* a, std::int64_t a_stride, std::int64_t ka, const float* b,
+                   std::int64_t b_stride, std::int64_t kb, std::int64_t rows, std::uint8_t* out,
+                   std::int64_t stride, float* sx) {
+  for (std::int64_t r = 0; r < rows; ++r, a += a_stride, b += b_stride, out += stride) {
+    Peak peak;
+    peak_of(a, ka, peak);
+    peak_of(b, kb, peak);
+    const float top = largest(peak.top), check = sum(peak.check);
+    sx[r] = quantize_row(a, ka, top, check, out);
+    quantize_row(b, kb, top, check, out + ka);
+  }
+}
+
+// LayerNorm without affine (eps 1e-6, variance of the deviations), then the modulation.
+void norm_quantize(const float* x, std::int64_t x_stride, const float* shift, const float* scale,
+                   std::int64_t rows, std::int64_t k, float* work, std::uint8_t* out,
+                   std::int64_t stride, float* sx) {
+  const std::int64_t whole = k / 16 * 16, rest = k - whole;
+  for (std::int64_t r = 0; r < rows; ++r, x += x_stride, out += stride) {
+    F total = all(0.0f);
+    for (std::int64_t i = 0; i < whole; i += 16) total = total + load(x + i);
+    if (rest) total = total + load_part(x + whole, rest);
+    const float mean = sum(total) / float(k);
+    const F middle = all(mean);
+    F square = all(0.0f);
+    for (std::int64_t i = 0; i < whole; i += 16) {
+      const F d = load(x + i) - middle;
+      square = fma(d, d, square);
+    }
+    float squares = sum(square);
+    for (std::int64_t i = whole; i < k; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const F by = all(1.0f / std::sqrt(squares / float(k) + 1e-6f)), one = all(1.0f);
+    Peak peak;
+    for (std::int64_t i = 0; i < k; i += 16) {
+      const std::int64_t n = k - i < 16 ? k - i : 16;
+      const F d = (n == 16 ? load(x + i) : load_part(x + i, n)) - middle;
+      const F s = n == 16 ? load(scale + i) : load_part(scale + i, n);
+      const F b = n == 16 ? load(shift + i) : load_part(shift + i, n);
+      const F y = fma(one + s, d * by, b);
+      n == 16 ? store(work + i, y) : store_part(work + i, y, n);
+      if (n == 16) peak.add(y);
+    }
+    if (rest) peak.add(load_part(work + whole, rest));
+    sx[r] = quantize_row(work, k, largest(peak.top), sum(peak.check), out);
+  }
+}
+
+// One row of a finished tile: 64 channels, `n` of them real, `values` already scaled and biased.
+inline void finish(F values, std::int64_t row, std::int64_t column, std::int64_t n,
+                   const Epilogue& e) {
+  if (e.gelu) values = gelu_tanh(values);
+  const std::int64_t at = row * e.stride + column;
+  if (e.gate) {
+    float* out = static_cast<float*>(e.out) + at;
+    const F before = n == 16 ? load(out) : load_part(out, n);
+    const F gate = n == 16 ? load(e.gate + column) : load_part(e.gate + column, n);
+    values = fma(gate, values, before);
+  }
+  store_any(e.out, e.type, at, values, n);
+}
+
+inline void finish_tile(const std::int32_t* acc, const Linear& w, std::int64_t panel,
+                        const float* sx, std::int64_t row, std::int64_t rows, const Epilogue& e) {
+  const std::int64_t base = panel * kPanel;
+  for (int c = 0; c < kPanel && base + c < w.n; c += 16) {
+    const F scale = load(w.scale + base + c);
+    const F bias = w.bias ? load(w.bias + base + c) : all(0.0f);
+    const std::int64_t n = w.n - base - c < 16 ? w.n - base - c : 16;
+    for (std::int64_t r = 0; r < rows; ++r)
+      finish(fma(from_int(acc + r * kPanel + c) * all(sx[row + r]), scale, bias), row + r, base + c,
+             n, e);
+  }
+}
+
+void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::uint8_t* a,
+            std::int64_t stride, const float* sx, std::int64_t rows, const Epilogue& e,
+            std::int8_t* work) {
+  alignas(64) std::int32_t acc[kTile * kPanel];
+  for (std::int64_t p = first; p < last; ++p) {
+    const std::int8_t* panel = work;
+    if (w.bits == 4)
+      expand_panel(w, p, work);
+    else
+      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
+    for (std::int64_t r = 0; r < rows; r += kTile) {
+      tile_i8(a + r * stride, stride, panel, w.kp / 4, w.start + p * kPanel, acc, kPanel);
+      finish_tile(acc, w, p, sx, r, rows - r < kTile ? rows - r : kTile, e);
+    }
+  }
+}
+
+void widen(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
+           bool bf16, void* out, std::int64_t stride) {
+  const std::int64_t kp = round_up(k, kBlock);
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t i = 0; i < kp; i += 16) {
+      const std::int64_t n = i >= k ? 0 : k - i < 16 ? k - i : 16;
+      const F values = n ? load_any(x, type, r * x_stride + i, n) : all(0.0f);
+      store_any(out, bf16 ? Type::bf16 : Type::f32, r * stride + i, values, 16);
+    }
+}
+
+// A panel of s8 as (kp/2, 64, 2) bf16 or (kp, 64) float32: small integers, exact in both.
+inline void widen_panel(const std::int8_t* panel, std::int64_t kp, bool bf16, void* out) {
+  float* full = static_cast<float*>(out);
+  std::uint32_t* pairs = static_cast<std::uint32_t*>(out);
+  for (std::int64_t step = 0; step < kp / 4; ++step, panel += 256) {
+    for (int n = 0; n < kPanel; n += 16) {
+      const Bytes four = load_four(panel + 4 * n);
+      if (bf16) {
+        store_pairs(pairs + 2 * step * kPanel + n, byte_of<0>(four), byte_of<1>(four));
+        store_pairs(pairs + (2 * step + 1) * kPanel + n, byte_of<2>(four), byte_of<3>(four));
+      } else {
+        float* to = full + 4 * step * kPanel + n;
+        store(to, byte_of<0>(four));
+        store(to + kPanel, byte_of<1>(four));
+        store(to + 2 * kPanel, byte_of<2>(four));
+        store(to + 3 * kPanel, byte_of<3>(four));
+      }
+    }
+  }
+}
+
+void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const void* a,
+                 std::int64_t stride, bool bf16, std::int64_t rows, const Epilogue& e, void* work) {
+  alignas(64) float acc[kTile * kPanel];
+  const std::int64_t bytes = bf16 ? 2 : 4;
+  // The s8 panel of a 4-bit weight takes the end of the scratch, behind the widened one.
+  std::int8_t* expanded = static_cast<std::int8_t*>(work) + kPanel * w.kp * bytes;
+  for (std::int64_t p = first; p < last; ++p) {
+    const std::int8_t* panel = expanded;
+    if (w.bits == 4)
+      expand_panel(w, p, expanded);
+    else
+      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
+    widen_panel(panel, w.kp, bf16, work);
+    for (std::int64_t r = 0; r < rows; r += kTile) {
+      const char* from = static_cast<const char*>(a) + r * stride * bytes;
+      if (bf16)
+        tile_bf16(from, stride * 2, static_cast<const char*>(work), w.kp / 2, acc, kPanel);
+      else
+        tile_f32(from, stride * 4, static_cast<const char*>(work), w.kp, acc, kPanel);
+      const std::int64_t base = p * kPanel, count = rows - r < kTile ? rows - r : kTile;
+      for (int c = 0; c < kPanel && base + c < w.n; c += 16) {
+        const F scale = load(w.scale + base + c);
+        const F bias = w.bias ? load(w.bias + base + c) : all(0.0f);
+        const std::int64_t n = w.n - base - c < 16 ? w.n - base - c : 16;
+        for (std::int64_t i = 0; i < count; ++i)
+          finish(fma(load(acc + i * kPanel + c), scale, bias), r + i, base + c, n, e);
+      }
+    }
+  }
+}
+
+#include "int8_attention.h"
+
+void expand(const Linear& w, std::int64_t panel, std::int8_t* out) { expand_panel(w, panel, out); }
+
+void tile(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel, std::int64_t steps,
+          const std::int32_t* start, std::int32_t* acc, std::int64_t acc_stride) {
+  tile_i8(a, stride, panel, steps, start, acc, acc_stride);
+}
+
+double peak_loop(std::int64_t loops) { return peak(loops); }
+
+const Kernels table = {VP_NAME,       kTile,       VP_BF16,     quantize, quantize_pair,
+                       norm_quantize, linear,      linear_wide, widen,    split_heads,
+                       attend,        expand,      tile,        peak_loop};
+
+}  // namespace
+
+const Kernels* VP_TABLE() { return &table; }
+
+}  // namespace vitapack

@@ -1,0 +1,279 @@
+// Sixteen floats: what the row kernels are written in, once per instruction set.
+//
+// Included by int8_kernels.h inside a namespace of the instruction set, with VP_LEVEL 512, 256
+// or 0. Rounding is to nearest even everywhere; max(a, b) returns b if one of them is NaN.
+
+#if VP_LEVEL == 512
+struct F {
+  __m512 v;
+};
+inline F all(float a) { return {_mm512_set1_ps(a)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline __mmask16 lanes(std::int64_t n) { return __mmask16((1u << n) - 1); }
+inline F load_part(const float* p, std::int64_t n) {
+  return {_mm512_maskz_loadu_ps(lanes(n), p)};
+}
+inline void store_part(float* p, F a, std::int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
+inline F from_int(const std::int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+// 16 times 4 signed bytes, and byte i of each as a float.
+using Bytes = __m512i;
+inline Bytes load_four(const std::int8_t* p) { return _mm512_loadu_si512(p); }
+template <int i> inline F byte_of(Bytes four) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(four, 24 - 8 * i), 24))};
+}
+// Two floats that bf16 holds exactly, as one number of 32 bits.
+inline void store_pairs(std::uint32_t* p, F low, F high) {
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16),
+                                         _mm512_castps_si512(high.v)));
+}
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+inline F round(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline F times_power(F a, F whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
+inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+inline void store_bytes(std::uint8_t* p, F a) {  // whole numbers -128..255, the low byte
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline F load_bf16(const std::uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline void store_bf16(std::uint16_t* p, F a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q),
+                             _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+inline F load_f16(const std::uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+inline void store_f16(std::uint16_t* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, 0));
+}
+
+#elif VP_LEVEL == 256
+struct F {
+  __m256 a, b;
+};
+inline F all(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F a) {
+  _mm256_storeu_ps(p, a.a);
+  _mm256_storeu_ps(p + 8, a.b);
+}
+inline F from_int(const std::int32_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p)),
+          _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(p + 8)))};
+}
+struct Bytes {
+  __m256i a, b;
+};
+inline Bytes load_four(const std::int8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+template <int i> inline F byte_of(Bytes four) {
+  const auto one = [](__m256i v) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24));
+  };
+  return {one(four.a), one(four.b)};
+}
+inline F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F fma(F x, F y, F z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F abs(F x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline F round(F x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+inline __m256 times_power(__m256 a, __m256 whole) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
+}
+inline F times_power(F x, F whole) {
+  return {times_power(x.a, whole.a), times_power(x.b, whole.b)};
+}
+inline float largest(F x) {
+  float lane[16], top;
+  store(lane, x);
+  top = lane[0];
+  for (int i = 1; i < 16; ++i) top = lane[i] > top ? lane[i] : top;
+  return top;
+}
+inline float sum(F x) {
+  float lane[8], total = 0;
+  _mm256_storeu_ps(lane, _mm256_add_ps(x.a, x.b));
+  for (int i = 0; i < 8; ++i) total += lane[i];
+  return total;
+}
+inline void store_bytes(std::uint8_t* p, F x) {
+  const __m256i low = _mm256_set1_epi32(255);
+  const __m256i a = _mm256_and_si256(_mm256_cvtps_epi32(x.a), low);
+  const __m256i b = _mm256_and_si256(_mm256_cvtps_epi32(x.b), low);
+  // Words in the order a0-3 b0-3 a4-7 b4-7, then put right.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+  const __m128i bytes =
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128((__m128i*)p, bytes);
+}
+inline F load_bf16(const std::uint16_t* p) {
+  const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+}
+inline void store_bf16(std::uint16_t* p, F x) {
+  float lane[16];
+  store(lane, x);
+  for (int i = 0; i < 16; ++i) p[i] = bf16_of(lane[i]);
+}
+inline F load_f16(const std::uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline void store_f16(std::uint16_t* p, F x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, 0));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, 0));
+}
+
+#else
+struct F {
+  float v[16];
+};
+#define VP_EACH(expression)              \
+  F r;                                   \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
+  return r
+inline F all(float a) { VP_EACH(a); }
+inline F load(const float* p) { VP_EACH(p[i]); }
+inline void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+inline F from_int(const std::int32_t* p) { VP_EACH(float(p[i])); }
+struct Bytes {
+  const std::int8_t* p;
+};
+inline Bytes load_four(const std::int8_t* p) { return {p}; }
+template <int at> inline F byte_of(Bytes four) { VP_EACH(float(four.p[4 * i + at])); }
+inline F operator+(F a, F b) { VP_EACH(a.v[i] + b.v[i]); }
+inline F operator-(F a, F b) { VP_EACH(a.v[i] - b.v[i]); }
+inline F operator*(F a, F b) { VP_EACH(a.v[i] * b.v[i]); }
+inline F operator/(F a, F b) { VP_EACH(a.v[i] / b.v[i]); }
+inline F fma(F a, F b, F c) { VP_EACH(a.v[i] * b.v[i] + c.v[i]); }
+inline F max(F a, F b) { VP_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline F min(F a, F b) { VP_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline F abs(F a) { VP_EACH(std::fabs(a.v[i])); }
+inline F round(F a) { VP_EACH(std::nearbyint(a.v[i])); }
+inline F times_power(F a, F whole) { VP_EACH(std::ldexp(a.v[i], whole_number(whole.v[i]))); }
+inline float largest(F a) {
+  float top = a.v[0];
+  for (int i = 1; i < 16; ++i) top = a.v[i] > top ? a.v[i] : top;
+  return top;
+}
+inline float sum(F a) {
+  float total = 0;
+  for (int i = 0; i < 16; ++i) total += a.v[i];
+  return total;
+}
+inline void store_bytes(std::uint8_t* p, F a) {
+  for (int i = 0; i < 16; ++i) p[i] = std::uint8_t(whole_number(a.v[i]));
+}
+inline F load_bf16(const std::uint16_t* p) { VP_EACH(float_of_bf16(p[i])); }
+inline void store_bf16(std::uint16_t* p, F a) {
+  for (int i = 0; i < 16; ++i) p[i] = bf16_of(a.v[i]);
+}
+inline F load_f16(const std::uint16_t* p) { VP_EACH(float_of_f16(p[i])); }
+inline void store_f16(std::uint16_t* p, F a) {
+  for (int i = 0; i < 16; ++i) p[i] = f16_of(a.v[i]);
+}
+#undef VP_EACH
+#endif
+
+#if VP_LEVEL != 512
+inline void store_pairs(std::uint32_t* p, F low, F high) {
+  float a[16], b[16];
+  store(a, low);
+  store(b, high);
+  for (int i = 0; i < 16; ++i) p[i] = (bits_of(a[i]) >> 16) | (bits_of(b[i]) & 0xffff0000u);
+}
+inline F load_part(const float* p, std::int64_t n) {
+  float lane[16] = {};
+  std::memcpy(lane, p, std::size_t(n) * 4);
+  return load(lane);
+}
+inline void store_part(float* p, F a, std::int64_t n) {
+  float lane[16];
+  store(lane, a);
+  std::memcpy(p, lane, std::size_t(n) * 4);
+}
+#endif
+
+// Up to 16 values of any type; missing ones are 0.
+inline F load_any(const void* base, Type type, std::int64_t at, std::int64_t n) {
+  if (type == Type::f32) {
+    const float* p = static_cast<const float*>(base) + at;
+    return n == 16 ? load(p) : load_part(p, n);
+  }
+  const std::uint16_t* p = static_cast<const std::uint16_t*>(base) + at;
+  std::uint16_t lane[16] = {};
+  if (n < 16) {
+    std::memcpy(lane, p, std::size_t(n) * 2);
+    p = lane;
+  }
+  return type == Type::bf16 ? load_bf16(p) : load_f16(p);
+}
+
+inline void store_any(void* base, Type type, std::int64_t at, F a, std::int64_t n) {
+  if (type == Type::f32) {
+    float* p = static_cast<float*>(base) + at;
+    n == 16 ? store(p, a) : store_part(p, a, n);
+    return;
+  }
+  std::uint16_t* p = static_cast<std::uint16_t*>(base) + at;
+  std::uint16_t lane[16];
+  std::uint16_t* to = n == 16 ? p : lane;
+  type == Type::bf16 ? store_bf16(to, a) : store_f16(to, a);
+  if (n < 16) std::memcpy(p, lane, std::size_t(n) * 2);
+}
+
+// 2^x for x <= 127; 0 below -126 and NaN for NaN. Minimax polynomials on [-1/2, 1/2]: degree 6 is
+// exact to 2e-9, degree 4 to 2.6e-6, which 8-bit probabilities cannot see.
+template <int degree> inline F power_of_two(F x) {
+  const F bounded = max(all(-126.0f), min(all(127.0f), x));
+  const F whole = round(bounded);
+  const F f = bounded - whole;
+  F p;
+  if (degree == 6) {
+    p = fma(f, all(1.5345810e-4f), all(1.33999309e-3f));
+    p = fma(f, p, all(9.61848907e-3f));
+    p = fma(f, p, all(5.55032864e-2f));
+    p = fma(f, p, all(2.40226462e-1f));
+    p = fma(f, p, all(6.93147182e-1f));
+    p = fma(f, p, all(1.0f));
+  } else {
+    p = fma(f, all(9.57010128e-3f), all(5.59178628e-2f));
+    p = fma(f, p, all(2.40247443e-1f));
+    p = fma(f, p, all(6.93121791e-1f));
+    p = fma(f, p, all(9.99999285e-1f));
+  }
+  return times_power(p, whole);
+}
+
+// GELU, tanh form: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+inline F gelu_tanh(F x) {
+  const F cubic = fma(x * x, all(-0.10294324f), all(-2.3022082f));  // times -log2(e) already
+  return x / (all(1.0f) + power_of_two<6>(x * cubic));
+}

@@ -1,0 +1,196 @@
+"""The fused DiT against the readable one: same packed file, same numbers to int8's rounding."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from tiny_model import TOTALS, tiny_checkpoint, tiny_map
+
+from vitapack.compressor.compress import compress
+from vitapack.kernels import cpu, dispatch
+from vitapack.runtime.dit import DiT
+from vitapack.runtime.dit_engine import EngineDiT, fused
+from vitapack.runtime.layermap import BlockEntry, LayerMap
+from vitapack.runtime.load import load_dit
+from vitapack.runtime.packed_header import read_header
+
+PRUNED = LayerMap(
+    "hunyuan3d",
+    TOTALS,
+    (
+        BlockEntry("double", 1, 4, 0.3),
+        BlockEntry("single", 0, 8, 0.2),
+        BlockEntry("single", 2, 16, 0.9),
+    ),
+    how="by hand",
+    group=64,
+)  # fmt: skip
+CASES = {
+    "int8": (tiny_map(8), "table", False),
+    "int4": (tiny_map(4), "int8", False),
+    "pruned-mixed": (PRUNED, "kept", False),
+    "guidance": (tiny_map(8), "both", True),
+}
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def isa(request):
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set("")
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def packed(request, tmp_path_factory):
+    """A packed file, and a time (and guidance) that its tables hold."""
+    layer_map, modulation, guidance = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint, _ = tiny_checkpoint(folder / "model", guidance_embed=guidance)
+    compress(checkpoint, layer_map, folder / "m.safetensors", modulation=modulation)
+    value = read_header(folder / "m.safetensors").modulation["guidance"]
+    return folder / "m.safetensors", torch.full((2,), value) if guidance else None
+
+
+def inputs(latents=7, condition=5, batch=2, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, latents, 4, generator=rng)
+    return x, torch.zeros(batch), torch.randn(batch, condition, 6, generator=rng)
+
+
+def error(found, exact):
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_fused_is_as_near_as_the_readable_form(isa, packed):
+    path, guidance = packed
+    engine, exact = load_dit(path, compute="a8"), load_dit(path)
+    assert isinstance(engine, EngineDiT)
+    for latents, condition in ((7, 5), (1, 1), (150, 131), (7, 5)):
+        args = (*inputs(latents, condition), guidance)
+        reference = exact(*args)
+        readable = DiT.forward(engine, *args)
+        ours = engine(*args)
+        assert ours.dtype == reference.dtype
+        # The readable form quantizes activations, but not attention.
+        assert error(ours, reference) <= 2 * error(readable, reference) + 2e-3
+
+
+def test_a_batch_is_its_entries(packed):
+    path, guidance = packed
+    engine = load_dit(path, compute="a8")
+    x, t, cond = inputs(20, 9, batch=3)
+    g = None if guidance is None else guidance[:1].expand(3)
+    whole = engine(x, t, cond, g)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = engine(x[one], t[one], cond[one], None if g is None else g[one])
+        # torch's embeddings may differ in the last bit, and so a few int8 roundings after them.
+        assert error(alone, whole[one]) < 5e-3
+    once = engine(x, t[:1], cond, None if g is None else g[:1])
+    assert error(once, whole) < 5e-3
+
+
+def test_threads_do_not_change_a_bit(packed, monkeypatch):
+    path, guidance = packed
+    engine = load_dit(path, compute="a8")
+    args = (*inputs(90, 40), guidance)
+    found = []
+    for threads in (1, 2, 5):  # of the engine: torch's own matrix products do change with theirs
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found.append(engine(*args))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_scratch_is_planned_once(packed):
+    path, guidance = packed
+    engine = load_dit(path, compute="a8")
+    args = (*inputs(30, 10), guidance)
+    engine(*args)
+    plan, size = engine.scratch.plan, engine.scratch_bytes()
+    assert size > 0
+    engine(*args)
+    assert engine.scratch.plan is plan
+    assert engine.without(("double", 1)).scratch is engine.scratch
+    assert copy.deepcopy(engine).scratch is not engine.scratch
+
+
+def test_weights_are_held_once_and_come_back(packed):
+    path, guidance = packed
+    engine, exact = load_dit(path, compute="a8"), load_dit(path)
+    assert engine.state_dict().keys() == exact.state_dict().keys()
+    stored = exact.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in engine.state_dict().items())
+    held = sum(
+        buffer.nbytes for name, buffer in engine.named_buffers() if name.endswith((".q8", ".q4"))
+    )
+    assert held == 0
+    args = (*inputs(), guidance)
+    before = engine(*args)
+    assert torch.equal(copy.deepcopy(engine)(*args), before)
+    assert torch.equal(engine.float()(*args), before)
+
+
+def test_a_pruned_copy_runs_fused(packed):
+    path, guidance = packed
+    engine = load_dit(path, compute="a8")
+    args = (*inputs(), guidance)
+    less = engine.without(("single", 0))
+    assert error(less(*args), engine(*args)) > 0.01
+    assert error(less(*args), DiT.forward(less, *args)) < 0.05
+
+
+def test_gradients_take_the_readable_form(packed):
+    path, guidance = packed
+    engine = load_dit(path, compute="a16")
+    x, t, cond = inputs()
+    x.requires_grad_()
+    engine(x, t, cond, guidance).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.any()
+
+
+def test_nan_stays_visible(packed):
+    path, guidance = packed
+    engine = load_dit(path, compute="a8")
+    x, t, cond = inputs()
+    x[1, 3, 0] = float("nan")
+    out = engine(x, t, cond, guidance)
+    assert torch.isfinite(out[0]).all()
+    assert torch.isnan(out[1]).all()
+
+
+def test_which_blocks_are_fused(packed):
+    path, _ = packed
+    engine = load_dit(path, compute="a8")
+    blocks = [*engine.double_blocks.items(), *engine.single_blocks.items()]
+    sixteen = [name for name, block in blocks if not fused(block)]
+    assert sixteen == (["2"] if "pruned" in str(path) else [])
+
+
+def test_the_engine_says_so_once(packed, caplog):
+    path, guidance = packed
+    dispatch.announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="vitapack.kernels"):
+        engine = load_dit(path, compute="a8")
+        engine(*inputs(), guidance)
+        engine(*inputs(), guidance)
+    lines = [m for m in caplog.messages if m.startswith("int8 a8 DiT")]
+    assert len(lines) == 1
+    assert f"int8 engine, {cpu.instruction_set()}" in lines[0]
+
+
+def test_without_the_compiled_part_the_reference_warns(packed, caplog, monkeypatch):
+    path, guidance = packed
+    fast = load_dit(path, compute="a8")
+    args = (*inputs(), guidance)
+    expected = DiT.forward(fast, *args)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    dispatch.announce.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vitapack.kernels"):
+        slow = load_dit(path, compute="a8")
+        found = slow(*args)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert any("not built" in m for m in caplog.messages)
+    dispatch.announce.cache_clear()
