@@ -147,6 +147,7 @@ def project(
             out = F.gelu(out, approximate="tanh")
         return out if gate is None else ops.gate_residual(stream, gate, out)
     dispatch.announce_gpu(linear.bits, linear.compute, stream)
+    linear.restore()  # the file's tensors, if the CPU engine had put them into its own order
     codes = linear.q8 if linear.q8 is not None else linear.q4
     out = ops.gemm(
         y.flatten(0, 1),

@@ -98,8 +98,9 @@ class PackedLinear(nn.Module):
         """(..., K) to (..., N) in x's dtype."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected {self.in_features} input features, found {x.shape[-1]}")
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        if x.device.type == "cpu" and not differentiable and (panels := self.prepare()):
+        # The engine has no gradients and cannot be traced: both take the reference.
+        plain = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        if x.device.type == "cpu" and not plain and (panels := self.prepare()):
             return dispatch.linear_panels(x, panels, self.compute)
         self.restore()
         bias = None if self.bias is None else self.bias.to(x.dtype)
