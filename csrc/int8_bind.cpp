@@ -55,7 +55,7 @@ struct Grid {
   std::int64_t rows, block, blocks, panels, range, ranges;
   Grid(std::int64_t m, std::int64_t panel_count, int threads, int tile)
       : rows(m), panels(panel_count) {
-    block = std::min<std::int64_t>(2 * kRowBlock, round_up(std::max<std::int64_t>(m, 1), tile));
+    block = std::min<std::int64_t>(kRowBlock, round_up(std::max<std::int64_t>(m, 1), tile));
     blocks = (m + block - 1) / block;
     const std::int64_t wanted = 4 * std::int64_t(threads);
     const std::int64_t split = std::max<std::int64_t>(1, wanted / std::max<std::int64_t>(blocks, 1));
@@ -190,18 +190,18 @@ struct Attention {
     const Kernels& k = kernels();
     const Heads& to = operands.heads;
     const int threads = int(own.size());
-    const std::int64_t width = heads * to.dim, blocks = (to.tokens + kRowBlock - 1) / kRowBlock;
+    const std::int64_t width = heads * to.dim, blocks = (to.tokens + kQueries - 1) / kQueries;
     py::gil_scoped_release release;
     parallel(threads, batch * blocks, [&](std::int64_t unit, int thread) {
-      const std::int64_t b = unit / blocks, row = unit % blocks * kRowBlock;
+      const std::int64_t b = unit / blocks, row = unit % blocks * kQueries;
       k.split_heads(at<const float>(qkv) + (b * to.tokens + row) * 3 * width, 3 * width,
-                    std::min<std::int64_t>(kRowBlock, to.tokens - row), heads,
+                    std::min<std::int64_t>(kQueries, to.tokens - row), heads,
                     at<const float>(query_norm), at<const float>(key_norm), to, b * heads, row,
                     own[thread].row);
     });
     parallel(threads, batch * heads * blocks, [&](std::int64_t unit, int thread) {
-      const std::int64_t head = unit / blocks, row = unit % blocks * kRowBlock;
-      k.attend(to, head, row, std::min<std::int64_t>(kRowBlock, to.tokens - row),
+      const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;
+      k.attend(to, head, row, std::min<std::int64_t>(kQueries, to.tokens - row),
                at<float>(out) + (head / heads * to.tokens + row) * width + head % heads * to.dim,
                width, own[thread].attend);
     });

@@ -25,8 +25,9 @@ namespace vitapack {
 constexpr int kPanel = 64;      // output channels of a panel
 constexpr int kBlock = 64;      // inputs are padded to whole blocks
 constexpr int kMaxTile = 16;    // rows of the largest tile (AMX); 6 for AVX-512
-constexpr int kKeys = 128;      // keys of one step of the online softmax
-constexpr int kRowBlock = 96;   // rows that run through a chain of layers together, see int8_dit.cpp
+constexpr int kKeys = 256;      // keys of one step of the online softmax, at most
+constexpr int kQueries = 96;    // queries that pass the keys together: their sums are 24 KB
+constexpr int kRowBlock = 192;  // rows that run through a chain of layers together, see int8_dit.cpp
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -64,14 +65,14 @@ struct Heads {
   std::int64_t dim = 0;         // of a head
   std::int64_t dp = 0;          // dim rounded up to 64
   std::int64_t rows = 0;        // tokens + room for a whole tile
-  std::int64_t keys = 0;        // tokens rounded up to kKeys
+  std::int64_t keys = 0;        // tokens rounded up to 64
   // Per (batch, head), one after another:
   std::uint8_t* q = nullptr;    // (rows, dp) u8
   float* q_scale = nullptr;     // (rows), log2(e) / sqrt(dim) included
   std::int8_t* k = nullptr;     // (keys/64, dp/4, 64, 4)
   std::int32_t* k_start = nullptr;  // (keys): -128 * sum_d k
   float* k_scale = nullptr;     // (keys), 0 beyond the tokens
-  std::int8_t* v = nullptr;     // (dp/64, keys/4, 64, 4): contracted over keys
+  std::int8_t* v = nullptr;     // (dp/64, keys/4, 64, 4): contracted over keys, see key_group
   float* v_log = nullptr;       // (keys): log2 of v's scale, -1e30 beyond the tokens
   float* v_inverse = nullptr;   // (keys): 1 / v's scale, 0 beyond the tokens
 };
@@ -109,7 +110,7 @@ struct Kernels {
   void (*split_heads)(const float* qkv, std::int64_t stride, std::int64_t rows, std::int64_t heads,
                       const float* query_norm, const float* key_norm, const Heads& to,
                       std::int64_t first_head, std::int64_t token, float* work);
-  // Rows [row, row + rows) of one head, rows <= kRowBlock; out (rows, stride) float32.
+  // Rows [row, row + rows) of one head, rows <= kQueries; out (rows, stride) float32.
   void (*attend)(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t rows, float* out,
                  std::int64_t stride, float* work);
   // A panel of 4-bit weights to s8 (kp/4, 64, 4).
@@ -123,7 +124,7 @@ struct Kernels {
 
 // Floats of `work` that attend needs.
 constexpr std::int64_t attend_work(std::int64_t dp) {
-  return (kRowBlock + kMaxTile) * (dp + 2) + 3 * kMaxTile * kKeys + kMaxTile * kPanel;
+  return (kQueries + kMaxTile) * (dp + 2) + 3 * kMaxTile * kKeys + kMaxTile * kPanel;
 }
 
 const Kernels* kernels_avx512();   // null where the compiler or the system has none
