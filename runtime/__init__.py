@@ -9,12 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitapack.runtime.hy3dgen import attach
     from vitapack.runtime.load import load_dit
     from vitapack.runtime.pipeline import Pipeline
 
-__all__ = ["Pipeline", "load_dit"]
+__all__ = ["Pipeline", "attach", "load_dit"]
 
-_HOMES = {"Pipeline": "vitapack.runtime.pipeline", "load_dit": "vitapack.runtime.load"}
+_HOMES = {
+    "Pipeline": "vitapack.runtime.pipeline",
+    "attach": "vitapack.runtime.hy3dgen",
+    "load_dit": "vitapack.runtime.load",
+}
 
 
 def __getattr__(name: str) -> Any:
