@@ -74,41 +74,37 @@ def _(qkv, q_scale, k_scale, heads):
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-# ---- CPU: the reference ----
+# ---- the reference ----
 
 
-@torch.library.impl("vitapack::gemm", "CPU", lib=_library)
-def _(x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype):
+def _reference_gemm(
+    x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
+):
     k = x.shape[-1]
     w8 = w if group is None else reference.expand_int4(w, group, group_size, k)
     return reference.gemm_ref(x, sx, w8, scale, bias, gelu_from, residual, gate, tokens, dtype)
 
 
-@torch.library.impl("vitapack::expand", "CPU", lib=_library)
-def _(w, group, group_size, scale, in_features, dtype):
+def _reference_expand(w, group, group_size, scale, in_features, dtype):
     w8 = w if group is None else reference.expand_int4(w, group, group_size, in_features)
     if dtype.is_floating_point:
         return (w8.float() * scale[:, None]).to(dtype)
     return w8.clone() if group is None else w8
 
 
-@torch.library.impl("vitapack::modulate", "CPU", lib=_library)
-def _(x, shift, scale, quantize):
+def _reference_modulate(x, shift, scale, quantize):
     return _finish(reference.modulate_ref(x, shift, scale), x.dtype, quantize)
 
 
-@torch.library.impl("vitapack::join", "CPU", lib=_library)
-def _(left, right, gelu, quantize):
+def _reference_join(left, right, gelu, quantize):
     return _finish(reference.join_ref(left, right, gelu), right.dtype, quantize)
 
 
-@torch.library.impl("vitapack::gate_residual", "CPU", lib=_library)
-def _(x, gate, y):
+def _reference_gate_residual(x, gate, y):
     return (x.float() + gate.float() * y.float()).to(x.dtype)
 
 
-@torch.library.impl("vitapack::qk_norm", "CPU", lib=_library)
-def _(qkv, q_scale, k_scale, heads):
+def _reference_qk_norm(qkv, q_scale, k_scale, heads):
     return reference.qk_norm_ref(qkv, q_scale, k_scale, heads)
 
 
@@ -118,34 +114,67 @@ def _finish(wide: Tensor, dtype: torch.dtype, quantize: bool) -> tuple[Tensor, T
     return wide.to(dtype, copy=True), wide.new_empty(0, dtype=torch.float32)
 
 
-# ---- CUDA: Triton ----
+# ---- Triton ----
 
 
-@torch.library.impl("vitapack::gemm", "CUDA", lib=_library)
-def _(x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype):
-    from vitapack.kernels.triton_gemm import Epilogue, gemm
-
-    a8, (m, k), n = sx is not None, x.shape, w.shape[0]
-    op = tuning.op_name(w4=group is not None, a8=a8)
-    choice = tuning.choose(op, x.device, m, n, k, group_size)
+def _triton_gemm(
+    x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
+):
+    op = tuning.op_name(group is not None, sx is not None, gate is not None)
+    choice = tuning.choose(op, x.device, x.shape[0], w.shape[0], x.shape[1], group_size)
     if choice is None:
         arch = tuning.arch_of(x.device)
         raise ValueError(f"no {op} kernel for compute capability sm_{arch}: use the reference")
-    if not a8 and (choice.how == "dense" or x.dtype != torch.float16):
+    return run_choice(
+        choice, x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
+    )
+
+
+def run_choice(
+    choice: tuning.Choice,
+    x: Tensor,
+    sx: Tensor | None,
+    w: Tensor,
+    group: Tensor | None,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    gelu_from: int,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`gemm` in one of the ways of `tuning.HOWS`; the arguments are the operator's."""
+    from vitapack.kernels.triton_gemm import Epilogue, gemm
+
+    if sx is None and (choice.how == "dense" or x.dtype != torch.float16):
         # cuBLAS on a scratch as large as this one layer, which the next layer's reuses.
-        dense = ops.expand(w, group, group_size, scale, k, x.dtype)
+        dense = ops.expand(w, group, group_size, scale, x.shape[1], x.dtype)
         y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return _unfused(y.to(dtype), gelu_from, residual, gate, tokens)
+    tile = choice.tile
     if choice.how == "expand":  # int4 to an int8 scratch: the int8 GEMM's loop is the better one
+        k = x.shape[1]
         w, group, group_size = ops.expand(w, group, group_size, scale, k, torch.int8), None, 0
-        choice = tuning.choose("w8a8", x.device, m, n, k, 0)
-    assert choice is not None
-    assert choice.tile is not None
-    return gemm(
-        x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype,
-        epilogue=Epilogue(bias, None if gelu_from < 0 else gelu_from, residual, gate, tokens),
-        tile=choice.tile, fence=tuning.arch_of(x.device) < 90,
+        op = tuning.op_name(False, True, gate is not None)
+        inner = tuning.choose(op, x.device, x.shape[0], w.shape[0], k, 0)
+        tile = None if inner is None else inner.tile
+    assert tile is not None
+    # A tile has room for the gates of two batches: shorter ones are gated afterwards.
+    apart = gate is not None and gate.shape[0] > 1 and tokens < tile.bm
+    epilogue = Epilogue(
+        bias,
+        None if gelu_from < 0 else gelu_from,
+        None if apart else residual,
+        None if apart else gate,
+        tokens,
+    )
+    y = gemm(
+        x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype, epilogue=epilogue,
+        tile=tile, fence=tuning.arch_of(x.device) < 90, plain=tuning.INTERPRETED,
     )  # fmt: skip
+    return _unfused(y, -1, residual, gate, tokens) if apart else y
 
 
 def _unfused(
@@ -162,36 +191,48 @@ def _unfused(
     return ops.gate_residual(before, gate[:, None], after).flatten(0, 1)
 
 
-@torch.library.impl("vitapack::expand", "CUDA", lib=_library)
-def _(w, group, group_size, scale, in_features, dtype):
+def _triton_expand(w, group, group_size, scale, in_features, dtype):
     from vitapack.kernels.triton_gemm import expand
 
-    return expand(w, scale, in_features, group=group, group_size=group_size, dtype=dtype)
+    return expand(
+        w, scale, in_features, group=group, group_size=group_size, dtype=dtype,
+        plain=tuning.INTERPRETED,
+    )  # fmt: skip
 
 
-@torch.library.impl("vitapack::modulate", "CUDA", lib=_library)
-def _(x, shift, scale, quantize):
+def _triton_modulate(x, shift, scale, quantize):
     from vitapack.kernels.triton_fused import modulate
 
     return modulate(x, shift, scale, quantize)
 
 
-@torch.library.impl("vitapack::join", "CUDA", lib=_library)
-def _(left, right, gelu, quantize):
+def _triton_join(left, right, gelu, quantize):
     from vitapack.kernels.triton_fused import join
 
     return join(left, right, gelu, quantize)
 
 
-@torch.library.impl("vitapack::gate_residual", "CUDA", lib=_library)
-def _(x, gate, y):
+def _triton_gate_residual(x, gate, y):
     from vitapack.kernels.triton_fused import gate_residual
 
     return gate_residual(x, gate, y)
 
 
-@torch.library.impl("vitapack::qk_norm", "CUDA", lib=_library)
-def _(qkv, q_scale, k_scale, heads):
+def _triton_qk_norm(qkv, q_scale, k_scale, heads):
     from vitapack.kernels.triton_fused import qk_norm
 
     return qk_norm(qkv, q_scale, k_scale, heads)
+
+
+_KERNELS = {
+    "gemm": (_triton_gemm, _reference_gemm),
+    "expand": (_triton_expand, _reference_expand),
+    "modulate": (_triton_modulate, _reference_modulate),
+    "join": (_triton_join, _reference_join),
+    "gate_residual": (_triton_gate_residual, _reference_gate_residual),
+    "qk_norm": (_triton_qk_norm, _reference_qk_norm),
+}
+for _name, (_gpu, _cpu) in _KERNELS.items():
+    _library.impl(_name, _gpu, "CUDA")
+    # Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors too, without inline PTX.
+    _library.impl(_name, _gpu if tuning.INTERPRETED else _cpu, "CPU")

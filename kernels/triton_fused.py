@@ -17,6 +17,8 @@ from torch import Tensor
 
 # 1.5 * 2^23: adding and subtracting it rounds a float32 of at most 2^22 half to even.
 ROUND = tl.constexpr(12582912.0)
+# Triton 3.9 warns where this is left open, and 3.10 changes the default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _store_row(y, out, sx, row, offsets, inside, QUANTIZE: tl.constexpr):
         tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def modulate_kernel(
     x, shift, scale, out, sx, width, tokens, stride_x, stride_shift, stride_scale,
     QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -83,7 +85,7 @@ def join_kernel(
     _store_row(y, out + row * width, sx, row, offsets, inside, QUANTIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gate_residual_kernel(
     x, gate, y, out, width, tokens, stride_x, stride_gate, stride_y, BLOCK: tl.constexpr
 ):
@@ -97,7 +99,7 @@ def gate_residual_kernel(
     tl.store(out + row * width + offsets, (before + g * wide).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def qk_norm_kernel(
     qkv, q_scale, k_scale, q, k, tokens, heads, dim, stride_qkv,
     HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -156,7 +158,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, quantize: bool) -> tuple[T
     if flat.numel():
         modulate_kernel[(flat.shape[0],)](
             flat, shift, scale, out, sx, x.shape[-1], x.shape[-2], flat.stride(0),
-            step_shift, step_scale, QUANTIZE=quantize, BLOCK=block, num_warps=warps,
+            step_shift, step_scale, QUANTIZE=quantize, BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out, sx
 
@@ -175,7 +177,8 @@ def join(left: Tensor | None, right: Tensor, gelu: bool, quantize: bool) -> tupl
     if out.numel():
         join_kernel[(flat.shape[0],)](
             first, flat, out, sx, width_left, width, first.stride(0), flat.stride(0),
-            LEFT=left is not None, GELU=gelu, QUANTIZE=quantize, BLOCK=block, num_warps=warps,
+            LEFT=left is not None, GELU=gelu, QUANTIZE=quantize, BLOCK=block,
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out, sx
 
@@ -189,7 +192,7 @@ def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     if out.numel():
         gate_residual_kernel[(before.shape[0],)](
             before, gate, after, out, x.shape[-1], x.shape[-2], before.stride(0), step,
-            after.stride(0), BLOCK=block, num_warps=warps,
+            after.stride(0), BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -205,6 +208,7 @@ def qk_norm(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, heads: int) -> tuple[
         padded = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
         qk_norm_kernel[(flat.shape[0],)](
             flat, q_scale, k_scale, q, k, tokens, heads, dim, flat.stride(0),
-            HEADS=padded[0], DIM=padded[1], num_warps=row_shape(padded[0] * padded[1])[1],
+            HEADS=padded[0], DIM=padded[1],
+            num_warps=row_shape(padded[0] * padded[1])[1], **OPTIONS,
         )  # fmt: skip
     return q, k

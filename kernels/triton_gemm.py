@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitapack.kernels.triton_fused import OPTIONS
+
 # Four int8 weights to four fp16: 0x64uu is the fp16 number 1024 + u, u = w + 128, minus 1152.
 W8_TO_F16 = tl.constexpr("""
 { .reg .b32 u, m;
@@ -152,7 +154,8 @@ def _gelu(x):
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-@triton.jit
+# A binary for every M and not one more for M = 1 or a multiple of 16, each seconds to compile.
+@triton.jit(do_not_specialize=["M", "tokens", "gelu_from"])
 def gemm_kernel(
     x, sx, w, group, scale, bias, gate, residual, out,
     M, N, K, stride_x, stride_w, stride_group, stride_out, stride_residual, stride_gate, tokens,
@@ -180,7 +183,8 @@ def gemm_kernel(
     offs_m = pid_m * BM + tl.arange(0, BM)
     offs_n = pid_n * BN + tl.arange(0, BN)
     in_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-    in_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    columns_n = tl.minimum(offs_n, N - 1)
+    in_n = columns_n.to(tl.int64)
 
     acc = tl.zeros((BM, BN), dtype=tl.int32 if A8 else tl.float32)
 
@@ -247,8 +251,13 @@ def gemm_kernel(
     if GELU:
         y = tl.where(offs_n[None, :] >= gelu_from, _gelu(y), y)
     if GATE:
-        batch = in_m // tokens
-        g = tl.load(gate + batch[:, None] * stride_gate + in_n[None, :]).to(tl.float32)
+        # A tile spans two batches at most, so its gates are two vectors; a tile of them spills.
+        first_batch = pid_m * BM // tokens
+        last_batch = tl.minimum(first_batch + 1, (M - 1) // tokens)
+        g_first = tl.load(gate + first_batch * stride_gate + columns_n).to(tl.float32)
+        g_last = tl.load(gate + last_batch * stride_gate + columns_n).to(tl.float32)
+        in_last = offs_m >= last_batch * tokens
+        g = tl.where(in_last[:, None], g_last[None, :], g_first[None, :])
         before = tl.load(residual + in_m[:, None] * stride_residual + in_n[None, :]).to(tl.float32)
         y = before + g * y
     tl.store(
@@ -318,7 +327,7 @@ class Epilogue:
     gelu_from: int | None = None
     residual: Tensor | None = None  # (M, N)
     gate: Tensor | None = None  # (1 or M / tokens, N)
-    tokens: int = 1  # rows of one gate row
+    tokens: int = 1  # rows of one gate row; at least a tile's with a gate a batch
 
 
 def flags(
@@ -367,6 +376,8 @@ def gemm(
     if not m or not n:
         return out
     tile = tile.fit(k, w4)
+    if e.gate is not None and e.gate.shape[0] > 1 and e.tokens < tile.bm:
+        raise ValueError(f"{e.tokens} rows share a gate: a tile of {tile.bm} would need a third")
     grid = (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)
     compiled = gemm_kernel[grid](
         x, sx, w, group, scale, e.bias, e.gate, e.residual, out,
@@ -378,7 +389,7 @@ def gemm(
             k, a8=a8, w4=w4, group_size=group_size, tile=tile, fence=fence and a8, plain=plain,
             epilogue=(e.bias is not None, e.gelu_from is not None, e.gate is not None),
         ),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
     if w4 and not plain:
         _check_once(compiled)
@@ -404,7 +415,7 @@ def expand(
     compiled = expand_kernel[(triton.cdiv(n, bn), triton.cdiv(k, bk))](
         w, group, scale, out, n, k, w.stride(0), 0 if group is None else group.stride(0), k,
         W4=w4, GROUP=group_size, SCALED=dtype.is_floating_point, BN=bn, BK=bk, PLAIN=plain,
-        num_warps=4,
+        num_warps=4, **OPTIONS,
     )  # fmt: skip
     if w4 and not plain:
         _check_once(compiled)

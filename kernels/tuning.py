@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vitapack.kernels.triton_gemm import Tile
 
 TABLE = Path(__file__).parent / "tables" / "gemm.json"
-OPS = ("w8a16", "w4a16", "w8a8", "w4a8")
+# "+gate": with gate and residual in the epilogue, which spills on the largest tiles.
+OPS = ("w8a16", "w8a16+gate", "w4a16", "w4a16+gate", "w8a8", "w8a8+gate", "w4a8", "w4a8+gate")
 ARCHS = (80, 86, 89, 90)  # the compute capabilities that every kernel is compiled and checked for
 # fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: int4 to an int8 scratch,
 # then the int8 GEMM.
@@ -39,8 +40,14 @@ class Choice:
     source: str  # "shipped table" or "tuned on this GPU"
 
 
-def op_name(w4: bool, a8: bool) -> str:
-    return f"w{4 if w4 else 8}a{8 if a8 else 16}"
+def op_name(w4: bool, a8: bool, gate: bool = False) -> str:
+    """The table's name of a GEMM."""
+    return f"w{4 if w4 else 8}a{8 if a8 else 16}{'+gate' if gate else ''}"
+
+
+def hows(op: str) -> tuple[str, ...]:
+    """The ways in which a GEMM can run."""
+    return HOWS[op.removesuffix("+gate")]
 
 
 def bucket(m: int) -> int:
@@ -54,10 +61,16 @@ def arch_of(device: torch.device) -> int:
     return _properties(device.index)[0]
 
 
+# Triton's own switch, read when it is imported: kernels run on CPU tensors, in Python.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 @functools.cache
 def _properties(index: int | None) -> tuple[int, str]:
     import torch
 
+    if INTERPRETED:
+        return 86, "Triton interpreter"
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor, torch.cuda.get_device_name(index)
 
@@ -131,7 +144,7 @@ def _cached(arch: int, name: str) -> dict[str, Any]:
         entries = json.loads(path.read_text())["choices"]
         for key, row in entries.items():
             op = key.split(" ", 1)[0]
-            if row["how"] not in HOWS[op]:
+            if row["how"] not in hows(op):
                 raise ValueError(f"{key}: {row['how']!r}")
             _choice(row, "")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

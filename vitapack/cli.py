@@ -242,6 +242,17 @@ def doctor(options: argparse.Namespace) -> None:
     say(options, report, "\n".join(f"{key:12} {value}" for key, value in report.items()))
 
 
+def tune(options: argparse.Namespace) -> None:
+    from vitapack.runtime.tune import describe, tune_packed
+
+    with progress(options.quiet) as report:
+        result = tune_packed(
+            options.packed, options.tokens, device=options.device, again=options.again,
+            progress=report,
+        )  # fmt: skip
+    say(options, result, describe(result))
+
+
 def at_least_one(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -382,6 +393,17 @@ def build_parser() -> Parser:
                      default=["dit", "decoder", "conditioner"],
                      help="some of dit,decoder,conditioner; all by default")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(
+        tune,
+        "measures a file's GEMMs on this GPU, once, and keeps the fastest configurations",
+        "tune model.safetensors --tokens 512,1370",
+    )
+    sub.add_argument("packed", type=Path)
+    sub.add_argument("--tokens", type=steps_list, default=[512, 1370],
+                     help="lengths of latents and condition, e.g. 512,1370")  # fmt: skip
+    sub.add_argument("--device", default="cuda:0")
+    sub.add_argument("--again", action="store_true", help="also what was measured before")
 
     command(doctor, "what this installation can do, and what it lacks", "doctor")
     return parser

@@ -4,11 +4,13 @@ Run by `test_triton_interpreted.py` in a process of its own: TRITON_INTERPRET=1 
 triton is imported, and compiling ahead of time is impossible from then on.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from vitapack.kernels import gpu_ops, reference, triton_fused, triton_gemm
+from vitapack.kernels import gpu_ops, reference, triton_fused, triton_gemm, tune, tuning
 from vitapack.kernels.triton_gemm import Epilogue, Tile
 
 torch.set_num_threads(1)
@@ -91,7 +93,7 @@ def test_tiles_of_two_blocks_and_strided_rows(group: int) -> None:
 @pytest.mark.parametrize("a8", [False, True])
 def test_epilogue(a8: bool) -> None:
     """Bias, GELU of the right columns, gate of each batch and residual, in that order."""
-    (batch, tokens, n, k), gelu_from = (3, 5, 22, 64), 9
+    (batch, tokens, n, k), gelu_from = (3, 18, 22, 64), 9
     w, bytes_, w8 = weight(n, k, 64)
     scale, bias = torch.rand(n) * 1e-3, torch.randn(n).half()
     x, gate = torch.randn(batch * tokens, k).half(), torch.randn(batch, n).half()
@@ -230,8 +232,40 @@ def test_empty() -> None:
 
 def test_mistakes_are_refused() -> None:
     w, _, _ = weight(16, 64, 0)
+    x = torch.randn(8, 64).half()
+    epilogue = Epilogue(None, None, x[:, :16], torch.randn(2, 16).half(), 4)
+    with pytest.raises(ValueError, match="a tile of 16 would need a third"):
+        triton_gemm.gemm(x, w, torch.ones(16), tile=TILE, plain=True, epilogue=epilogue)
     with pytest.raises(ValueError, match="expected int8 with sx"):
         triton_gemm.gemm(torch.randn(2, 64), w, torch.ones(16), tile=TILE, plain=True)
     with pytest.raises(ValueError, match="contiguous"):
         triton_gemm.gemm(torch.randn(64, 2).half().t(), w, torch.ones(16), tile=TILE, plain=True)
     assert gpu_ops.ops is not None
+
+
+def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter the times mean nothing; the way to a saved choice is the GPU's own."""
+    monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "TILES", ((16, 16, 4, 2), (16, 64, 4, 2)))
+    device = torch.device("cpu")
+    done: list[str] = []
+    shapes = [tune.Shape(20, 70, 32), tune.Shape(20, 70, 0)]
+    chosen = tune.tune(device, shapes, [3], report=lambda i, n, what: done.append(what))
+    assert len(chosen) == 8  # two widths, two activation modes, with and without gate
+    assert done[-1] == "tuned"
+    for key, row in chosen.items():
+        assert row["tried"] >= 4, key
+        op, shape = key.split(" ")[0], shapes[0 if "w4" in key else 1]
+        assert tuning.choose(op, device, 3, 20, 70, shape.group).source == "tuned on this GPU"
+    assert tune.tune(device, shapes, [3]) == {}  # an interrupted run goes on where it was
+    with torch.no_grad():  # a kernel that gives wrong numbers is never chosen
+        good = tune.run_choice
+        monkeypatch.setattr(
+            tune, "run_choice", lambda choice, *rest: good(choice, *rest) + (choice.how == "fused")
+        )
+        row = tune.tune(device, [shapes[1]], [3], ("a16",), again=True)
+        assert {entry["how"] for entry in row.values()} == {"dense"}
+        with pytest.raises(RuntimeError, match="no candidate agrees"):
+            tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
+    tuning._cached.cache_clear()
+    tuning._choose.cache_clear()

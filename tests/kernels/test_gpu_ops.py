@@ -85,7 +85,7 @@ def test_the_shipped_table_covers_every_size_of_every_architecture() -> None:
             for m in (1, 16, 33, 300, 2048, 9000):
                 choice = tuning.default_choice(op, arch, m)
                 assert choice is not None
-                assert choice.how in tuning.HOWS[op]
+                assert choice.how in tuning.hows(op)
                 assert (choice.tile is None) == (choice.how != "fused")
 
 
