@@ -20,7 +20,7 @@ from vitapack.runtime.trellis import FlowConfig
 
 # Of the published models at their own picture sizes: (518 / 14)^2 + 1, and what is special.
 COND_TOKENS = 1370
-SPECIAL_TOKENS = {"trellis-ss": 1374, "step1x-3d-label": 1373}
+SPECIAL_TOKENS = {"trellis-ss": 1374, "step1x-3d-label": 1373, "furniture": 50}
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,18 @@ def inspect(options: argparse.Namespace) -> None:
     say(options, header.to_json(), describe(header))
 
 
+def bench(options: argparse.Namespace) -> None:
+    from vitapack.runtime import bench as runner
+
+    result = runner.bench(
+        options.model, original=options.original, device=options.device, compute=options.compute,
+        repeats=options.repeats, cond_tokens=options.cond_tokens, resolution=options.resolution,
+    )  # fmt: skip
+    if options.out:
+        write_json(options.out, result)
+    say(options, result, runner.describe(result))
+
+
 def random_checkpoint(options: argparse.Namespace) -> None:
     from vitapack.compressor.random_checkpoint import write
 
@@ -381,6 +393,20 @@ def build_parser() -> Parser:
 
     sub = command(inspect, "what a packed file holds (without torch)", "inspect model.safetensors")
     sub.add_argument("packed", type=Path)
+
+    sub = command(
+        bench,
+        "bytes, operations, seconds and memory, beside the original",
+        "bench model.safetensors --original hunyuan3d-dit-v2-mini",
+    )
+    sub.add_argument("model", help="a packed file, or an original checkpoint")
+    sub.add_argument("--original", metavar="MODEL", help="what the packed file was made from")
+    sub.add_argument("-o", "--out", type=Path)
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--compute", choices=("a16", "a8"), default="a16")
+    sub.add_argument("--repeats", type=at_least_one, default=5)
+    sub.add_argument("--cond-tokens", type=at_least_one)
+    sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
 
     sub = command(
         random_checkpoint,

@@ -1,0 +1,191 @@
+"""What a model takes on this machine: bytes, operations, seconds and memory of a denoising step.
+
+    result = bench("model.safetensors", original="hunyuan3d-dit-v2-mini")
+    print(describe(result))
+
+The packed network and the original in 16 bits (on CPUs also in float32) are timed in the same run,
+one after the other, on the same random latents; both phases beside the step are timed once where
+the image encoder and the shape decoder are at hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from vitapack.runtime import packed
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
+from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, Flops, step_flops
+from vitapack.runtime.load import dit_of
+from vitapack.runtime.memory import PhaseMeter
+from vitapack.runtime.pipeline import Pipeline, _device
+from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
+from vitapack.runtime.trellis import FlowTransformer, Network
+from vitapack.runtime.weights import is_packed
+
+
+def bench(
+    path: str | Path,
+    *,
+    original: str | Path | None = None,
+    device: str = "auto",
+    compute: str = "a16",
+    repeats: int = 5,
+    cond_tokens: int | None = None,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
+    the file holds no decoder; for a MODEL it is the model itself. UserError."""
+    where = _device(device)
+    place = resolve(path)
+    is_file = is_packed(place)
+    checkpoint = None if is_file and original is None else open_checkpoint(original or path)
+    rows: list[tuple[str, Callable[[], Network], int, SamplerDefaults]] = []
+    if is_file:
+        header = packed.read_header(place)
+        sampler = SamplerDefaults.from_json(header.sampler)
+        load = lambda: packed.load_packed_dit(place, device=where, compute=compute)  # noqa: E731
+        rows.append((f"packed {compute}", load, header.size, sampler))
+    if checkpoint is not None:
+        for dtype in (torch.float16,) if where != "cpu" else (torch.bfloat16, torch.float32):
+            rows.append(
+                (
+                    str(dtype).removeprefix("torch."),
+                    lambda dtype=dtype: dit_of(checkpoint, dtype, where),  # type: ignore[misc]
+                    checkpoint.parameters() * dtype.itemsize,
+                    checkpoint.sampler,
+                )
+            )
+    variant = header.variant if is_file else checkpoint.variant  # type: ignore[union-attr]
+    latents = _latents(place if is_file else None, checkpoint, where)
+    tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
+    steps = [
+        _time(name, load, size, sampler, latents, tokens, where, repeats)
+        for name, load, size, sampler in rows
+    ]
+    return {
+        "model": str(path),
+        "variant": variant,
+        "device": torch.cuda.get_device_name() if where != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "latents": list(latents),
+        "cond_tokens": tokens,
+        "steps": steps,
+        "phases": _phases(path, original, where, compute, resolution),
+    }
+
+
+def _latents(file: Path | None, checkpoint: Checkpoint | None, device: str) -> tuple[int, ...]:
+    if checkpoint is not None and checkpoint.latents is not None:
+        return checkpoint.latents
+    if file is not None:
+        try:
+            decoder = Pipeline.from_packed(file, device).decoder
+        except UserError:
+            raise UserError(
+                f"{file} does not say how many latents it is for: give its --original"
+            ) from None
+        shape = tuple(decoder.latent_shape)
+        anchors = getattr(decoder, "anchors", None)
+        return shape if anchors is None else (*shape[:-1], shape[-1] + anchors.shape[-1])
+    raise UserError("this checkpoint holds no shape decoder, so it runs no whole step")
+
+
+def _time(
+    name: str,
+    load: Callable[[], Network],
+    size: int,
+    sampler: SamplerDefaults,
+    latents: Sequence[int],
+    tokens: int,
+    device: str,
+    repeats: int,
+) -> dict[str, Any]:
+    """Loads, times guided steps (a batch of two where guidance is no embedding), lets go."""
+    meter = PhaseMeter({})
+    with meter("load"):
+        network = load()
+    config = network.config
+    place = next(p for p in network.parameters() if p.is_floating_point())
+    batch = 1 if config.guidance_embed else 2
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *latents, generator=rng).to(place)
+    cond = torch.randn(batch, tokens, config.cond_channels, generator=rng).to(place)
+    t = torch.tensor([evaluation_times(sampler)[0]], dtype=torch.float64, device=place.device)
+    guidance = torch.tensor([sampler.guidance], device=place.device)
+    seconds = []
+    with meter("step"), torch.inference_mode():
+        for _ in range(repeats + 1):  # the first warms up
+            start = time.perf_counter()
+            if isinstance(network, FlowTransformer) or not config.guidance_embed:
+                network(x, t, cond)
+            else:
+                network(x, t, cond, guidance)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    flops: Flops = step_flops(config, tuple(latents), tokens, batch)
+    median = statistics.median(seconds[1:])
+    return {
+        "name": name,
+        "bytes": size,
+        "flops": flops.to_json(),
+        "batch": batch,
+        "n": repeats,
+        "median_seconds": median,
+        "p90_seconds": sorted(seconds[1:])[int(0.9 * (repeats - 1))],
+        "tflops_per_second": flops.total / median / 1e12,
+        "load_seconds": meter.seconds["load"],
+        "memory": meter.bytes["step"],
+    }
+
+
+def _phases(
+    path: str | Path, original: str | Path | None, device: str, compute: str, side: int | None
+) -> dict[str, Any] | None:
+    """Seconds and bytes of one picture to mesh, lean; None where parts are missing."""
+    image = Image.new("RGBA", (256, 256))
+    ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
+    try:
+        pipeline = Pipeline.open(path, device, compute, parts=original, memory="lean")
+        if side is not None and hasattr(pipeline.decoder, "resolution"):
+            pipeline.decoder.resolution = side
+        pipeline(image)
+    except UserError as error:
+        return {"skipped": str(error)}
+    return {"seconds": pipeline.seconds, "bytes": pipeline.bytes}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """For people: one line a network, then the phases."""
+    lines = [
+        f"{result['variant']} on {result['device']}, {result['threads']} threads, "
+        f"latents {result['latents']}, {result['cond_tokens']} condition tokens"
+    ]
+    base = result["steps"][0]["median_seconds"]
+    for row in result["steps"]:
+        peak = row["memory"]["peak"]
+        memory = f", peak {peak / 2**30:.2f} GiB" if peak else ""
+        speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
+        lines.append(
+            f"{row['name']:14} {row['bytes'] / 2**30:7.3f} GiB  "
+            f"{row['flops']['total'] / 1e12:7.3f} TFLOP a step  {speed}  "
+            f"{row['tflops_per_second']:.3f} TFLOP/s{memory}"
+        )
+    phases = result["phases"]
+    if "skipped" in phases:
+        lines.append(f"phases not timed: {phases['skipped']}")
+    else:
+        for phase, seconds in phases["seconds"].items():
+            peak = phases["bytes"][phase]["peak"]
+            memory = f", peak {peak / 2**30:.2f} GiB" if peak else ""
+            lines.append(f"{phase:14} {seconds:8.2f} s{memory}")
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""`vitapack bench` on tiny models and on the bundled one."""
+
+import json
+
+import pytest
+from tiny_released import tiny_released
+
+from vitapack import cli
+from vitapack.compressor.compress import compress
+from vitapack.compressor.plan import resolve_plan
+from vitapack.runtime.bench import bench, describe
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.flops import step_flops
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tiny_released("hunyuan3d-2mini", tmp_path_factory.mktemp("bench"))
+    checkpoint = open_checkpoint(folder)
+    out = folder / "packed.safetensors"
+    compress(checkpoint, resolve_plan("int8", checkpoint), out, steps=[3], embed=False)
+    return folder, out, checkpoint
+
+
+def test_packed_beside_its_original(made):
+    folder, out, checkpoint = made
+    found = bench(out, original=folder, device="cpu", repeats=2, cond_tokens=10, resolution=8)
+    assert [row["name"] for row in found["steps"]] == ["packed a16", "bfloat16", "float32"]
+    whole = step_flops(checkpoint.config, (24, 64), 10, 2)
+    for row in found["steps"]:
+        assert row["flops"] == whole.to_json()
+        assert 0 < row["median_seconds"] <= row["p90_seconds"] * 2
+    assert found["steps"][0]["bytes"] == out.stat().st_size
+    assert set(found["phases"]["seconds"]) == {"condition", "denoise", "decode"}
+    text = describe(found)
+    assert "hunyuan3d-2+2 on cpu" in text
+    assert "decode" in text
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_packed_file_alone_says_what_is_missing(made):
+    _, out, _ = made
+    with pytest.raises(UserError, match="give its --original"):
+        bench(out, device="cpu", repeats=1)
+
+
+def test_command_line_on_an_original(made, capsys):
+    folder, _, _ = made
+    words = ["--repeats", "1", "--cond-tokens", "10", "--device", "cpu", "--resolution", "8"]
+    cli.main(["bench", str(folder), *words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["steps"]] == ["bfloat16", "float32"]
+    assert found["cond_tokens"] == 10
