@@ -1,5 +1,6 @@
 """The published models at full size, with random weights: sizes, compression, whole passes.
 
+    python -m benchmarks.published sizes --work /tmp/published     # exact, without any weights
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
     python -m benchmarks.published passes --work /tmp/published    # picture to mesh on the CPU
     python -m benchmarks.published page                            # docs/published.md from the JSON
@@ -23,8 +24,11 @@ from typing import Any
 
 import torch
 
+from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
-from vitapack.compressor.random_checkpoint import write
+from vitapack.compressor.plan import resolve_plan
+from vitapack.compressor.random_checkpoint import files_of, write
+from vitapack.runtime.container import lay_out
 from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import atomic_path
 from vitapack.runtime.families import Checkpoint, open_checkpoint
@@ -94,6 +98,33 @@ def flops_of(checkpoint: Checkpoint, config: Any, name: str) -> dict[str, int]:
     return step_flops(config, MODELS[name][2], tokens, batch).to_json()
 
 
+def sizes(work: Path, names: list[str]) -> None:
+    """Exact file sizes of plans that need not be carried out, from files without weights."""
+    for name in names:
+        folder = work / f"{name}-empty"
+        files = files_of(name, ("dit",))
+        for place, specs in files.tensors.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            layout = lay_out(specs, {})
+            with (folder / place).open("wb") as file:
+                file.write(layout.header)
+                file.truncate(layout.size)  # a hole, no bytes on disk
+        for place, text in files.texts.items():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_text(text)
+        checkpoint = open_checkpoint(folder)
+        exact = {}
+        for plan in ("paper", "int8", "int4"):
+            layer_map = resolve_plan(plan, checkpoint)
+            steps = [MODELS[name][0]]
+            exact[plan] = compress(
+                checkpoint, layer_map, work / "x.safetensors", steps=steps, embed=False,
+                dry_run=True,
+            ).total  # fmt: skip
+        save("sizes", name, exact)
+        shutil.rmtree(folder)
+
+
 def maps(work: Path, names: list[str], plans: list[str]) -> None:
     for name in names:
         steps, paper, _, _ = MODELS[name]
@@ -145,7 +176,7 @@ def passes(work: Path, names: list[str], steps: int, resolution: int) -> None:
         extra = () if name == "trellis-ss" else ("--resolution", str(resolution))
         measured, text = child(
             "generate", str(out), str(picture), "-o", str(meshes), "--parts", str(folder),
-            "--memory", "lean", "--device", "cpu", "--json", "--quiet", *extra,
+            "--memory", "lean", "--compute", "a8", "--device", "cpu", "--json", "--quiet", *extra,
         )  # fmt: skip
         row = json.loads(text)["written"][0]
         save("passes", name, {
@@ -176,7 +207,8 @@ def page() -> None:
         "Random weights in the released layouts (`vitapack random-checkpoint`): sizes, operations",
         "and memory are real, no mesh means anything. Written by",
         f"`python -m benchmarks.published` on {machine['cores']} cores of {machine['cpu']}, torch "
-        f"{machine['torch']}, shared with other work: seconds are upper bounds.",
+        f"{machine['torch']},",
+        "shared with other work: seconds are upper bounds.",
         "",
         "## The paper's layer maps",
         "",
@@ -188,10 +220,11 @@ def page() -> None:
     ]
     found = data.get("maps", {})
     for name, row in found.items():
-        sizes = {plan: gib(entry["file_bytes"]) for plan, entry in row["maps"].items()}
+        exact = {plan: gib(count) for plan, count in data.get("sizes", {}).get(name, {}).items()}
         lines.append(
             f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | {row['paper_gib']} | "
-            f"**{sizes.get('paper', '')}** | {sizes.get('int8', '')} | {sizes.get('int4', '')} |"
+            f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
+            f"{exact.get('int4', '')} |"
         )
     lines += [
         "",
@@ -236,8 +269,8 @@ def page() -> None:
             "",
             "## Picture to mesh on the CPU, one network in memory at a time",
             "",
-            "The paper's map packed, encoder in 8 bits, guidance in two passes, few steps (on",
-            "which no peak depends). GB: predicted weights and grid / peak of the process.",
+            "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
+            "few steps (no peak depends on them). GB: predicted weights and grid / process peak.",
             "A grid of 385 nodes a side adds 0.6 GB to the last phase.",
             "",
             "| model | steps | grid | condition | denoise | decode | process | beyond torch |",
@@ -260,14 +293,16 @@ def page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("maps", "passes", "page"))
+    parser.add_argument("what", choices=("sizes", "maps", "passes", "page"))
     parser.add_argument("--work", type=Path, default=Path("published-work"))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS))
     parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
     options = parser.parse_args()
-    if options.what == "maps":
+    if options.what == "sizes":
+        sizes(options.work, options.models or list(MODELS))
+    elif options.what == "maps":
         maps(options.work, options.models or list(MODELS), options.plans)
     elif options.what == "passes":
         passes(options.work, options.models or list(PASSES), options.steps, options.resolution)

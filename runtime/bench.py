@@ -10,6 +10,7 @@ the image encoder and the shape decoder are at hand.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -141,7 +142,7 @@ def _time(
         "batch": batch,
         "n": repeats,
         "median_seconds": median,
-        "p90_seconds": sorted(seconds[1:])[int(0.9 * (repeats - 1))],
+        "p90_seconds": sorted(seconds[1:])[math.ceil(0.9 * (repeats - 1))],
         "tflops_per_second": flops.total / median / 1e12,
         "load_seconds": meter.seconds["load"],
         "memory": meter.bytes["step"],

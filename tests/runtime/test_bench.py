@@ -30,7 +30,7 @@ def test_packed_beside_its_original(made):
     whole = step_flops(checkpoint.config, (24, 64), 10, 2)
     for row in found["steps"]:
         assert row["flops"] == whole.to_json()
-        assert 0 < row["median_seconds"] <= row["p90_seconds"] * 2
+        assert 0 < row["median_seconds"] <= row["p90_seconds"]
     assert found["steps"][0]["bytes"] == out.stat().st_size
     assert set(found["phases"]["seconds"]) == {"condition", "denoise", "decode"}
     text = describe(found)
