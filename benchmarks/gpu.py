@@ -145,8 +145,10 @@ def gemm_times(
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.gpu_checks import ops, random_weight
+    from benchmarks import gpu_checks
+    from benchmarks.gpu_checks import ops
 
+    random_weight = functools.cache(gpu_checks.random_weight)
     results = []
     for m in rows:
         for n, k in linears:
@@ -274,7 +276,7 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
                 setattr(parent, last, table_module)
         elif isinstance(module, nn.Linear) and last != "lin" and not outer.startswith("time_in"):
             spread = module.in_features**-0.5
-            weight = random(name, module.out_features, module.in_features, spread=spread)
+            weight = random(name, module.out_features, module.in_features, spread=spread).cpu()
             bias = None
             if module.bias is not None:
                 bias = random(f"bias {name}", module.out_features, spread=0.1).half()
@@ -290,7 +292,7 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
                 layer = nn.Linear(
                     module.in_features, module.out_features, bias is not None, device="meta"
                 )
-                layer.weight = nn.Parameter(weight.half(), requires_grad=False)
+                layer.weight = nn.Parameter(weight.half().to(device), requires_grad=False)
                 if bias is not None:
                     layer.bias = nn.Parameter(bias, requires_grad=False)
             setattr(parent, last, layer)
@@ -535,6 +537,11 @@ def main() -> int:
         progress("a rehearsal's figures mean nothing: name a file with --out")
         return 2
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
+    from vitapack.kernels import tuning
+
+    if tuning.table_arch(tuning.arch_of(device)) is None:
+        progress(f"no kernels for sm_{tuning.arch_of(device)}, only for {tuning.ARCHS}")
+        return 2
     with torch.inference_mode():
         result = run(device, options.cpu, options.repeats)
     slug = re.sub(r"[^a-z0-9]+", "-", result["facts"]["device"].lower()).strip("-")

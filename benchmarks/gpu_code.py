@@ -1,6 +1,6 @@
 """What Triton makes of every shipped kernel, read from machine code on any machine, without a GPU.
 
-    python -m benchmarks.gpu_code               # all: JSON, Markdown and the recorded ceilings
+    python -m benchmarks.gpu_code               # all, 20 min: JSON, Markdown, recorded ceilings
     python -m benchmarks.gpu_code --only w8a8   # cases whose name begins so; prints, writes nothing
 
 Each (kernel, configuration, architecture) of `kernels/tables/gemm.json` is compiled ahead of time,
@@ -302,32 +302,44 @@ def markdown(rows: list[tuple[Case, Code]]) -> str:
     return "\n".join(out)
 
 
+def write(rows: list[tuple[Case, Code]]) -> None:
+    """The JSON first, then what is made of it: the page and the ceilings."""
+    records = {case.key: asdict(code) for case, code in rows}
+    for record in records.values():
+        del record["seconds"]  # of one run on one machine
+    RESULTS.write_text(
+        json.dumps({"triton": triton.__version__, "cases": records}, indent=1) + "\n"
+    )
+    RESULTS.with_suffix(".md").write_text(markdown(rows))
+    # 5 % above today's: a compiler may move an instruction, not undo what the kernels rely on.
+    limits = {case.key: round(1.05 * code.per_mma, 2) for case, code in rows if case.gemm}
+    CEILINGS.write_text(json.dumps(limits, indent=1) + "\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted run of these kernels wrote"
+    )
     parser.add_argument("--only", default="", help="cases whose name begins so; writes nothing")
     options = parser.parse_args()
+    known: dict[str, Any] = {}
+    if options.resume and RESULTS.exists():
+        known = json.loads(RESULTS.read_text())["cases"]
     rows, broken = [], 0
     cases = [case for case in shipped_cases() if case.name.startswith(options.only)]
     for number, case in enumerate(cases, 1):
-        code = compile_case(case)
+        old = known.get(case.key)
+        code = compile_case(case) if old is None else Code(**old, seconds=0.0)
         wrong = faults(case, code, None)
         broken += bool(wrong)
         rows.append((case, code))
         print(f"{number}/{len(cases)} {case.key}: {code.per_mma} i/MMA, {code.registers} registers"
               f"{'; ' + '; '.join(wrong) if wrong else ''}", file=sys.stderr)  # fmt: skip
+        if not options.only and number % 20 == 0:
+            write(rows)
     if not options.only:
-        records = {case.key: asdict(code) for case, code in rows}
-        for record in records.values():
-            del record["seconds"]
-        RESULTS.write_text(
-            json.dumps({"triton": triton.__version__, "cases": records}, indent=1) + "\n"
-        )
-        RESULTS.with_suffix(".md").write_text(markdown(rows))
-        # 5 % above today's: a compiler may move an instruction, not undo what the kernels rely on.
-        CEILINGS.write_text(
-            json.dumps({c.key: round(1.05 * d.per_mma, 2) for c, d in rows if c.gemm}, indent=1)
-            + "\n"
-        )
+        write(rows)
     print(markdown(rows))
     return 1 if broken else 0
 

@@ -9,6 +9,10 @@ of a step, and these operators have no backward anyway.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -232,7 +236,21 @@ _KERNELS = {
     "gate_residual": (_triton_gate_residual, _reference_gate_residual),
     "qk_norm": (_triton_qk_norm, _reference_qk_norm),
 }
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device_of(tensor):
+            return kernel(*arguments)
+
+    return run
+
+
 for _name, (_gpu, _cpu) in _KERNELS.items():
-    _library.impl(_name, _gpu, "CUDA")
+    _library.impl(_name, _on_its_device(_gpu), "CUDA")
     # Under TRITON_INTERPRET=1 the Triton kernels run on CPU tensors too, without inline PTX.
     _library.impl(_name, _gpu if tuning.INTERPRETED else _cpu, "CPU")
