@@ -228,7 +228,7 @@ def _triton_qk_norm(qkv, q_scale, k_scale, heads):
     return qk_norm(qkv, q_scale, k_scale, heads)
 
 
-_KERNELS = {
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gemm": (_triton_gemm, _reference_gemm),
     "expand": (_triton_expand, _reference_expand),
     "modulate": (_triton_modulate, _reference_modulate),
