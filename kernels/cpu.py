@@ -226,15 +226,22 @@ def _rows_of(x: Tensor, k: int) -> Tensor:
     return x if usable and (x.shape[0] < 2 or x.stride(0) >= k) else x.contiguous()
 
 
-def linear_a8(x: Tensor, w: Panels, gelu: bool = False) -> Tensor:
-    """x (..., K) through int8 activations and weights: (..., N) in x's dtype, bias included."""
+def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+    """x (..., K) through int8 activations and weights: (..., N) in x's dtype, bias included.
+
+    `out`: contiguous memory for it, to save the allocation.
+    """
     rows = _rows_of(x, w.columns)
-    out = torch.empty(rows.shape[0], w.rows, dtype=x.dtype)
+    shape = (*x.shape[:-1], w.rows)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype)
+    elif tuple(out.shape) != shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"out: expected contiguous {x.dtype} {shape}, found {tuple(out.shape)}")
     _built().int8_linear(
         w.handle, rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], out.data_ptr(),
         TYPES[x.dtype], w.rows, gelu, torch.get_num_threads(),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], w.rows)
+    return out
 
 
 def linear_a16(x: Tensor, w: Panels) -> Tensor:

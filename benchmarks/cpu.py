@@ -1,0 +1,338 @@
+"""The CPU engine against torch and other libraries: JSON first, docs/cpu.md's tables from it.
+
+    python -m benchmarks.cpu --work DIR                    # all parts, about 20 minutes
+    python -m benchmarks.cpu --work DIR --parts gemm,dit   # some again
+    python -m benchmarks.cpu --page-only                   # docs/cpu.md from the JSON again
+
+Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
+(a whole Hunyuan3D-2mini forward, random weights, batch 2), `memory` (peak RSS and load time of a
+process that only does that), `peers` (the same forward in other libraries that are installed) and
+`furniture` (V-IoU of int8 activations against weight-only). What is compared runs interleaved in
+one process; times are medians. DIR keeps the random checkpoint and its packed files.
+Run it on an idle machine: parts are separate so that each fits into a quiet minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import cpu_page, cpu_peers
+from vitapack.kernels import cpu
+from vitapack.runtime.load import load_dit
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+PARTS = ("gemm", "attention", "dit", "memory", "peers", "furniture")
+SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
+ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
+CONDITION = 1370  # tokens of DINOv2 at 518 pixels
+HEADS, HEAD = 16, 64
+Run = Callable[[], Any]
+
+
+def interleaved(
+    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
+) -> dict[str, float]:
+    """Median seconds of each, taken in turn so that a slow phase of the machine hits all.
+
+    `repeats` calls are one measurement: OpenMP's threads spin for a while after a call, on a core
+    that the next one needs.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if warm:
+        for run in runs.values():
+            run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            times[name].append((time.perf_counter() - started) / repeats)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def packed(n: int, k: int, bits: int) -> cpu.Panels:
+    """Random weights, groups of 64."""
+    scale = torch.rand(n) * 1e-3
+    if bits == 8:
+        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        return cpu.pack(q8=codes, scale=scale, bias=torch.zeros(n), in_features=k)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    group = torch.randint(0, 8, (n, k // 64), dtype=torch.uint8) * 16 + 8
+    return cpu.pack(
+        q4=codes, group=group, group_size=64, scale=scale, bias=torch.zeros(n), in_features=k
+    )
+
+
+def gemm(rounds: int) -> dict[str, Any]:
+    """bf16 in, bf16 out: dynamic quantization, product, scales and bias are all timed.
+
+    Outputs are allocated before: fresh pages would cost all of them up to a third of the time.
+    """
+    rows = []
+    peak = cpu.peak_gops()
+    for m in ROWS:
+        for k, n in SHAPES:
+            x = torch.randn(m, k).bfloat16()
+            weight, bias = torch.randn(n, k).bfloat16(), torch.zeros(n).bfloat16()
+            w8, w4 = packed(n, k, 8), packed(n, k, 4)
+            out = torch.empty(m, n, dtype=torch.bfloat16)
+            runs: dict[str, Run] = {
+                "bf16": lambda x=x, w=weight, b=bias, o=out: torch.addmm(b, x, w.t(), out=o),
+                "w8a8": lambda x=x, w=w8, o=out: cpu.linear_a8(x, w, out=o),
+                "w4a8": lambda x=x, w=w4, o=out: cpu.linear_a8(x, w, out=o),
+                "w8a16": lambda x=x, w=w8: cpu.linear_a16(x, w),
+            }
+            seconds = interleaved(runs, rounds, repeats=1 + 4096 // m)
+            gops = {name: 2e-9 * m * n * k / value for name, value in seconds.items()}
+            rows.append({"m": m, "k": k, "n": n, "gops": gops})
+    return {"peak_gops": max(peak, cpu.peak_gops()), "n_runs": rounds, "rows": rows}
+
+
+def attention(rounds: int) -> dict[str, Any]:
+    """Batch 2, 16 heads of 64, from the fused qkv in float32 to float32, quantization included."""
+    rows = []
+    peak = cpu.peak_gops()
+    for tokens in (512 + CONDITION, 3072 + CONDITION):
+        qkv = torch.randn(2, tokens, 3, HEADS, HEAD)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        half = [part.bfloat16().contiguous() for part in (q, k, v)]
+        ours = cpu.Attention(2, tokens, HEADS, HEAD)
+        seconds = interleaved(
+            {
+                "bf16": lambda h=half: F.scaled_dot_product_attention(*h),
+                "int8": lambda f=ours, x=qkv: f(x),
+            },
+            rounds,
+        )
+        exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        rough = F.scaled_dot_product_attention(*half).float().transpose(1, 2).flatten(2)
+        operations = 4e-9 * 2 * HEADS * tokens**2 * HEAD
+        rows.append(
+            {
+                "tokens": tokens,
+                "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
+                "gops": operations / seconds["int8"],
+                "error": {"int8": relative(ours(qkv), exact), "bf16": relative(rough, exact)},
+            }
+        )
+    return {"peak_gops": max(peak, cpu.peak_gops()), "n_runs": rounds, "rows": rows}
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.float() - exact).norm() / exact.norm())
+
+
+def prepare(work: Path) -> Path:
+    """The random 2mini checkpoint and its two packed files, made once."""
+    work.mkdir(parents=True, exist_ok=True)
+    model = work / "mini"
+    if not model.exists():
+        vitapack("random-checkpoint", "hunyuan3d-2mini", "--parts", "dit", "-o", model)
+    for plan in ("int8", "int4"):
+        path = work / f"{plan}.safetensors"
+        if not path.exists():
+            vitapack("compress", model, "--plan", plan, "--steps", "5", "-o", path)
+    return model
+
+
+def vitapack(*arguments: Any) -> None:
+    subprocess.run([sys.executable, "-m", "vitapack", *map(str, arguments)], check=True)
+
+
+def inputs(latents: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(latents)
+    x = torch.randn(2, latents, 64, generator=rng)
+    return x, torch.zeros(2), torch.randn(2, CONDITION, 1536, generator=rng)
+
+
+def linear_gops(latents: int) -> dict[str, float]:
+    """1e9 operations of 2mini's blocks: 24 layers of 12 h^2 a token, and attention."""
+    tokens, hidden = latents + CONDITION, HEADS * HEAD
+    return {
+        "linears": 24 * 2 * 2 * 12e-9 * hidden**2 * tokens,
+        "attention": 24 * 2 * 4e-9 * tokens**2 * hidden,
+    }
+
+
+def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
+    """The whole forward, interleaved with torch's bf16 in one process, and errors to float32."""
+    model = prepare(work)
+    args = inputs(latents)
+    with torch.no_grad():
+        exact = float32_output(work, latents)
+        eight = load_dit(work / "int8.safetensors", compute="a8")
+        four = load_dit(work / "int4.safetensors", compute="a8")
+        half = load_dit(model, dtype=torch.bfloat16)
+        x, t, cond = args
+        runs: dict[str, Run] = {
+            "bf16": lambda: half(x.bfloat16(), t, cond.bfloat16()),
+            "w8a8": lambda: eight(*args),
+            "w4a8": lambda: four(*args),
+        }
+        peak = cpu.peak_gops()
+        seconds = interleaved(runs, rounds, warm=latents <= 512)
+        peak = max(peak, cpu.peak_gops())
+        errors = {}
+        if exact is not None:
+            errors = {name: relative(run(), exact) for name, run in runs.items()}
+            for bits in (8, 4):  # the same codes, nothing else quantized
+                plain = load_dit(work / f"int{bits}.safetensors", compute="a16")
+                errors[f"w{bits} alone"] = relative(plain(*args), exact)
+        operations = linear_gops(latents)
+        return {
+            "latents": latents,
+            "condition": CONDITION,
+            "seconds": seconds,
+            "n_runs": rounds,
+            "operations": operations,
+            "peak_gops": peak,
+            "share_of_peak": sum(operations.values()) / seconds["w8a8"] / peak,
+            "scratch_bytes": eight.scratch_bytes(),  # type: ignore[operator]
+            "error": errors,
+        }
+
+
+def float32_output(work: Path, latents: int) -> torch.Tensor | None:
+    """The original in float32 (half a minute at 512 latents, kept; at 3072 it is left out)."""
+    place = work / f"float32-{latents}.pt"
+    if not place.exists():
+        if latents > 512:
+            return None
+        torch.save(load_dit(work / "mini")(*inputs(latents)), place)
+    return torch.load(place, weights_only=True)
+
+
+def memory(work: Path) -> dict[str, Any]:
+    """Peak resident memory and load time of a process that loads a packed file and takes a step."""
+    prepare(work)
+    found = {}
+    for plan in ("int8", "int4"):
+        for latents in (512, 3072):
+            command = [sys.executable, "-m", "benchmarks.cpu_memory", work / f"{plan}.safetensors"]
+            out = subprocess.run(
+                [*map(str, command), str(latents)], check=True, capture_output=True, text=True
+            ).stdout
+            found[f"{plan}, {latents} latents"] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def furniture(work: Path) -> dict[str, Any]:
+    """V-IoU of a8 against a16 on the bundled model's unseen views, from the same noise."""
+    import numpy as np
+
+    from vitapack.compressor.bootstrap import mean_interval
+    from vitapack.compressor.compress import compress
+    from vitapack.compressor.demo import grid_of
+    from vitapack.compressor.metrics import grid_iou
+    from vitapack.compressor.plan import resolve_plan
+    from vitapack.runtime.families import open_checkpoint
+    from vitapack.runtime.families.furniture import held_out
+    from vitapack.runtime.pipeline import Pipeline
+
+    checkpoint = open_checkpoint("furniture")
+    pictures = list(held_out("unseen-views"))
+    original = Pipeline.from_model("furniture", device="cpu")
+    found = {}
+    for plan in ("int8", "int4"):
+        path = work / f"furniture-{plan}.safetensors"
+        compress(checkpoint, resolve_plan(plan, checkpoint), path)
+        pipelines = {
+            mode: Pipeline.from_packed(path, device="cpu", compute=mode) for mode in ("a16", "a8")
+        }
+        pairs: dict[str, list[float]] = {
+            "a8 to a16": [],
+            "a16 to original": [],
+            "a8 to original": [],
+        }
+        truth: dict[str, list[float]] = {"a16": [], "a8": []}
+        for number, picture in enumerate(pictures):
+            whole = grid_of(original, picture, number)
+            grids = {mode: grid_of(p, picture, number) for mode, p in pipelines.items()}
+            pairs["a8 to a16"].append(grid_iou(grids["a8"], grids["a16"]))
+            for mode, grid in grids.items():
+                pairs[f"{mode} to original"].append(grid_iou(grid, whole))
+                truth[mode].append(grid_iou(grid, picture.grid))
+        rng = np.random.default_rng(0)
+        found[plan] = {
+            name: {
+                "mean": float(np.mean(values)),
+                "interval": [float(v) for v in mean_interval(np.array(values), rng)],
+                "n": len(values),
+            }
+            for name, values in {**pairs, **{f"{m} to truth": v for m, v in truth.items()}}.items()
+        }
+    return found
+
+
+def machine() -> dict[str, Any]:
+    model = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith(("model name", "cpu family", "model\t"))
+    ]
+    return {
+        "processor": " ".join(model[:3]),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": cpu.instruction_set(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="where the random checkpoint is kept")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--latents", type=int, nargs="+", default=[512, 3072])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", default=",".join(cpu_peers.PEERS))
+    parser.add_argument("--page-only", action="store_true")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    parts = () if options.page_only else options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    if set(parts) & {"dit", "memory", "peers", "furniture"} and options.work is None:
+        parser.error("--work DIR is needed for these parts")
+    for part in parts:
+        results["machine"] = machine()
+        if part == "gemm":
+            results[part] = gemm(options.rounds)
+        elif part == "attention":
+            results[part] = attention(options.rounds)
+        elif part == "dit":
+            for latents in options.latents:
+                found = dit(options.work, latents, options.rounds)
+                results.setdefault(part, {})[str(latents)] = found
+        elif part == "memory":
+            results[part] = memory(options.work)
+        elif part == "furniture":
+            results[part] = furniture(options.work)
+        else:
+            prepare(options.work)
+            for name in options.peers.split(","):
+                found = cpu_peers.measure(name, options.work, options.rounds)
+                results.setdefault(part, {})[name] = found
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    cpu_page.write(results)
+
+
+if __name__ == "__main__":
+    main()

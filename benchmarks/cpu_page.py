@@ -1,0 +1,145 @@
+"""docs/cpu.md's figures from benchmarks/results/cpu.json; `python -m benchmarks.cpu` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cpu.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.cpu -->", "<!-- end of figures -->"
+
+
+def write(results: dict[str, Any]) -> None:
+    """Replaces what stands between the page's two marks."""
+    text = PAGE.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    PAGE.write_text(f"{head}{BEGIN}\n\n{figures(results)}\n\n{END}{tail}")
+
+
+def figures(results: dict[str, Any]) -> str:
+    m = results["machine"]
+    blocks = [
+        f"{m['processor']}, {m['threads']} threads, {m['instruction_set']}, torch {m['torch']}. "
+        "What stands in one table ran interleaved in one process; medians."
+    ]
+    writers = {
+        "dit": dit_text,
+        "peers": peers_text,
+        "memory": memory_text,
+        "gemm": gemm_text,
+        "attention": attention_text,
+        "furniture": furniture_text,
+    }
+    blocks += [writer(results[part]) for part, writer in writers.items() if part in results]
+    return "\n\n".join(blocks)
+
+
+def table(head: str, rows: list[str]) -> str:
+    columns = head.count("|") - 1
+    return "\n".join([head, "|" + "---|" * columns, *rows])
+
+
+def dit_text(part: dict[str, Any]) -> str:
+    rows = []
+    for latents, found in sorted(part.items(), key=lambda item: int(item[0])):
+        seconds, errors = found["seconds"], found["error"]
+        for name in ("bf16", "w8a8", "w4a8"):
+            title = {"bf16": "torch bf16, eager, SDPA", "w8a8": "W8A8", "w4a8": "W4A8"}[name]
+            share = ""
+            if name != "bf16":
+                total = sum(found["operations"].values())
+                share = f"{total / seconds[name] / found['peak_gops']:.0%}"
+            error = f"{errors[name]:.2%}" if name in errors else ""
+            alone = errors.get(f"{name[:2]} alone")
+            rows.append(
+                f"| {latents} + {found['condition']} | {title} | {seconds[name]:.2f} "
+                f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {error} "
+                f"| {f'{alone:.2%}' if alone else ''} | {found['n_runs']} |"
+            )
+    return "## A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + table(
+        "| latents + condition | | seconds | of bf16 | of VNNI peak | error to fp32 "
+        "| of which the weights alone | n |",
+        rows,
+    )
+
+
+def peers_text(part: dict[str, Any]) -> str:
+    rows = []
+    for name, found in part.items():
+        if "seconds" not in found:
+            rows.append(f"| {name} | {found['status']} | | | | |")
+            continue
+        peer, ours = found["seconds"]["peer"], found["seconds"]["ours"]
+        rows.append(
+            f"| {name} | {peer:.2f} | {ours:.2f} | {ours / peer:.2f} | {found['error']:.2%} "
+            f"| {found['n_runs']} |"
+        )
+    return "## Other libraries, 512 + 1370 tokens\n\n" + table(
+        "| | seconds | our W8A8 beside it | ours / theirs | error to fp32 | n |", rows
+    )
+
+
+def memory_text(part: dict[str, Any]) -> str:
+    rows = [
+        f"| {name} | {f['file_bytes'] / 1e6:.0f} | {f['weight_bytes'] / 1e6:.0f} "
+        f"| {f['scratch_bytes'] / 1e6:.0f} | {f['peak_bytes'] / 1e6:.0f} | {f['ratio']:.2f} "
+        f"| {f['load_seconds']:.2f} |"
+        for name, f in part.items()
+    ]
+    return (
+        "## Memory and loading\n\nMB above the interpreter with torch and the inputs; counted is "
+        "weights + scratch + output.\n\n"
+        + table("| | file | weights | scratch | peak | peak / counted | load, s |", rows)
+    )
+
+
+def gemm_text(part: dict[str, Any]) -> str:
+    peak = part["peak_gops"]
+    rows = []
+    for row in part["rows"]:
+        gops = row["gops"]
+        rows.append(
+            f"| {row['m']} | {row['k']} x {row['n']} | {gops['bf16']:.0f} | {gops['w8a8']:.0f} "
+            f"| {gops['w8a8'] / peak:.0%} | {gops['w8a8'] / gops['bf16']:.2f} "
+            f"| {gops['w4a8']:.0f} | {gops['w4a8'] / peak:.0%} | {gops['w8a16']:.0f} |"
+        )
+    return (
+        f"## Linears, GOP/s\n\nbf16 in and out, quantization included; VNNI peak {peak:.0f} GOP/s, "
+        f"n = {part['n_runs']}.\n\n"
+        + table(
+            "| M | K x N | torch bf16 | W8A8 | of peak | x bf16 | W4A8 | of peak | W8A16 |", rows
+        )
+    )
+
+
+def attention_text(part: dict[str, Any]) -> str:
+    rows = [
+        f"| {r['tokens']} | {r['milliseconds']['bf16']:.0f} | {r['milliseconds']['int8']:.0f} "
+        f"| {r['milliseconds']['bf16'] / r['milliseconds']['int8']:.2f} "
+        f"| {r['gops'] / part['peak_gops']:.0%} | {r['error']['int8']:.2%} "
+        f"| {r['error']['bf16']:.2%} |"
+        for r in part["rows"]
+    ]
+    return f"## Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + table(
+        "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of VNNI peak | error | error of bf16 |",
+        rows,
+    )
+
+
+def furniture_text(part: dict[str, Any]) -> str:
+    names = ["a8 to a16", "a16 to original", "a8 to original", "a16 to truth", "a8 to truth"]
+    rows = [
+        f"| {plan} | "
+        + " | ".join(
+            f"{f[n]['mean']:.3f} ({f[n]['interval'][0]:.3f} to {f[n]['interval'][1]:.3f})"
+            for n in names
+        )
+        + " |"
+        for plan, f in part.items()
+    ]
+    count = next(iter(part.values()))["a8 to a16"]["n"]
+    return (
+        f"## The bundled model\n\nV-IoU from the same noise on {count} unseen views, mean and 95 % "
+        "interval.\n\n" + table("| plan | " + " | ".join(names) + " |", rows)
+    )

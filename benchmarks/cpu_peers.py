@@ -1,0 +1,151 @@
+"""The same 2mini forward in other libraries, each interleaved with our W8A8 in one process.
+
+What is not installed is said in the table, not left out. Peers quantize the linears of the blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LATENTS = 512
+NEEDS = {"torchao": "torchao", "quanto": "optimum.quanto", "openvino": "openvino"}
+PEERS = (
+    "torch-fp32",
+    "torch-bf16-compiled",
+    "torchao-int8-weights",
+    "torchao-int8-dynamic",
+    "torchao-int4-weights",
+    "quanto-int8",
+    "quanto-int4",
+    "openvino-bf16",
+    "openvino-int8",
+)
+
+
+def measure(name: str, work: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a peer and of our W8A8 beside it, its error to float32, or why there is none."""
+    from benchmarks.cpu import float32_output, inputs, interleaved, relative
+    from vitapack.runtime.load import load_dit
+
+    if name not in PEERS:
+        raise SystemExit(f"no peer {name!r}: choose from {', '.join(PEERS)}")
+    package = NEEDS.get(name.split("-")[0])
+    if package and _missing(package):
+        return {"status": f"{package} is not installed"}
+    torch._dynamo.reset()
+    args = inputs(LATENTS)
+    with torch.no_grad():
+        ours = load_dit(work / "int8.safetensors", compute="a8")
+        started = time.perf_counter()
+        try:
+            peer = BUILD[name.split("-")[0]](name, work, args)
+            first = peer()
+        except Exception as error:  # a peer's failure is a result, with its reason
+            return {"status": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+        built = time.perf_counter() - started
+        seconds = interleaved({"peer": peer, "ours": lambda: ours(*args)}, rounds, warm=False)
+        exact = float32_output(work, LATENTS)
+        assert exact is not None
+        return {
+            "seconds": seconds,
+            "n_runs": rounds,
+            "build_and_first_seconds": built,
+            "error": relative(first, exact),
+        }
+
+
+def _missing(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:
+        return True
+
+
+def _half(work: Path) -> nn.Module:
+    from vitapack.runtime.load import load_dit
+
+    return load_dit(work / "mini", dtype=torch.bfloat16)
+
+
+def _called(module: Any, args: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Callable[[], Any]:
+    x, t, cond = args
+    return lambda: module(x.to(dtype), t, cond.to(dtype))
+
+
+def _torch(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    from vitapack.runtime.load import load_dit
+
+    if name == "torch-fp32":
+        return _called(load_dit(work / "mini"), args, torch.float32)
+    return _called(torch.compile(_half(work)), args, torch.bfloat16)
+
+
+def _block_linears(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "_blocks." in name and name[-4:] != ".lin"
+
+
+def _torchao(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    from torchao.quantization import (
+        Int4WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
+
+    module = _half(work)
+    config: Any
+    if name == "torchao-int8-weights":
+        config = Int8WeightOnlyConfig()
+    elif name == "torchao-int8-dynamic":
+        config = Int8DynamicActivationInt8WeightConfig()
+    else:
+        config = Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque")
+    quantize_(module, config, filter_fn=_block_linears)
+    return _called(module, args, torch.bfloat16)
+
+
+def _quanto(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    from optimum.quanto import freeze, qint4, qint8, quantize
+
+    module = _half(work)
+    quantize(
+        module, weights=qint8 if name == "quanto-int8" else qint4, include=["*_blocks.*"],
+        exclude=["*_mod.lin", "*modulation.lin"],
+    )  # fmt: skip
+    freeze(module)
+    return _called(module, args, torch.bfloat16)
+
+
+def _openvino(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    import openvino
+
+    from vitapack.runtime.load import load_dit
+
+    class Plain(nn.Module):  # without the optional argument, for the tracer
+        def __init__(self, dit: nn.Module) -> None:
+            super().__init__()
+            self.dit = dit
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+            return self.dit(x, t, cond)
+
+    model = openvino.convert_model(Plain(load_dit(work / "mini")), example_input=args)
+    hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
+    if name == "openvino-int8":
+        import nncf
+
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        hints["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "64"
+    compiled = openvino.compile_model(model, "CPU", hints)
+    values = [part.numpy() for part in args]
+    return lambda: torch.from_numpy(compiled(values)[0])
+
+
+BUILD = {"torch": _torch, "torchao": _torchao, "quanto": _quanto, "openvino": _openvino}
