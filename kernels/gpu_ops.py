@@ -157,19 +157,21 @@ def run_choice(
         dense = ops.expand(w, group, group_size, scale, x.shape[1], x.dtype)
         y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
         return _unfused(y.to(dtype), gelu_from, residual, gate, tokens)
-    tile = choice.tile
+    if choice.how == "apart":
+        y = ops.gemm(x, sx, w, group, group_size, scale, bias, gelu_from, None, None, tokens, dtype)
+        return _unfused(y, -1, residual, gate, tokens)
     if choice.how == "expand":  # int4 to an int8 scratch: the int8 GEMM's loop is the better one
-        k = x.shape[1]
-        w, group, group_size = ops.expand(w, group, group_size, scale, k, torch.int8), None, 0
-        op = tuning.op_name(False, True, gate is not None)
-        inner = tuning.choose(op, x.device, x.shape[0], w.shape[0], k, 0)
-        tile = None if inner is None else inner.tile
+        w8 = ops.expand(w, group, group_size, scale, x.shape[1], torch.int8)
+        return ops.gemm(x, sx, w8, None, 0, scale, bias, gelu_from, residual, gate, tokens, dtype)
+    tile = choice.tile
     assert tile is not None
     # A tile has room for the gates of two batches: shorter ones are gated afterwards.
     apart = gate is not None and gate.shape[0] > 1 and tokens < tile.bm
+    # GELU spills the largest int8 tiles of sm_90; there the quantizer of the next linear has it.
+    apart = apart or (sx is not None and gelu_from >= 0)
     epilogue = Epilogue(
         bias,
-        None if gelu_from < 0 else gelu_from,
+        None if apart or gelu_from < 0 else gelu_from,
         None if apart else residual,
         None if apart else gate,
         tokens,
@@ -178,7 +180,7 @@ def run_choice(
         x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype, epilogue=epilogue,
         tile=tile, fence=tuning.arch_of(x.device) < 90, plain=tuning.INTERPRETED,
     )  # fmt: skip
-    return _unfused(y, -1, residual, gate, tokens) if apart else y
+    return _unfused(y, gelu_from, residual, gate, tokens) if apart else y
 
 
 def _unfused(

