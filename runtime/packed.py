@@ -9,6 +9,7 @@ This module imports torch only where tensors are made; `read_header` works witho
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vitapack.runtime.container import content_digest
@@ -145,13 +146,9 @@ def load_packed_dit(
             dit.time_in = TimeNodes(nodes, guidance, header.schedules())
             if header.network.get("guidance_embed"):
                 del dit.guidance_in
-        rest = {
-            name: reader.floats(f"model.{name}", dtype)
-            for name, parameter in dit.state_dict().items()
-            if parameter.is_meta
-        }
+        rest = {name: reader.floats(f"model.{name}", dtype) for name in _empty(dit)}
     dit.load_state_dict(rest, strict=False, assign=True)
-    if left := [name for name, tensor in dit.state_dict().items() if tensor.is_meta]:
+    if left := list(_empty(dit)):
         raise AssertionError(f"never loaded: {left}")
     return dit.requires_grad_(False)
 
@@ -248,6 +245,19 @@ def _modulation(header: PackedHeader, wanted: str | None) -> str:
 def _packed_layout(header: PackedHeader, name: str) -> str | None:
     layout = header.linears.get(name, W16)
     return None if layout == W16 else layout
+
+
+def _empty(dit: torch.nn.Module) -> Iterator[str]:
+    """Names of the tensors that are still on the meta device.
+
+    Not from state_dict(): that would make every packed weight that the CPU engine holds again.
+    """
+    for prefix, module in dit.named_modules():
+        fleeting = module._non_persistent_buffers_set
+        kept = {name: t for name, t in module._buffers.items() if name not in fleeting}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None and tensor.is_meta:
+                yield f"{prefix}.{name}" if prefix else name
 
 
 def _replace(dit: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
