@@ -23,11 +23,16 @@ inline void rms_norm(const float* x, std::int64_t dim, const float* weight, floa
   for (; i < dim; ++i) out[i] = x[i] * by * weight[i];
 }
 
-// Quantizes `dim` floats to u8 (value + 128); returns the scale, NaN for NaN or infinity.
+// Quantizes `dim` floats to u8 (value + 128); returns the scale, NaN for NaN or infinity. Times
+// 127 / peak where that is finite: nothing here has to agree with the reference to the bit.
 inline float quantize_head(const float* x, std::int64_t dim, std::uint8_t* out) {
   Peak peak;
   peak_of(x, dim, peak);
-  return quantize_row(x, dim, largest(peak.top), sum(peak.check), out);
+  const float top = largest(peak.top), check = sum(peak.check);
+  if (!(check == 0.0f) || top < 1e-30f || dim % 16) return quantize_row(x, dim, top, check, out);
+  const F by = all(kInt8Max / top), zero = all(128.0f);
+  for (std::int64_t i = 0; i < dim; i += 16) store_bytes(out + i, round(load(x + i) * by) + zero);
+  return top / kInt8Max;
 }
 
 // Where the group of 4 keys t / 4 lies among the 16 groups of its 64 keys in v. With 512 bits the

@@ -114,14 +114,20 @@ std::size_t DitPlan::bytes() const {
 std::vector<DitPlan::Rows> DitPlan::row_blocks(const std::vector<Stream>& streams) const {
   std::int64_t total = 0;
   for (const Stream& s : streams) total += batch_ * s.tokens;
-  // Blocks of 192, or fewer rows where threads would have nothing to do.
-  const std::int64_t share = round_up((total + 4 * threads_ - 1) / (4 * threads_), 12);
-  const std::int64_t block = std::min<std::int64_t>(kRowBlock, share);
+  // Blocks of up to 192, or fewer rows where threads would have nothing to do; a stream's blocks
+  // are equal but for whole tiles, so that all threads finish together.
+  const std::int64_t share = (total + 4 * threads_ - 1) / (4 * threads_);
+  const std::int64_t most = std::min<std::int64_t>(kRowBlock, std::max<std::int64_t>(share, 12));
   std::vector<Rows> found;
-  for (int s = 0; s < int(streams.size()); ++s)
+  for (int s = 0; s < int(streams.size()); ++s) {
+    if (streams[s].tokens == 0) continue;
+    const std::int64_t count = (streams[s].tokens + most - 1) / most;
+    const std::int64_t equal = (streams[s].tokens + count - 1) / count;
+    const std::int64_t block = std::min<std::int64_t>(kRowBlock, round_up(equal, 6));
     for (std::int64_t b = 0; b < batch_; ++b)
       for (std::int64_t t = 0; t < streams[s].tokens; t += block)
         found.push_back({s, b, streams[s].token + t, std::min(block, streams[s].tokens - t)});
+  }
   return found;
 }
 
