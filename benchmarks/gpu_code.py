@@ -91,7 +91,7 @@ def gemm_case(op: str, group: int, arch: int, tile: Tile, epilogue: str = "bias"
     """A GEMM as `triton_gemm.gemm` launches it at K = 1024, fp16 outside."""
     w4, a8 = op.startswith("w4"), op.endswith("a8")
     constants = triton_gemm.flags(
-        K, a8=a8, w4=w4, group_size=group, tile=tile, fence=a8 and arch < 90, plain=False,
+        K, a8=a8, w4=w4, group_size=group, tile=tile, plain=False,
         epilogue=(True, epilogue == "gelu", epilogue == "gate"),
     )  # fmt: skip
     types = {

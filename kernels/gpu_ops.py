@@ -178,7 +178,7 @@ def run_choice(
     )
     y = gemm(
         x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype, epilogue=epilogue,
-        tile=tile, fence=tuning.arch_of(x.device) < 90, plain=tuning.INTERPRETED,
+        tile=tile, plain=tuning.INTERPRETED,
     )  # fmt: skip
     return _unfused(y, gelu_from, residual, gate, tokens) if apart else y
 

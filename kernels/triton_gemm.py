@@ -75,10 +75,8 @@ and.b32 u, u, 0x0f0f0f0f;
 mad.lo.u32 u, u, $2, $6;
 xor.b32 $0, u, 0x80808080; }
 """)
-# On sm_80/86/89 Triton's prefetch carries int8 fragments across the loop as 16-bit halves and packs
-# them again each time; a no-op that it cannot see through ends that.
-FENCE_S8 = tl.constexpr("mov.b32 $0, $1;")
-
+# All asm is declared impure: Triton moves pure asm behind the conversion to the dot's layout, where
+# every warp along M repeats it (W4A16, 128x128, sm_80: 12.8 instructions per MMA instead of 3.2).
 _WORDS = re.compile(r"// words ([^;\n]+);([^;\n]+)")
 
 
@@ -163,7 +161,7 @@ def gemm_kernel(
     A8: tl.constexpr, W4: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     BIAS: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
-    FENCE: tl.constexpr, PLAIN: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """out = [residual + gate *] gelu_from(x W^T * sx * scale + bias). Pointers first, sizes second.
 
@@ -231,12 +229,7 @@ def gemm_kernel(
         for k in range(0, K, BK):
             a = _load(x_ptrs, offs_k[None, :] < K - k, not EVEN_K)
             b = _load(w_ptrs, offs_k[None, :] < K - k, not EVEN_K)
-            if A8:
-                if FENCE and not PLAIN:
-                    a = tl.inline_asm_elementwise(
-                        FENCE_S8, "=r,r", [a], dtype=tl.int8, is_pure=False, pack=4
-                    )
-            else:
+            if not A8:
                 b = _widen8(b, PLAIN)
             acc = tl.dot(a, tl.trans(b), acc)
             x_ptrs += BK
@@ -332,7 +325,7 @@ class Epilogue:
 
 def flags(
     k: int, *, a8: bool, w4: bool, group_size: int, epilogue: tuple[bool, bool, bool],
-    tile: Tile, fence: bool, plain: bool,
+    tile: Tile, plain: bool,
 ) -> dict[str, int | bool]:  # fmt: skip
     """The constexpr arguments of `gemm_kernel`; ahead-of-time compilation uses them as well."""
     tile = tile.fit(k, w4)
@@ -341,7 +334,7 @@ def flags(
         "A8": a8, "W4": w4, "GROUP": group_size, "EVEN_K": k % tile.bk == 0,
         "BIAS": bias, "GELU": gelu, "GATE": gate,
         "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "SWIZZLE": tile.swizzle,
-        "FENCE": fence, "PLAIN": plain,
+        "PLAIN": plain,
     }  # fmt: skip
 
 
@@ -356,13 +349,12 @@ def gemm(
     epilogue: Epilogue | None = None,
     dtype: torch.dtype = torch.float16,
     tile: Tile,
-    fence: bool = False,
     plain: bool = False,
 ) -> Tensor:
     """x (M, K) through a packed weight to (M, N) in `dtype`.
 
     fp16 x without sx is weight-only; int8 x needs sx float32 (M,). w is q8 int8 (N, K), or q4 uint8
-    (N, Kp/2) with its `group` bytes. fence: int8 x on sm_80/86/89. plain: for the interpreter.
+    (N, Kp/2) with its `group` bytes.  plain: for the interpreter.
     Raises ValueError for anything that the kernel would read wrongly.
     """
     e = epilogue or Epilogue()
@@ -386,7 +378,7 @@ def gemm(
         0 if e.gate is None or e.gate.shape[0] == 1 else e.gate.stride(0), e.tokens,
         e.gelu_from or 0,
         **flags(
-            k, a8=a8, w4=w4, group_size=group_size, tile=tile, fence=fence and a8, plain=plain,
+            k, a8=a8, w4=w4, group_size=group_size, tile=tile, plain=plain,
             epilogue=(e.bias is not None, e.gelu_from is not None, e.gate is not None),
         ),
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,

@@ -36,11 +36,6 @@ def test_int8_to_fp16_is_exact() -> None:
     assert np.array_equal(halves(*out), w[:, None].view(np.int8).astype(np.float16))
 
 
-def test_the_fence_changes_nothing() -> None:
-    w = every_byte_in_every_place()
-    assert np.array_equal(run(kernels.FENCE_S8.value, 1, [w])[0], w)
-
-
 @pytest.mark.parametrize("high", [False, True])
 def test_int4_unpacks_exactly_for_every_word_and_group(high: bool) -> None:
     """All s and z, all triples of neighbouring codes that a file may hold, in every place."""
