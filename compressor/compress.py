@@ -56,6 +56,8 @@ from vitapack.runtime.trellis import FlowConfig
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.
 EMBED_BELOW = 64 << 20
 
+ENCODER_LINEAR = "encoder.layer."  # in the names of a DINOv2's linears and norms
+
 Report = Callable[[int, int, str], None]  # weights done, weights in all, what
 
 
@@ -89,6 +91,7 @@ def compress(
     table_dtype: str = "F16",
     rest: str = "F16",
     embed: bool | None = None,
+    encoder_bits: int = 8,
     dry_run: bool = False,
     progress: Report | None = None,
 ) -> SizeTable:
@@ -97,7 +100,8 @@ def compress(
     modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
     (as in the source). schedules: what the tables serve; default: each of `samplers` (else the
     family's own) with each count of `steps` (else its own). embed: decoder and conditioner inside
-    the file; default: if they take at most 64 MiB together. rest: dtype of what is not quantized,
+    the file; default: if they take at most 64 MiB together. encoder_bits: of the linears of an
+    embedded DINOv2, 8 or 16. rest: dtype of what is not quantized,
     "F16" or "F32".
     Raises UserError for a layer map of another network, broken weights, a full disk.
     """
@@ -118,7 +122,8 @@ def compress(
         schedules = family_schedules(checkpoint.sampler, steps, samplers)
     plan = make_plan(
         checkpoint, layer_map, quantizer=quantizer, modulation=modulation, schedules=schedules,
-        table_dtype=table_dtype, rest=rest, embed=embed, hashed=not dry_run,
+        table_dtype=table_dtype, rest=rest, embed=embed, encoder_bits=encoder_bits,
+        hashed=not dry_run,
     )  # fmt: skip
     if dry_run:
         return plan.sizes()
@@ -159,6 +164,7 @@ def make_plan(
     table_dtype: str,
     rest: str,
     embed: bool | None,
+    encoder_bits: int,
     hashed: bool,
 ) -> Plan:
     """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
@@ -181,7 +187,7 @@ def make_plan(
         "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
     }
     tensors = model_tensors(network, linears, rest, modulation_json)
-    parts = {part: _part_specs(checkpoint, part) for part in PARTS}
+    parts = {part: _part_specs(checkpoint, part, encoder_bits) for part in PARTS}
     if embed is None:
         sizes = (_nbytes(spec) for specs in parts.values() for spec in specs.values())
         embed = sum(sizes) <= EMBED_BELOW
@@ -288,7 +294,13 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
         return {f"model.{name}": _fetch(checkpoint, name, shape)}
 
     def embedded(part: str, full: str, name: str) -> dict[str, Tensor]:
-        return {full: checkpoint.part_tensor(part, name)}
+        tensor = checkpoint.part_tensor(part, name)
+        if full in placed:
+            return {full: tensor}
+        return {
+            f"{full}.{key}": made
+            for key, made in quantizer.int8(tensor, name=name).tensors().items()
+        }
 
     if plan.nodes:
         yield Job(
@@ -302,13 +314,10 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
     for name, norm_shape in network_norms(plan.network).items():
         yield Job((f"model.{name}",), math.prod(norm_shape), partial(norm, name, norm_shape))
     for part in plan.embedded:
-        for full in _part_specs(checkpoint, part):
-            name = full.removeprefix(f"{PARTS[part]}.")
-            yield Job(
-                (full,),
-                placed[full].nbytes // 2,
-                partial(embedded, part, full, name),
-            )
+        for name, (_, part_shape) in checkpoint.part_shapes(part).items():
+            full = f"{PARTS[part]}.{name}"
+            held = (full,) if full in placed else (f"{full}.q8", f"{full}.scale")
+            yield Job(held, math.prod(part_shape), partial(embedded, part, full, name))
 
 
 def pack(weight: Tensor, layout: str, quantizer: Quantizer, name: str) -> dict[str, Tensor]:
@@ -345,13 +354,21 @@ def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-def _part_specs(checkpoint: Checkpoint, part: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensors of a part as the file would hold them: floats in fp16, integers as they are."""
+def _part_specs(
+    checkpoint: Checkpoint, part: str, encoder_bits: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors of a part as the file would hold them: floats in fp16, integers as they are, a
+    DINOv2's linears in 8 bits if asked for."""
     floats = {"F64", "F32", "F16", "BF16"}
-    return {
-        f"{PARTS[part]}.{name}": ("F16" if dtype in floats else dtype, shape)
-        for name, (dtype, shape) in checkpoint.part_shapes(part).items()
-    }
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in checkpoint.part_shapes(part).items():
+        full = f"{PARTS[part]}.{name}"
+        linear = part == "conditioner" and ENCODER_LINEAR in name and name.endswith(".weight")
+        if linear and len(shape) == 2 and encoder_bits == 8:
+            specs |= {f"{full}.q8": ("I8", shape), f"{full}.scale": ("F32", shape[:1])}
+        else:
+            specs[full] = ("F16" if dtype in floats else dtype, shape)
+    return specs
 
 
 def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:

@@ -11,10 +11,16 @@ of allocated and of reserved memory instead.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+LARGE = 1 << 20
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -35,6 +41,31 @@ def reset_peak() -> None:
         RESET.write_text("5")
     except OSError:
         return
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system (glibc keeps it otherwise; elsewhere a no-op)."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def keep_no_holes() -> None:
+    """From now on every block of 1 MiB and more is the system's own and goes back when freed.
+
+    For the whole process. glibc raises that limit to 32 MiB by itself as blocks are freed: a packed
+    2mini's lean run then held 3.3 GB where its largest network takes 1.15 GB.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(_TRIM_THRESHOLD, LARGE)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    name = ctypes.util.find_library("c") if sys.platform == "linux" else None
+    libc = ctypes.CDLL(name) if name else None
+    return libc if libc is not None and hasattr(libc, "malloc_trim") else None
 
 
 class PhaseMeter:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitapack.kernels.reference import quantize_activations
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.memory import return_memory
 from vitapack.runtime.packed import TensorReader
 from vitapack.runtime.packed_header import PARTS, PackedHeader
 
@@ -78,6 +79,7 @@ class Part(Generic[T]):
             return
         self._network = None
         gc.collect()
+        return_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -155,8 +157,10 @@ def fill(
         if stored:
             q8, scale = source.read(f"{name}{Q8}"), source.read(f"{name}{SCALE}")
         else:
-            # Rows of a weight are scaled as tokens are: by their largest value.
-            q8, scale = quantize_activations(source.read(f"{name}.weight"))
+            # Rows of a weight are scaled as tokens are, by their largest value; in slices, since
+            # the float32 copies of a whole one take eight times its packed bytes.
+            sliced = [quantize_activations(w) for w in source.read(f"{name}.weight").split(512)]
+            q8, scale = (torch.cat(parts) for parts in zip(*sliced, strict=True))
             scale = scale[:, 0]
         bias = None if part.bias is None else source.read(f"{name}.bias").to(device, dtype)
         packed = PackedLinear(part.in_features, scale.to(device), bias, q8=q8.to(device))

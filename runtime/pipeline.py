@@ -34,7 +34,7 @@ from vitapack.runtime.families import (
     trellis,
 )
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter
+from vitapack.runtime.memory import PhaseMeter, keep_no_holes
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.parts import Part, packed_part, part_of
 from vitapack.runtime.trellis import Network
@@ -78,6 +78,8 @@ class Pipeline:
         when its phase begins, and freed after it where `memory` is "lean"."""
         if memory not in MEMORY:
             raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
+        if memory == "lean":
+            keep_no_holes()
         self._dit, self.sampler = dit, sampler
         self.conditioner, self.decoder = conditioner, decoder
         self.family, self.source, self.source_sha256 = family, source, sha256

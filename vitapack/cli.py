@@ -126,7 +126,7 @@ def compress(options: argparse.Namespace) -> None:
         sizes = compressor.compress(
             checkpoint, layer_map, options.out, quantizer=options.quantizer,
             modulation=options.modulation, steps=options.steps, samplers=options.samplers,
-            embed=options.embed,
+            embed=options.embed, encoder_bits=options.encoder_bits,
             dry_run=options.dry_run, progress=report,
         )  # fmt: skip
     say(options, sizes.to_json(), sizes.describe())
@@ -354,6 +354,8 @@ def build_parser() -> Parser:
                      help="samplers of the tables, e.g. euler,unipc")  # fmt: skip
     sub.add_argument("--embed", action=argparse.BooleanOptionalAction, default=None,
                      help="decoder and image encoder inside the file")  # fmt: skip
+    sub.add_argument("--encoder-bits", type=int, choices=(8, 16), default=8,
+                     help="of an embedded DINOv2's linears")  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="only the sizes")
 
     sub = command(
