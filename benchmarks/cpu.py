@@ -312,24 +312,25 @@ def main() -> None:
     if set(parts) & {"dit", "memory", "peers", "furniture"} and options.work is None:
         parser.error("--work DIR is needed for these parts")
     for part in parts:
-        results["machine"] = machine()
         if part == "gemm":
-            results[part] = gemm(options.rounds)
+            found = gemm(options.rounds)
         elif part == "attention":
-            results[part] = attention(options.rounds)
+            found = attention(options.rounds)
         elif part == "dit":
-            for latents in options.latents:
-                found = dit(options.work, latents, options.rounds)
-                results.setdefault(part, {})[str(latents)] = found
+            found = {str(n): dit(options.work, n, options.rounds) for n in options.latents}
         elif part == "memory":
-            results[part] = memory(options.work)
+            found = memory(options.work)
         elif part == "furniture":
-            results[part] = furniture(options.work)
+            found = furniture(options.work)
         else:
             prepare(options.work)
-            for name in options.peers.split(","):
-                found = cpu_peers.measure(name, options.work, options.rounds)
-                results.setdefault(part, {})[name] = found
+            names = options.peers.split(",")
+            found = {name: cpu_peers.measure(name, options.work, options.rounds) for name in names}
+        # Read again: another part may have been measured meanwhile.
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results["machine"] = machine()
+        kept = results.get(part, {}) if part in ("dit", "peers") else {}
+        results[part] = kept | found
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     cpu_page.write(results)
 
