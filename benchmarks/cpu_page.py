@@ -128,7 +128,7 @@ def attention_text(part: dict[str, Any]) -> str:
 
 
 def furniture_text(part: dict[str, Any]) -> str:
-    names = ["a8 to a16", "a16 to original", "a8 to original", "a16 to truth", "a8 to truth"]
+    names = ["a8 to a16", "a16 to truth", "a8 to truth"]
     rows = [
         f"| {plan} | "
         + " | ".join(
