@@ -96,7 +96,7 @@ def gemm(rounds: int) -> dict[str, Any]:
                 "w4a8": lambda x=x, w=w4, o=out: cpu.linear_a8(x, w, out=o),
                 "w8a16": lambda x=x, w=w8: cpu.linear_a16(x, w),
             }
-            seconds = interleaved(runs, rounds, repeats=1 + 4096 // m)
+            seconds = interleaved(runs, rounds, repeats=3 + 4096 // m)
             gops = {name: 2e-9 * m * n * k / value for name, value in seconds.items()}
             rows.append({"m": m, "k": k, "n": n, "gops": gops})
     return {"peak_gops": max(peak, cpu.peak_gops()), "n_runs": rounds, "rows": rows}
