@@ -90,31 +90,19 @@ def measure(calls: Timed, device: Any, repeats: int) -> dict[str, dict[str, floa
     On a GPU a sample is a batch of calls between two events, long enough (2 ms) that launches of
     the next overlap with the work of the last; inputs of these sizes stay in L2 for all of them.
     """
-    import torch
+    from vitapack.kernels.tune import batch_count, batch_us
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    inner = dict.fromkeys(calls, 1)
     cuda = device.type == "cuda"
 
     def once(call: Callable[[], Any], count: int) -> float:
-        if not cuda:
-            start = time.perf_counter()
-            call()
-            return 1e6 * (time.perf_counter() - start)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(count):
-            call()
-        last.record()
-        last.synchronize()
-        return 1e3 * first.elapsed_time(last) / count
-
-    for name, call in calls.items():
         if cuda:
-            for _ in range(3):
-                call()
-            torch.cuda.synchronize(device)
-            inner[name] = max(1, min(200, int(2000 / max(once(call, 2), 1.0))))
+            return batch_us(call, count)
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    inner = {name: batch_count(call) if cuda else 1 for name, call in calls.items()}
     for _ in range(repeats):
         for name, call in calls.items():
             samples[name].append(once(call, inner[name]))

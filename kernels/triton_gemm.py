@@ -25,41 +25,21 @@ from torch import Tensor
 
 from vitapack.kernels.triton_fused import OPTIONS
 
-# Four int8 weights to four fp16: 0x64uu is the fp16 number 1024 + u, u = w + 128, minus 1152.
-W8_TO_F16 = tl.constexpr("""
-{ .reg .b32 u, m;
-xor.b32 u, $2, 0x80808080;
+# Biased bytes u to four fp16: 0x64uu is the fp16 number 1024 + u, u = w + 128, minus 1152.
+_BYTES_TO_F16 = """
 mov.b32 m, 0x64806480;
 prmt.b32 $0, u, 0x64646464, 0x4140;
 prmt.b32 $1, u, 0x64646464, 0x4342;
 sub.f16x2 $0, $0, m;
 sub.f16x2 $1, $1, m; }
-""")
+"""
+W8_TO_F16 = tl.constexpr("{ .reg .b32 u, m;\nxor.b32 u, $2, 0x80808080;" + _BYTES_TO_F16)
 # Four low (high) nibbles to fp16: $3 is s, $7 is c = (128 - s * z) * 0x01010101. The comment names
 # all eight registers so that `check_words` sees whether one word holds one group.
-W4_LOW_TO_F16 = tl.constexpr("""
-{ .reg .b32 u, m;
-// words $3 $4 $5 $6 ; $7 $8 $9 $10
-and.b32 u, $2, 0x0f0f0f0f;
-mad.lo.u32 u, u, $3, $7;
-mov.b32 m, 0x64806480;
-prmt.b32 $0, u, 0x64646464, 0x4140;
-prmt.b32 $1, u, 0x64646464, 0x4342;
-sub.f16x2 $0, $0, m;
-sub.f16x2 $1, $1, m; }
-""")
-W4_HIGH_TO_F16 = tl.constexpr("""
-{ .reg .b32 u, m;
-// words $3 $4 $5 $6 ; $7 $8 $9 $10
-shr.u32 u, $2, 4;
-and.b32 u, u, 0x0f0f0f0f;
-mad.lo.u32 u, u, $3, $7;
-mov.b32 m, 0x64806480;
-prmt.b32 $0, u, 0x64646464, 0x4140;
-prmt.b32 $1, u, 0x64646464, 0x4342;
-sub.f16x2 $0, $0, m;
-sub.f16x2 $1, $1, m; }
-""")
+_GROUP_OF_WORD = "{ .reg .b32 u, m;\n// words $3 $4 $5 $6 ; $7 $8 $9 $10\n"
+_SCALE_BYTES = "and.b32 u, u, 0x0f0f0f0f;\nmad.lo.u32 u, u, $3, $7;"
+W4_LOW_TO_F16 = tl.constexpr(_GROUP_OF_WORD + "mov.b32 u, $2;\n" + _SCALE_BYTES + _BYTES_TO_F16)
+W4_HIGH_TO_F16 = tl.constexpr(_GROUP_OF_WORD + "shr.u32 u, $2, 4;\n" + _SCALE_BYTES + _BYTES_TO_F16)
 W4_LOW_TO_S8 = tl.constexpr("""
 { .reg .b32 u;
 // words $2 $3 $4 $5 ; $6 $7 $8 $9

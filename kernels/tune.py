@@ -160,15 +160,22 @@ def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> flo
         call()
         return 1e6 * (time.perf_counter() - start)
 
-    def batch(count: int) -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(count):
-            call()
-        last.record()
-        last.synchronize()
-        return 1e3 * first.elapsed_time(last) / count
+    count = batch_count(call)
+    return statistics.median(batch_us(call, count) for _ in range(repeats))
 
-    batch(3)
-    count = max(1, min(200, int(2000 / max(batch(2), 1.0))))
-    return statistics.median(batch(count) for _ in range(repeats))
+
+def batch_us(call: Callable[[], object], count: int) -> float:
+    """Microseconds of a call on the current GPU: `count` of them between two events."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(count):
+        call()
+    last.record()
+    last.synchronize()
+    return 1e3 * first.elapsed_time(last) / count
+
+
+def batch_count(call: Callable[[], object]) -> int:
+    """How many calls make a batch of 2 ms, after a warm-up of three: 1 to 200."""
+    batch_us(call, 3)
+    return max(1, min(200, int(2000 / max(batch_us(call, 2), 1.0))))
