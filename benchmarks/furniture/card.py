@@ -1,11 +1,12 @@
-"""Measures the bundled model and writes its card: figures first (JSON), then tables and pictures.
+"""Measures the bundled model: figures as JSON first, then docs/furniture.md (page.py) from them.
 
     python -m benchmarks.furniture.card --stability      # about 20 minutes on two cores
-    python -m benchmarks.furniture.card --pages-only     # docs/furniture.md from the JSON again
+    python -m benchmarks.furniture.page                  # docs/furniture.md from the JSON again
 
 Quality to the true shape on the held-out sets, beside the autoencoder's ceiling and the nearest
 training shape; how well two noises agree; then what compression keeps of the model's own output:
-int8, int4, the automatic plan, and as many blocks pruned at random.
+a quarter of the blocks left out, int8, int4, the automatic plan, and as many blocks pruned at
+random. The test shapes are for the last run only: `--sets test-shapes --no-compression`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.furniture.page import PAGE, RESULTS, write_page
 from vitapack.compressor.bootstrap import mean_interval
 from vitapack.compressor.compress import compress
 from vitapack.compressor.demo import grid_of
@@ -29,22 +32,17 @@ from vitapack.compressor.plan import describe as describe_plan
 from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
 from vitapack.compressor.render import contact_sheet, frame_of, render
 from vitapack.compressor.vitality import analyze
+from vitapack.compressor.vitality_table import Vitality
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.furniture import BOUNDS, FOLDER, held_out
+from vitapack.runtime.families.furniture import BOUNDS, FOLDER, HeldOut, held_out
 from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.mesh import Mesh, surface_from_grid
 from vitapack.runtime.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "furniture.json"
-PAGE = ROOT / "docs" / "furniture.md"
-SETS = {
-    "unseen-views": "unseen views of training shapes",
-    "validation-shapes": "unseen shapes (validation)",
-    "test-shapes": "unseen shapes (test)",
-}
 RANDOM_DRAWS = 3
+LEFT_OUT = 0.25  # share of the blocks that a redundant network can miss without any repair
 JUDGED = 24  # pictures that compression is judged on
 POINTS = EvaluateSettings(emd_points=0, align="none")
 
@@ -120,6 +118,7 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
     for seed in range(RANDOM_DRAWS):
         plans[f"as many blocks at random, int8, draw {seed + 1}"] = plan_random(seed, eight)
     full = {p.name: grid_of(pipeline, p, n) for n, p in enumerate(judged)}
+    fewer = redundancy(pipeline, vitality, judged, full)
     fp16 = 2 * checkpoint.parameters()
     found = {}
     for title, plan in plans.items():
@@ -127,7 +126,9 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
         path = work / "packed.safetensors"
         sizes = compress(checkpoint, plan, path)
         packed = Pipeline.from_packed(path, device="cpu")
+        start = time.perf_counter()
         grids = [(full[p.name], grid_of(packed, p, n), p.grid) for n, p in enumerate(judged)]
+        seconds = (time.perf_counter() - start) / len(judged)
         found[title] = {
             "iou_to_original": interval(grid_iou(a, b) for a, b, _ in grids),
             "v_iou_to_truth": interval(grid_iou(c, b) for _, b, c in grids),
@@ -135,10 +136,12 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
             "file_bytes": sizes.total,
             "share_of_fp16": round(sizes.dit / fp16, 4),
             "blocks": len(plan.blocks),
+            "seconds": round(seconds, 3),
         }
         path.unlink()
     return {
         "fp16_bytes": fp16,
+        "redundancy": fewer,
         "plans": found,
         "auto": describe_plan(auto),
         "vitality": {
@@ -152,6 +155,37 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
             ],
         },
     }  # fmt: skip
+
+
+def redundancy(
+    pipeline: Pipeline, vitality: Vitality, judged: list[HeldOut], full: dict[str, np.ndarray]
+) -> dict:
+    """IoU to the full model with a quarter of the blocks left out, nothing repaired or quantized:
+    the least vital ones, and as many of each kind at random."""
+    count = round(LEFT_OUT * len(vitality.blocks))
+    order = [(b.kind, b.index) for b in sorted(vitality.blocks, key=lambda b: b.mean)]
+    least = order[:count]
+    draws = {"least vital": least}
+    for seed in range(RANDOM_DRAWS):
+        rng = np.random.default_rng(seed)
+        draw: list[tuple[str, int]] = []
+        for kind in ("double", "single"):
+            every = sorted(block for block in order if block[0] == kind)
+            some = rng.choice(len(every), sum(k == kind for k, _ in least), replace=False)
+            draw += [every[i] for i in some]
+        draws[f"random draw {seed + 1}"] = draw
+    found = {}
+    for title, blocks in draws.items():
+        print(f"left out, {title}: {blocks}", flush=True)
+        dit = pipeline.dit.without(*blocks)
+        scores = [
+            grid_iou(full[p.name], grid_of(pipeline, p, n, dit)) for n, p in enumerate(judged)
+        ]
+        found[title] = {
+            "blocks": [f"{kind} {index}" for kind, index in sorted(blocks)],
+            "iou_to_original": interval(scores),
+        }
+    return found
 
 
 def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
@@ -174,153 +208,13 @@ def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
     }
 
 
-def page(data: dict) -> str:
-    """docs/furniture.md from the figures."""
-
-    def cell(row: dict) -> str:
-        return f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-
-    lines = [
-        "# The furniture model",
-        "",
-        "A real, small image-to-shape Diffusion Transformer that comes with vitapack, so that",
-        "compression can be judged on a trained model. Canonical double/single-block DiT in the",
-        "topology of Hunyuan3D-2mini (8 double + 16 single blocks, hidden size 128), trained on",
-        f"{data['model']['shapes']} human-made shapes of Debian's `sweethome3d-furniture`;",
-        "every shape's author and licence is in `runtime/bundled/furniture/ATTRIBUTION.tsv`.",
-        "It is made for tests, demos and benchmarks of compression, not to reconstruct your chair:",
-        "it knows the shapes that it was trained on, from views that it has not seen.",
-        "",
-        "Every figure here is written by `python -m benchmarks.furniture.card --stability`.",
-        "",
-        "## Parts",
-        "",
-        "| part | parameters | fp16 bytes |",
-        "| --- | --- | --- |",
-    ]
-    lines += [
-        f"| {name} | {count:,} | {2 * count:,} |"
-        for name, count in data["model"]["parameters"].items()
-    ]
-    lines += [
-        "",
-        "## Quality to the true shape",
-        "",
-        "Mean and 95 % bootstrap interval over the pictures of a set; 64^3 cells of [-1, 1]^3.",
-        "The ceiling is the autoencoder given the true shape; the nearest training shape is chosen",
-        "with the truth in hand.",
-        "",
-        "| set | n | V-IoU | V-IoU, 1 voxel | F-score 0.05 | ceiling | nearest training shape | "
-        "two noises agree |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, words in SETS.items():
-        if name in data["quality"]:
-            s = data["quality"][name]["summary"]
-            columns = ("v_iou", "v_iou_tolerant", "f_score", "autoencoder_iou",
-                       "nearest_training_iou", "two_noises")  # fmt: skip
-            cells = " | ".join(cell(s[key]) for key in columns)
-            lines.append(f"| {words} | {s['v_iou']['n']} | {cells} |")
-    unseen = data["quality"].get("validation-shapes", {}).get("summary")
-    if unseen and unseen["v_iou"]["mean"] < unseen["nearest_training_iou"]["mean"]:
-        lines += [
-            "",
-            "On unseen shapes it stays below the nearest training shape: no generalisation.",
-        ]
-    lines += [
-        "",
-        "Picture, generated shape, true shape; the number is the V-IoU:",
-        "",
-        "![unseen views](pictures/furniture-unseen-views.png)",
-        "",
-        "## What compression keeps",
-        "",
-        "IoU to the original's own output from the same noise, on unseen views that the vitality",
-        f"analysis ({data['compression']['vitality']['images']} other pictures) did not use.",
-        "",
-        "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for title, row in data["compression"]["plans"].items():
-        lines.append(
-            f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | {row['share_of_fp16']:.1%} | "
-            f"{cell(row['iou_to_original'])} | {cell(row['v_iou_to_truth'])} |"
-        )
-    vitality = data["compression"]["vitality"]
-    lines += ["", "The automatic plan:", "", "```", data["compression"]["auto"], "```", ""]
-    lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
-    lines += [
-        "| block | vitality | floor | debiased | IoU to full |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
-        lines.append(
-            f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
-            f"{block['debiased']:.4f} | {block['iou']:.3f} |"
-        )
-    rows = []
-    for name, value in vitality["stability"].items():
-        rows.append((vitality["images"], name, value))
-    for name, value in data.get("stability", {}).get("orders", {}).items():
-        rows.append((data["stability"]["images"], name, value))
-    lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
-    lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
-    lines += ["| pictures | blocks | Spearman |", "| --- | --- | --- |"]
-    lines += [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows]
-    lines += [
-        "",
-        "## Training",
-        "",
-        "![curves](pictures/furniture-training.svg)",
-        "",
-        "Logs of the three trainings: `benchmarks/results/furniture-training.json`.",
-        "",
-        f"Measured with {data['versions']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def curves(logs: dict[str, list[dict]]) -> str:
-    """An SVG with one panel a training: held-out scores against hours."""
-    width, height, gap = 300, 180, 40
-    parts = []
-    for number, (name, rows) in enumerate(logs.items()):
-        left = number * (width + gap) + gap
-        hours = max(row["hours"] for row in rows)
-        parts.append(
-            f'<text x="{left}" y="14">{name}: IoU against hours (0 to {hours:.2f})</text>'
-            f'<rect x="{left}" y="20" width="{width}" height="{height}" fill="none" stroke="#999"/>'
-        )
-        keys = [k for k in rows[-1] if k in SCORES and any(k in row for row in rows)]
-        for key, colour in zip(keys, ("#1769aa", "#b3541e", "#2e7d32", "#6a1b9a"), strict=False):
-            points = " ".join(
-                f"{left + width * row['hours'] / hours:.1f},{20 + height * (1 - row[key]):.1f}"
-                for row in rows
-                if key in row
-            )
-            y = 20 + height + 16 + 14 * keys.index(key)
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                f'<text x="{left}" y="{y}" fill="{colour}">{key} {rows[-1][key]:.3f}</text>'
-            )
-    total = len(logs) * (width + gap) + gap
-    style = 'font-family="sans-serif" font-size="11"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{height + 100}" {style}>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
-
-
-SCORES = ("train", "unseen", "retrieval", "unseen_view_iou", "ceiling", "two_noises")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "card")
     parser.add_argument("--images", type=int, default=24, help="pictures for the vitality")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sets", nargs="*", default=["unseen-views", "validation-shapes"])
-    parser.add_argument("--pages-only", action="store_true")
+    parser.add_argument("--no-compression", action="store_true", help="only the sets")
     parser.add_argument("--stability", action="store_true", help="order of blocks, all pictures")
     options = parser.parse_args()
     pictures = PAGE.parent / "pictures"
@@ -328,12 +222,31 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"quality": {}}
     torch.set_num_threads(1)
-    if options.stability or not options.pages_only:
-        pipeline = Pipeline.from_model("furniture", device="cpu")
-    if not options.pages_only:
-        checkpoint = open_checkpoint("furniture")
-        lines = (FOLDER / "ATTRIBUTION.tsv").read_text().splitlines()
-        data["model"] = {
+    pipeline = Pipeline.from_model("furniture", device="cpu")
+    if data.get("sha256") != pipeline.source_sha256:
+        data = {"sha256": pipeline.source_sha256, "quality": {}}  # figures of another model
+    data |= about()
+
+    def save() -> None:
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+
+    for name in options.sets:
+        data["quality"][name] = quality(pipeline, name, pictures)
+        save()
+    if not options.no_compression:
+        data["compression"] = compression(pipeline, options.work, options.images, options.jobs)
+        save()
+    if options.stability:
+        data["stability"] = stability(pipeline, options.work, options.jobs)
+        save()
+    write_page()
+
+
+def about() -> dict:
+    checkpoint = open_checkpoint("furniture")
+    lines = (FOLDER / "ATTRIBUTION.tsv").read_text().splitlines()
+    return {
+        "model": {
             "shapes": sum(line.endswith("autoencoder and DiT") for line in lines),
             "parameters": {
                 "DiT": checkpoint.parameters(),
@@ -341,19 +254,9 @@ def main() -> None:
                 "image encoder": checkpoint.parameters("conditioner"),
             },
             "sampler": checkpoint.sampler.to_json(),
-        }
-        data["versions"] = f"torch {torch.__version__}, Python {platform.python_version()}"
-        for name in options.sets:
-            data["quality"][name] = quality(pipeline, name, pictures)
-            RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-        data["compression"] = compression(pipeline, options.work, options.images, options.jobs)
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-    if options.stability:
-        data["stability"] = stability(pipeline, options.work, options.jobs)
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-    logs = json.loads((RESULTS.parent / "furniture-training.json").read_text())
-    (pictures / "furniture-training.svg").write_text(curves(logs))
-    PAGE.write_text(page(data))
+        },
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+    }
 
 
 if __name__ == "__main__":

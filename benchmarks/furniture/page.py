@@ -1,0 +1,222 @@
+"""Writes docs/furniture.md, the model's card, from the figures that the other commands measured.
+
+python -m benchmarks.furniture.page
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "furniture.json"
+SAMPLING = RESULTS.with_name("furniture-sampling.json")
+TRAINING = RESULTS.with_name("furniture-training.json")
+PAGE = ROOT / "docs" / "furniture.md"
+SETS = {
+    "unseen-views": "unseen views of training shapes",
+    "validation-shapes": "unseen shapes (validation)",
+    "test-shapes": "unseen shapes (test)",
+}
+
+
+def cell(row: dict) -> str:
+    return f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def redundancy_lines(found: dict | None) -> list[str]:
+    if not found:
+        return []
+    share = len(found["least vital"]["blocks"])
+    lines = [
+        f"A quarter of the blocks ({share}) left out, nothing repaired and nothing quantized;",
+        "random draws take as many of each kind:",
+        "",
+        "| left out | IoU to the full model |",
+        "| --- | --- |",
+    ]
+    for title, row in found.items():
+        blocks = ", ".join(row["blocks"])
+        lines.append(f"| {title}: {blocks} | {cell(row['iou_to_original'])} |")
+    return [*lines, ""]
+
+
+def sampling_lines() -> list[str]:
+    """Tables of `benchmarks.furniture.sampling`, which chose the guidance and the step count."""
+    if not SAMPLING.exists():
+        return []
+    data = json.loads(SAMPLING.read_text())
+    lines = [
+        "## Guidance, samplers, steps",
+        "",
+        f"Chosen on {data['pictures']} other unseen views, by `python -m",
+        "benchmarks.furniture.sampling`. V-IoU to the true shape; IoU of two noises; IoU to the",
+        f"same noise's result after {data['reference_steps']} Euler steps.",
+        "",
+        "| guidance | sampler | steps | V-IoU to truth | two noises agree | IoU to many steps |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in data["rows"]:
+        lines.append(
+            f"| {row['guidance']:g} | {row['sampler']} | {row['steps']} | {cell(row['v_iou'])} | "
+            f"{cell(row['two_noises'])} | {cell(row['to_reference'])} |"
+        )
+    return [*lines, ""]
+
+
+def page(data: dict) -> str:
+    """docs/furniture.md from the figures."""
+    lines = [
+        "# The furniture model",
+        "",
+        "A real, small image-to-shape Diffusion Transformer that comes with vitapack, so that",
+        "compression can be judged on a trained model. Canonical double/single-block DiT in the",
+        "topology of Hunyuan3D-2mini (8 double + 16 single blocks, hidden size 128), trained on",
+        f"{data['model']['shapes']} human-made shapes of Debian's `sweethome3d-furniture`;",
+        "every shape's author and licence is in `runtime/bundled/furniture/ATTRIBUTION.tsv`.",
+        "It is made for tests, demos and benchmarks of compression, not to reconstruct your chair:",
+        "it knows the shapes that it was trained on, from views that it has not seen.",
+        "",
+        "Every figure here is written by `python -m benchmarks.furniture.card --stability`.",
+        "",
+        "## Parts",
+        "",
+        "| part | parameters | fp16 bytes |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {name} | {count:,} | {2 * count:,} |"
+        for name, count in data["model"]["parameters"].items()
+    ]
+    lines += [
+        "",
+        "## Quality to the true shape",
+        "",
+        "Mean and 95 % bootstrap interval over the pictures of a set; 64^3 cells of [-1, 1]^3.",
+        "The ceiling is the autoencoder given the true shape; the nearest training shape is chosen",
+        "with the truth in hand.",
+        "",
+        "| set | n | V-IoU | V-IoU, 1 voxel | F-score 0.05 | ceiling | nearest training shape | "
+        "two noises agree |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, words in SETS.items():
+        if name in data["quality"]:
+            s = data["quality"][name]["summary"]
+            columns = ("v_iou", "v_iou_tolerant", "f_score", "autoencoder_iou",
+                       "nearest_training_iou", "two_noises")  # fmt: skip
+            cells = " | ".join(cell(s[key]) for key in columns)
+            lines.append(f"| {words} | {s['v_iou']['n']} | {cells} |")
+    unseen = data["quality"].get("validation-shapes", {}).get("summary")
+    if unseen and unseen["v_iou"]["mean"] < unseen["nearest_training_iou"]["mean"]:
+        lines += [
+            "",
+            "On unseen shapes it stays below the nearest training shape: no generalisation.",
+        ]
+    lines += [
+        "",
+        "Picture, generated shape, true shape; the number is the V-IoU:",
+        "",
+        "![unseen views](pictures/furniture-unseen-views.png)",
+        "",
+        *sampling_lines(),
+        "## What compression keeps",
+        "",
+        *redundancy_lines(data["compression"].get("redundancy")),
+        "IoU to the original's own output from the same noise, on unseen views that the vitality",
+        f"analysis ({data['compression']['vitality']['images']} other pictures) did not use.",
+        "",
+        "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for title, row in data["compression"]["plans"].items():
+        lines.append(
+            f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | {row['share_of_fp16']:.1%} | "
+            f"{cell(row['iou_to_original'])} | {cell(row['v_iou_to_truth'])} |"
+        )
+    times = [row["seconds"] for row in data["compression"]["plans"].values() if "seconds" in row]
+    if times:
+        lines += [
+            "",
+            f"A picture takes {min(times):.1f} to {max(times):.1f} s on one core, packed.",
+        ]
+    vitality = data["compression"]["vitality"]
+    lines += ["", "The automatic plan:", "", "```", data["compression"]["auto"], "```", ""]
+    lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
+    lines += [
+        "| block | vitality | floor | debiased | IoU to full |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
+        lines.append(
+            f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
+            f"{block['debiased']:.4f} | {block['iou']:.3f} |"
+        )
+    rows = []
+    for name, value in vitality["stability"].items():
+        rows.append((vitality["images"], name, value))
+    for name, value in data.get("stability", {}).get("orders", {}).items():
+        rows.append((data["stability"]["images"], name, value))
+    lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
+    lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
+    lines += ["| pictures | blocks | Spearman |", "| --- | --- | --- |"]
+    lines += [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows]
+    lines += [
+        "",
+        "## Training",
+        "",
+        "![curves](pictures/furniture-training.svg)",
+        "",
+        "Logs of the three trainings: `benchmarks/results/furniture-training.json`.",
+        "",
+        f"Measured with {data['versions']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def curves(logs: dict[str, list[dict]]) -> str:
+    """An SVG with one panel a training: held-out scores against hours."""
+    width, height, gap = 300, 180, 40
+    parts = []
+    for number, (name, rows) in enumerate(logs.items()):
+        left = number * (width + gap) + gap
+        hours = max(row["hours"] for row in rows)
+        parts.append(
+            f'<text x="{left}" y="14">{name}: IoU against hours (0 to {hours:.2f})</text>'
+            f'<rect x="{left}" y="20" width="{width}" height="{height}" fill="none" stroke="#999"/>'
+        )
+        keys = [k for k in rows[-1] if k in SCORES and any(k in row for row in rows)]
+        for key, colour in zip(keys, ("#1769aa", "#b3541e", "#2e7d32", "#6a1b9a"), strict=False):
+            points = " ".join(
+                f"{left + width * row['hours'] / hours:.1f},{20 + height * (1 - row[key]):.1f}"
+                for row in rows
+                if key in row
+            )
+            y = 20 + height + 16 + 14 * keys.index(key)
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                f'<text x="{left}" y="{y}" fill="{colour}">{key} {rows[-1][key]:.3f}</text>'
+            )
+    total = len(logs) * (width + gap) + gap
+    style = 'font-family="sans-serif" font-size="11"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{height + 100}" {style}>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+SCORES = (
+    "train", "unseen", "retrieval", "train_iou", "unseen_view_iou", "unseen_shape_iou",
+    "two_noises",
+)  # fmt: skip
+
+
+def write_page() -> None:
+    PAGE.with_name("pictures").mkdir(parents=True, exist_ok=True)
+    training = json.loads(TRAINING.read_text())
+    (PAGE.with_name("pictures") / "furniture-training.svg").write_text(curves(training))
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    write_page()
