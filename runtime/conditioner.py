@@ -115,9 +115,7 @@ def encoder_part(
         return name.startswith("encoder.") and len(inner.weights()[name]) == 2
 
     def load() -> Dinov2:
-        made = fill(lambda: Dinov2(config), inner, dtype, device, bits, ("embeddings.mask_token",))
-        assert isinstance(made, Dinov2)
-        return made
+        return fill(lambda: Dinov2(config), inner, dtype, device, bits, ("embeddings.mask_token",))
 
     return Part(load, filled_bytes(inner, dtype, bits, linear))
 

@@ -5,12 +5,14 @@ A decoder says `latent_shape` and `bounds` without being loaded; `decoder(latent
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitapack.runtime.grid import coarse_to_fine, dense
-from vitapack.runtime.parts import Part, Source, fill, filled_bytes
+from vitapack.runtime.parts import Net, Part, Source, fill, filled_bytes
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
 
@@ -75,20 +77,18 @@ class OccupancyGrid:
 def volume_decoder(
     source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
 ) -> VolumeDecoder:
-    def load() -> ShapeDecoder:
-        made = fill(lambda: ShapeDecoder(config), source, dtype, device)
-        assert isinstance(made, ShapeDecoder)
-        return made
-
-    return VolumeDecoder(Part(load, filled_bytes(source, dtype, 16, lambda name: False)), config)
+    return VolumeDecoder(_part(lambda: ShapeDecoder(config), source, dtype, device), config)
 
 
 def occupancy_grid(
     source: Source, config: OccupancyConfig, dtype: torch.dtype, device: str | torch.device
 ) -> OccupancyGrid:
-    def load() -> OccupancyDecoder:
-        made = fill(lambda: OccupancyDecoder(config), source, dtype, device)
-        assert isinstance(made, OccupancyDecoder)
-        return made
+    return OccupancyGrid(_part(lambda: OccupancyDecoder(config), source, dtype, device), config)
 
-    return OccupancyGrid(Part(load, filled_bytes(source, dtype, 16, lambda name: False)), config)
+
+def _part(
+    make: Callable[[], Net], source: Source, dtype: torch.dtype, device: str | torch.device
+) -> Part[Net]:
+    """A decoder in `dtype`, loaded on first use."""
+    nbytes = filled_bytes(source, dtype, 16, lambda name: False)
+    return Part(lambda: fill(make, source, dtype, device), nbytes)

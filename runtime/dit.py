@@ -279,13 +279,15 @@ class FinalLayer(nn.Module):
             [nn.Identity(), nn.Linear(config.hidden, 2 * config.hidden)]
         )
 
-    def forward(self, x: Tensor, when: When) -> Tensor:
+    def shift_scale(self, when: When) -> tuple[Tensor, ...]:
+        """Modulation (B or 1, 1, h) each, from the weights or from their table."""
         modulation = self.adaLN_modulation[1]
         if isinstance(modulation, ModulationTable):
-            shift, scale = modulation(when)
-        else:
-            shift, scale = modulation(when.vector)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+            return modulation(when)
+        return modulation(when.vector)[:, None].chunk(2, dim=-1)
+
+    def forward(self, x: Tensor, when: When) -> Tensor:
+        return self.linear(modulate(x, *self.shift_scale(when)))
 
 
 class MissingTime(ValueError):

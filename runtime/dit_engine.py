@@ -103,11 +103,7 @@ class EngineDiT(DiT):
 
     def _final(self, z: Tensor, when: When, dtype: torch.dtype) -> Tensor:
         """`FinalLayer` on some rows at a time; z is used up."""
-        modulation: Any = self.final_layer.adaLN_modulation[1]
-        if isinstance(modulation, nn.Linear | PackedLinear):
-            shift, scale = modulation(when.vector)[:, None].float().chunk(2, dim=-1)
-        else:
-            shift, scale = (part.float() for part in modulation(when))
+        shift, scale = (part.float() for part in self.final_layer.shift_scale(when))
         linear = self.final_layer.linear
         out = z.new_empty(*z.shape[:2], linear.out_features, dtype=dtype)
         for start in range(0, z.shape[1], FINAL_ROWS):

@@ -20,7 +20,6 @@ from vitapack.kernels import dispatch, gpu_ops
 from vitapack.runtime.dit import (
     DiT,
     DoubleBlock,
-    ModulationTable,
     SingleBlock,
     StreamAttention,
     When,
@@ -51,11 +50,7 @@ class GpuDiT(DiT):
         for block in self.single_blocks.values():
             assert isinstance(block, SingleBlock)
             z = single_block(block, z, when)
-        modulation = self.final_layer.adaLN_modulation[1]
-        if isinstance(modulation, ModulationTable):
-            shift, scale = modulation(when)
-        else:
-            shift, scale = modulation(when.vector)[:, None].chunk(2, dim=-1)
+        shift, scale = self.final_layer.shift_scale(when)
         latents, _ = ops.modulate(z[:, y.shape[1] :], shift, scale, False)
         return self.final_layer.linear(latents)
 

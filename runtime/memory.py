@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,7 @@ def keep_no_holes() -> None:
         libc.mallopt(_TRIM_THRESHOLD, LARGE)
 
 
+@functools.cache  # find_library starts a process, and a lean run asks after every phase
 def _glibc() -> ctypes.CDLL | None:
     name = ctypes.util.find_library("c") if sys.platform == "linux" else None
     libc = ctypes.CDLL(name) if name else None

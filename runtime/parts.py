@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # families build their parts with this module
     from vitapack.runtime.families.checkpoint import Checkpoint
 
 T = TypeVar("T")
+Net = TypeVar("Net", bound=nn.Module)
 Q8, SCALE = ".weight.q8", ".weight.scale"
 
 
@@ -125,13 +126,13 @@ def packed_part(header: PackedHeader, part: str, original: Checkpoint | None) ->
 
 
 def fill(
-    make: Callable[[], nn.Module],
+    make: Callable[[], Net],
     source: Source,
     dtype: torch.dtype,
     device: str | torch.device,
     bits: int = 16,
     ignored: tuple[str, ...] = (),
-) -> nn.Module:
+) -> Net:
     """A module made on the meta device and filled tensor by tensor, in eval mode.
 
     `bits` 8 packs the linears as they come (round to nearest, a scale a row), so that the module in

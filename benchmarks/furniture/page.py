@@ -64,6 +64,53 @@ def sampling_lines() -> list[str]:
     return [*lines, ""]
 
 
+def compression_lines(data: dict) -> list[str]:
+    """What compression keeps, which blocks are vital, and how sure their order is."""
+    found, vitality = data["compression"], data["compression"]["vitality"]
+    lines = [
+        "## What compression keeps",
+        "",
+        *redundancy_lines(found.get("redundancy")),
+        "IoU to the original's own output from the same noise, on unseen views that the vitality",
+        f"analysis ({vitality['images']} other pictures) did not use.",
+        "",
+        "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for title, row in found["plans"].items():
+        lines.append(
+            f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | {row['share_of_fp16']:.1%} | "
+            f"{cell(row['iou_to_original'])} | {cell(row['v_iou_to_truth'])} |"
+        )
+    times = [row["seconds"] for row in found["plans"].values() if "seconds" in row]
+    if times:
+        lines += [
+            "",
+            f"A picture takes {min(times):.1f} to {max(times):.1f} s on one core, packed.",
+        ]
+    lines += ["", "The automatic plan:", "", "```", found["auto"], "```", ""]
+    lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
+    lines += [
+        "| block | vitality | floor | debiased | IoU to full |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
+        lines.append(
+            f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
+            f"{block['debiased']:.4f} | {block['iou']:.3f} |"
+        )
+    rows = []
+    for name, value in vitality["stability"].items():
+        rows.append((vitality["images"], name, value))
+    for name, value in data.get("stability", {}).get("orders", {}).items():
+        rows.append((data["stability"]["images"], name, value))
+    lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
+    lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
+    lines += ["| pictures | blocks | Spearman |", "| --- | --- | --- |"]
+    lines += [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows]
+    return [*lines, ""]
+
+
 def page(data: dict) -> str:
     """docs/furniture.md from the figures."""
     lines = [
@@ -120,49 +167,10 @@ def page(data: dict) -> str:
         "![unseen views](pictures/furniture-unseen-views.png)",
         "",
         *sampling_lines(),
-        "## What compression keeps",
-        "",
-        *redundancy_lines(data["compression"].get("redundancy")),
-        "IoU to the original's own output from the same noise, on unseen views that the vitality",
-        f"analysis ({data['compression']['vitality']['images']} other pictures) did not use.",
-        "",
-        "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for title, row in data["compression"]["plans"].items():
-        lines.append(
-            f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | {row['share_of_fp16']:.1%} | "
-            f"{cell(row['iou_to_original'])} | {cell(row['v_iou_to_truth'])} |"
-        )
-    times = [row["seconds"] for row in data["compression"]["plans"].values() if "seconds" in row]
-    if times:
-        lines += [
-            "",
-            f"A picture takes {min(times):.1f} to {max(times):.1f} s on one core, packed.",
-        ]
-    vitality = data["compression"]["vitality"]
-    lines += ["", "The automatic plan:", "", "```", data["compression"]["auto"], "```", ""]
-    lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
+    if "compression" in data:
+        lines += compression_lines(data)
     lines += [
-        "| block | vitality | floor | debiased | IoU to full |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
-        lines.append(
-            f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
-            f"{block['debiased']:.4f} | {block['iou']:.3f} |"
-        )
-    rows = []
-    for name, value in vitality["stability"].items():
-        rows.append((vitality["images"], name, value))
-    for name, value in data.get("stability", {}).get("orders", {}).items():
-        rows.append((data["stability"]["images"], name, value))
-    lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
-    lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
-    lines += ["| pictures | blocks | Spearman |", "| --- | --- | --- |"]
-    lines += [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows]
-    lines += [
-        "",
         "## Training",
         "",
         "![curves](pictures/furniture-training.svg)",
