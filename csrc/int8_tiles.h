@@ -96,24 +96,6 @@ inline void tile_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_
   _tile_stored(3, acc + 48, row);
 }
 
-// Float products in 16 rows: the tiles of 6 rows would not fit the callers.
-inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std::int64_t steps,
-                     float* acc, std::int64_t acc_stride) {
-  for (int column = 0; column < kPanel; column += 16) {
-    F sums[kTile];
-    for (int r = 0; r < kTile; ++r) sums[r] = all(0.0f);
-    const float* b = reinterpret_cast<const float*>(panel) + column;
-    for (std::int64_t i = 0; i < steps; ++i, b += kPanel) {
-      const F channels = load(b);
-      for (int r = 0; r < kTile; ++r) {
-        const float* row = reinterpret_cast<const float*>(a + r * stride);
-        sums[r] = fma(all(row[i]), channels, sums[r]);
-      }
-    }
-    for (int r = 0; r < kTile; ++r) store(acc + r * acc_stride + column, sums[r]);
-  }
-}
-
 inline void tile_bf16(const char*, std::int64_t, const char*, std::int64_t, float*, std::int64_t) {}
 #else
 // acc (6, 64) = start (64) + A (6 rows, `stride` bytes apart) * panel.
@@ -228,23 +210,6 @@ inline void tile_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_
 }
 #endif
 
-inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std::int64_t steps,
-                     float* acc, std::int64_t acc_stride) {
-  for (int column = 0; column < kPanel; column += 16) {
-    F sums[kTile];
-    for (int r = 0; r < kTile; ++r) sums[r] = all(0.0f);
-    const float* b = reinterpret_cast<const float*>(panel) + column;
-    for (std::int64_t i = 0; i < steps; ++i, b += kPanel) {
-      const F channels = load(b);
-      for (int r = 0; r < kTile; ++r) {
-        const float* row = reinterpret_cast<const float*>(a + r * stride);
-        sums[r] = fma(all(row[i]), channels, sums[r]);
-      }
-    }
-    for (int r = 0; r < kTile; ++r) store(acc + r * acc_stride + column, sums[r]);
-  }
-}
-
 #else
 constexpr int kTile = 4;
 
@@ -274,6 +239,26 @@ inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std:
     for (std::int64_t i = 0; i < steps; ++i, b += kPanel)
       for (int n = 0; n < kPanel; ++n) sums[n] += row[i] * b[n];
     std::memcpy(acc, sums, sizeof sums);
+  }
+}
+#endif
+
+#if defined(VP_AMX) || VP_LEVEL == 256
+// With AMX too: its callers count in tiles of 16 rows, which the 6 of AVX-512 would not fit.
+inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std::int64_t steps,
+                     float* acc, std::int64_t acc_stride) {
+  for (int column = 0; column < kPanel; column += 16) {
+    F sums[kTile];
+    for (int r = 0; r < kTile; ++r) sums[r] = all(0.0f);
+    const float* b = reinterpret_cast<const float*>(panel) + column;
+    for (std::int64_t i = 0; i < steps; ++i, b += kPanel) {
+      const F channels = load(b);
+      for (int r = 0; r < kTile; ++r) {
+        const float* row = reinterpret_cast<const float*>(a + r * stride);
+        sums[r] = fma(all(row[i]), channels, sums[r]);
+      }
+    }
+    for (int r = 0; r < kTile; ++r) store(acc + r * acc_stride + column, sums[r]);
   }
 }
 #endif
