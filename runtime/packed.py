@@ -60,16 +60,25 @@ def dit_config(header: PackedHeader) -> DiTConfig | FlowConfig:
     return FlowConfig(**fields) if header.network["kind"] == FLOW else DiTConfig(**fields)
 
 
-def network_of(config: DiTConfig | FlowConfig, device_type: str = "cpu") -> Network:
-    """The network with these hyper-parameters, not yet filled; for "cuda" in its fused form."""
+def network_of(
+    config: DiTConfig | FlowConfig, device_type: str = "cpu", compute: str = "a16"
+) -> Network:
+    """The network with these hyper-parameters, not yet filled; in its fused form where there is
+    one, for "cuda" and for int8 activations on a CPU."""
     from vitapack.runtime.dit import DiT, DiTConfig
     from vitapack.runtime.trellis import FlowTransformer
 
-    if isinstance(config, DiTConfig) and device_type == "cuda":
+    if not isinstance(config, DiTConfig):
+        return FlowTransformer(config)
+    if device_type == "cuda":
         from vitapack.runtime.dit_gpu import GpuDiT
 
         return GpuDiT(config)
-    return DiT(config) if isinstance(config, DiTConfig) else FlowTransformer(config)
+    if device_type == "cpu" and compute == "a8":
+        from vitapack.runtime.dit_engine import EngineDiT
+
+        return EngineDiT(config)
+    return DiT(config)
 
 
 def load_packed_dit(
@@ -90,8 +99,7 @@ def load_packed_dit(
     """
     import torch
 
-    from vitapack.runtime.dit import DiTConfig, ModulationTable, TimeNodes
-    from vitapack.runtime.dit_engine import EngineDiT
+    from vitapack.runtime.dit import ModulationTable, TimeNodes
     from vitapack.runtime.linear import COMPUTES, PackedLinear
 
     header = read_header(path)
@@ -102,11 +110,8 @@ def load_packed_dit(
         verify(path)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
-    config = dit_config(header)
-    on_engine = compute == "a8" and device.type == "cpu"
     with torch.device("meta"):
-        fused = on_engine and isinstance(config, DiTConfig)
-        dit = (EngineDiT(config) if fused else network_of(config, device.type)).eval()
+        dit = network_of(dit_config(header), device.type, compute).eval()
 
     with TensorReader(header, device) as reader:
         for name, linear in network_linears(header.network).items():
@@ -132,7 +137,7 @@ def load_packed_dit(
                     compute="a16" if linear.role == "modulation" else compute,
                     **codes,
                 )
-                if on_engine:
+                if compute == "a8" and device.type == "cpu":
                     packed.prepare()  # now, so that only one weight is ever held twice
                 _replace(dit, name, packed)
         if chosen == "table":

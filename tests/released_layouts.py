@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the released layouts of Step1X-3D and TRELLIS, made from the golden files."""
+"""Tiny checkpoints in the layouts of Step1X-3D and TRELLIS from the golden files, and refusals."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import open_checkpoint
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -21,6 +25,16 @@ def golden_config(name: str) -> dict[str, Any]:
 def golden_tensors(name: str, prefix: str = "weights/") -> dict[str, Tensor]:
     found = load_file(GOLDEN / f"{name}.safetensors")
     return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+
+
+def refused(path: Path, kind: type[UserError] = UserError) -> str:
+    """The one line with which a path is refused."""
+    with pytest.raises(kind) as caught:
+        open_checkpoint(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 700
+    return line
 
 
 class Step1X:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
 from vitapack.runtime.families import Checkpoint, open_checkpoint
 from vitapack.runtime.families.hunyuan3d import decoder_config
-from vitapack.runtime.layermap import LayerMap
+from vitapack.runtime.layermap import BlockEntry, LayerMap
 from vitapack.runtime.shape_decoder import ShapeDecoder
 
 # hidden 40: no multiple of 32 or 64, so that padding and cut groups are always in play.
@@ -27,6 +27,20 @@ VAE = {
 }  # fmt: skip
 CONDITIONER = {"target": "tiny.Encoder", "params": {"width": 6}}
 TOTALS = {"double": 2, "single": 3}
+
+
+# Of every kind of layer, some left out and each width once.
+PRUNED = LayerMap(
+    "hunyuan3d",
+    TOTALS,
+    (
+        BlockEntry("double", 1, 4, 0.3),
+        BlockEntry("single", 0, 8, 0.2),
+        BlockEntry("single", 2, 16, 0.9),
+    ),
+    how="by hand",
+    group=64,
+)
 
 
 def tiny_map(bits: int = 8, group: int = 32) -> LayerMap:

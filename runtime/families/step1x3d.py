@@ -257,9 +257,9 @@ def read(found: Found) -> Checkpoint:
         decoder = decoder_config(sections["vae"]["params"], str(path), unknown)
         file = weight_file(root / AUTOENCODER)
         parts["vae."] = open_weights(file).renamed(lambda name: name.removeprefix("shape_model."))
-        ignored = tuple(n for n in merged({"vae.": parts["vae."]}) if n.startswith(NOT_NEEDED))
-        shapes = shapes_of(lambda: ShapeDecoder(decoder))
-        check_part(merged({"vae.": parts["vae."]}), "vae", shapes, file, ignored)
+        vae = merged({"vae.": parts["vae."]})
+        ignored = tuple(name for name in vae if name.startswith(NOT_NEEDED))
+        check_part(vae, "vae", shapes_of(lambda: ShapeDecoder(decoder)), file, ignored)
     else:
         ignored = ()
     labelled = bool(settings.get("use_label_condition"))

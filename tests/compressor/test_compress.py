@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import TOTALS, tiny_checkpoint, tiny_map, write_released
+from tiny_model import PRUNED, tiny_checkpoint, tiny_map, write_released
 
 from vitapack.compressor import compress as module
 from vitapack.compressor.compress import compress
@@ -21,24 +21,13 @@ from vitapack.runtime.container import file_digest
 from vitapack.runtime.dit import MissingTime, ModulationTable
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.layermap import BlockEntry, LayerMap
+from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.packed import load_packed_dit, read_header, verify
 from vitapack.runtime.packed_layout import BITS_OF, GROUP_OF, plan_linears
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, sample
 
-MIXED = LayerMap(
-    "hunyuan3d",
-    TOTALS,
-    (
-        BlockEntry("double", 1, 4, 0.3),
-        BlockEntry("single", 0, 8, 0.2),
-        BlockEntry("single", 2, 16, 0.9),
-    ),
-    how="by hand",
-    group=64,
-)
-MAPS = {"int8": tiny_map(8), "int4": tiny_map(4), "mixed": MIXED}
+MAPS = {"int8": tiny_map(8), "int4": tiny_map(4), "mixed": PRUNED}
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +165,9 @@ def test_a_dry_run_knows_the_exact_size(original, tmp_path, modulation, embed):
     checkpoint, _ = original
     out = tmp_path / "m.safetensors"
     settings = {"modulation": modulation, "steps": [3, 5], "embed": embed}
-    planned = compress(checkpoint, MIXED, out, dry_run=True, **settings)
+    planned = compress(checkpoint, PRUNED, out, dry_run=True, **settings)
     assert list(tmp_path.iterdir()) == []
-    made = compress(checkpoint, MIXED, out, **settings)
+    made = compress(checkpoint, PRUNED, out, **settings)
     assert planned == made == read_header(out).sizes()
     assert made.total == out.stat().st_size
     embedded = made.parts["shape decoder"] + made.parts["conditioner"]
@@ -189,7 +178,7 @@ def test_a_dry_run_knows_the_exact_size(original, tmp_path, modulation, embed):
 def test_equal_inputs_give_equal_bytes(original, tmp_path):
     checkpoint, _ = original
     for name in ("a", "b"):
-        compress(checkpoint, MIXED, tmp_path / f"{name}.safetensors")
+        compress(checkpoint, PRUNED, tmp_path / f"{name}.safetensors")
     first, second = ((tmp_path / f"{n}.safetensors").read_bytes() for n in "ab")
     assert first == second
     header = read_header(tmp_path / "a.safetensors")
@@ -211,7 +200,7 @@ def test_progress_reaches_its_end(original, tmp_path):
     checkpoint, _ = original
     seen = []
     compress(
-        checkpoint, MIXED, tmp_path / "m.safetensors", progress=lambda *report: seen.append(report)
+        checkpoint, PRUNED, tmp_path / "m.safetensors", progress=lambda *report: seen.append(report)
     )
     done = [report[0] for report in seen]
     assert done == sorted(done)
@@ -227,7 +216,7 @@ class Stop(KeyboardInterrupt):
 def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after):
     checkpoint, _ = original
     whole, out = tmp_path / "whole.safetensors", tmp_path / "m.safetensors"
-    compress(checkpoint, MIXED, whole)
+    compress(checkpoint, PRUNED, whole)
     calls = []
 
     def interrupt(done, total, what):
@@ -236,7 +225,7 @@ def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after):
             raise Stop
 
     with pytest.raises(Stop):
-        compress(checkpoint, MIXED, out, progress=interrupt)
+        compress(checkpoint, PRUNED, out, progress=interrupt)
     assert not out.exists()
     made = []
     real = module.pack
@@ -246,12 +235,12 @@ def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after):
         return real(weight, layout, quantizer, name)
 
     monkeypatch.setattr(module, "pack", counted)
-    compress(checkpoint, MIXED, out)
+    compress(checkpoint, PRUNED, out)
     resumed = len(made)
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "whole.safetensors"]
     made.clear()
-    compress(checkpoint, MIXED, out)
+    compress(checkpoint, PRUNED, out)
     assert resumed <= len(made) - min(after - 3, 10)
 
 
@@ -269,13 +258,13 @@ def test_another_plan_or_damaged_work_starts_afresh(original, tmp_path):
         return tmp_path / ".m.safetensors.partial" / "file"
 
     interrupted(tiny_map(8))
-    compress(checkpoint, MIXED, out)
+    compress(checkpoint, PRUNED, out)
     expected = out.read_bytes()
-    work = interrupted(MIXED)
+    work = interrupted(PRUNED)
     damaged = bytearray(work.read_bytes())
     damaged[len(damaged) // 3 :] = b"\x55" * (len(damaged) - len(damaged) // 3)
     work.write_bytes(damaged)
-    compress(checkpoint, MIXED, out)
+    compress(checkpoint, PRUNED, out)
     assert out.read_bytes() == expected
 
 
@@ -315,9 +304,9 @@ def test_two_runs_onto_one_name(original, tmp_path):
     def meanwhile(done, total, what):
         if done == 0:
             with pytest.raises(UserError, match="another compression is writing it"):
-                compress(checkpoint, MIXED, out)
+                compress(checkpoint, PRUNED, out)
 
-    compress(checkpoint, MIXED, out, progress=meanwhile)
+    compress(checkpoint, PRUNED, out, progress=meanwhile)
     verify(out)
 
 
@@ -334,7 +323,7 @@ def test_mistakes_are_one_line_and_leave_nothing(original, tmp_path):
         ({"out": tmp_path}, "is a folder"),
         ({"out": Path("/proc/nope/m.safetensors")}, "cannot write /proc/nope"),
     ):
-        arguments = {"layer_map": MIXED, "out": out, **settings}
+        arguments = {"layer_map": PRUNED, "out": out, **settings}
         with pytest.raises(UserError, match=message) as caught:
             compress(checkpoint, **arguments)
         assert "\n" not in str(caught.value)
@@ -344,7 +333,7 @@ def test_mistakes_are_one_line_and_leave_nothing(original, tmp_path):
 def test_a_full_disk(original):
     checkpoint, _ = original
     with pytest.raises(UserError, match="cannot write"):
-        compress(checkpoint, MIXED, "/dev/full/m.safetensors")
+        compress(checkpoint, PRUNED, "/dev/full/m.safetensors")
 
 
 def test_broken_weights_are_named_and_leave_nothing(tmp_path):
@@ -362,7 +351,7 @@ def test_broken_weights_are_named_and_leave_nothing(tmp_path):
 
 def test_json_of_the_sizes(original, tmp_path):
     checkpoint, _ = original
-    made = compress(checkpoint, MIXED, tmp_path / "m", dry_run=True)
+    made = compress(checkpoint, PRUNED, tmp_path / "m", dry_run=True)
     data = json.loads(json.dumps(made.to_json()))
     assert data["total"] == sum(data["bytes"].values())
     assert 0 < data["dit"] < data["total"]
@@ -375,6 +364,6 @@ def test_values_beyond_fp16_are_refused_with_a_way_out(tmp_path):
     write_released(tmp_path / "model", tensors)
     checkpoint, out = open_checkpoint(tmp_path / "model"), tmp_path / "m.safetensors"
     with pytest.raises(UserError, match=r"cond_in\.bias: .*1e\+05 does not fit F16; .* rest F32"):
-        compress(checkpoint, MIXED, out)
-    compress(checkpoint, MIXED, out, rest="F32")
+        compress(checkpoint, PRUNED, out)
+    compress(checkpoint, PRUNED, out, rest="F32")
     assert load_packed_dit(out).cond_in.bias[0] == 1e5

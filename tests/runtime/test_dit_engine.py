@@ -5,27 +5,15 @@ import logging
 
 import pytest
 import torch
-from tiny_model import TOTALS, tiny_checkpoint, tiny_map
+from tiny_model import PRUNED, tiny_checkpoint, tiny_map
 
 from vitapack.compressor.compress import compress
 from vitapack.kernels import cpu, dispatch
 from vitapack.runtime.dit import DiT, When
 from vitapack.runtime.dit_engine import EngineDiT, fused
-from vitapack.runtime.layermap import BlockEntry, LayerMap
 from vitapack.runtime.load import load_dit
 from vitapack.runtime.packed_header import read_header
 
-PRUNED = LayerMap(
-    "hunyuan3d",
-    TOTALS,
-    (
-        BlockEntry("double", 1, 4, 0.3),
-        BlockEntry("single", 0, 8, 0.2),
-        BlockEntry("single", 2, 16, 0.9),
-    ),
-    how="by hand",
-    group=64,
-)  # fmt: skip
 CASES = {
     "int8": (tiny_map(8), "table", False),
     "int4": (tiny_map(4), "int8", False),

@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from released_layouts import refused
 from safetensors.torch import save_file
 
-from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families import BUNDLED, open_checkpoint
 from vitapack.runtime.sampling import SamplerDefaults
-
-
-def refused(path, kind=UserError):
-    """The one line with which a path is refused."""
-    with pytest.raises(kind) as caught:
-        open_checkpoint(path)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 700
-    return line
 
 
 def test_what_a_checkpoint_says(released, tmp_path):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from released_layouts import Step1X
+from released_layouts import Step1X, refused
 
 from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import plan_paper, resolve_plan
-from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.checkpoint import network_shapes
 from vitapack.runtime.families.step1x3d import dit_config, original_shapes
@@ -17,15 +17,6 @@ from vitapack.runtime.packed import load_packed_dit
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 
 RELEASED = {"input_channels": 64, "width": 1280, "layers": 12, "num_single_layers": 24}
-
-
-def refused(path):
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(path)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 700
-    return line
 
 
 def test_reference_output(golden, relative, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from released_layouts import Trellis
+from released_layouts import Trellis, refused
 from safetensors.torch import save_file
 
 from vitapack.compressor.compress import compress
@@ -19,15 +19,6 @@ from vitapack.runtime.packed import describe, dit_config, load_packed_dit, netwo
 from vitapack.runtime.packed_layout import model_tensors, network_linears, network_norms
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder, cube, patches
-
-
-def refused(path):
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(path)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 700
-    return line
 
 
 def test_reference_output(golden, relative, tmp_path):
