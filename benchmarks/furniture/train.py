@@ -88,9 +88,16 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
     config = furniture_config(options.hidden)
     model = DiT(config)
     initialise(model)
+    # Muon for the blocks' linears, not for the modulation: from the same checkpoint on the same
+    # batches its loss was 0.207 after 9,600 samples where AdamW's was 0.221 (and 16 % more time).
+    linears = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "_blocks." in name and parameter.ndim == 2 and ".lin." not in name
+    ]
     trainer = Trainer(
         model, options.out, rank=rank, workers=workers, minutes=options.minutes,
-        rate=options.rate, ema=options.ema, save_every=240, start=options.start,
+        rate=options.rate, ema=options.ema, save_every=240, start=options.start, orthogonal=linears,
     )  # fmt: skip
     torch.manual_seed(rank + 1000 * trainer.step)
     rng = np.random.default_rng(rank + 10 * trainer.step)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,8 @@ def _start(rank: int, workers: int, worker: Callable[..., None], arguments: tupl
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay over a time budget, clipping, EMA and checkpoints."""
+    """AdamW (and Muon for `orthogonal` matrices) with warm-up, a flat rate that falls over the
+    last fifth of a time budget, clipping, EMA and checkpoints."""
 
     def __init__(
         self,
@@ -54,15 +55,26 @@ class Trainer:
         weight_decay: float = 0.01,
         save_every: float = 180.0,
         start: Path | None = None,
+        orthogonal: Sequence[nn.Parameter] = (),
     ) -> None:
         self.model, self.folder, self.rank, self.workers = model, folder, rank, workers
         if start is not None:
             take_weights(model, start)
         self.seconds, self.rate, self.decay = minutes * 60, rate, ema
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-        )
+        # Two optimizers: Muon for the matrices that the caller names, AdamW for the rest.
+        named = {id(p) for p in orthogonal}
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [p for p in self.parameters if id(p) not in named],
+                lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True,
+            )
+        ]  # fmt: skip
+        if orthogonal:
+            muon = torch.optim.Muon(
+                orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.step, self.used, self.samples, self.save_every = 0, 0.0, 0, save_every
         self.checkpoint = folder / "checkpoint.pt"
@@ -70,7 +82,8 @@ class Trainer:
         if self.checkpoint.exists():
             state = torch.load(self.checkpoint, weights_only=True)
             model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.average = state["average"]
             self.step, self.used, self.samples = state["step"], state["used"], state["samples"]
 
@@ -81,7 +94,7 @@ class Trainer:
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "average": self.average,
                 "step": self.step,
                 "used": self.used,
@@ -126,7 +139,8 @@ class Trainer:
 
     def update(self, loss: Tensor, share: float, batch: int) -> float:
         """One optimizer step on the mean gradient of all ranks; returns this rank's loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
         flat = torch.cat([g.flatten() for g in gradients])
@@ -139,10 +153,11 @@ class Trainer:
             self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
         ):
             p.grad = g.view_as(p)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * share
-        if torch.isfinite(norm):
-            self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * share
+            if torch.isfinite(norm):
+                optimizer.step()
         self.step += 1
         self.samples += batch * self.workers
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
