@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import between, table
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cpu.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.cpu -->", "<!-- end of figures -->"
 
 
 def write(results: dict[str, Any]) -> None:
     """Replaces what stands between the page's two marks."""
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    PAGE.write_text(f"{head}{BEGIN}\n\n{figures(results)}\n\n{END}{tail}")
+    PAGE.write_text(between(PAGE.read_text(), BEGIN, END, f"\n\n{figures(results)}\n\n"))
 
 
 def figures(results: dict[str, Any]) -> str:
@@ -35,9 +34,8 @@ def figures(results: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def table(head: str, rows: list[str]) -> str:
-    columns = head.count("|") - 1
-    return "\n".join([head, "|" + "---|" * columns, *rows])
+def lines(head: str, rows: list[str]) -> str:
+    return "\n".join(table(head, rows))
 
 
 def dit_text(part: dict[str, Any]) -> str:
@@ -57,7 +55,7 @@ def dit_text(part: dict[str, Any]) -> str:
                 f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {error} "
                 f"| {f'{alone:.2%}' if alone else ''} | {found['n_runs']} |"
             )
-    return "## A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + table(
+    return "## A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + lines(
         "| latents + condition | | seconds | of bf16 | of VNNI peak | error to fp32 "
         "| of which the weights alone | n |",
         rows,
@@ -75,7 +73,7 @@ def peers_text(part: dict[str, Any]) -> str:
             f"| {name} | {peer:.2f} | {ours:.2f} | {ours / peer:.2f} | {found['error']:.2%} "
             f"| {found['n_runs']} |"
         )
-    return "## Other libraries, 512 + 1370 tokens\n\n" + table(
+    return "## Other libraries, 512 + 1370 tokens\n\n" + lines(
         "| | seconds | our W8A8 beside it | ours / theirs | error to fp32 | n |", rows
     )
 
@@ -90,7 +88,7 @@ def memory_text(part: dict[str, Any]) -> str:
     return (
         "## Memory and loading\n\nMB above the interpreter with torch and the inputs; counted is "
         "weights + scratch + output.\n\n"
-        + table("| | file | weights | scratch | peak | peak / counted | load, s |", rows)
+        + lines("| | file | weights | scratch | peak | peak / counted | load, s |", rows)
     )
 
 
@@ -107,7 +105,7 @@ def gemm_text(part: dict[str, Any]) -> str:
     return (
         f"## Linears, GOP/s\n\nbf16 in and out, quantization included; VNNI peak {peak:.0f} GOP/s, "
         f"n = {part['n_runs']}.\n\n"
-        + table(
+        + lines(
             "| M | K x N | torch bf16 | W8A8 | of peak | x bf16 | W4A8 | of peak | W8A16 |", rows
         )
     )
@@ -121,7 +119,7 @@ def attention_text(part: dict[str, Any]) -> str:
         f"| {r['error']['bf16']:.2%} |"
         for r in part["rows"]
     ]
-    return f"## Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + table(
+    return f"## Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
         "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of VNNI peak | error | error of bf16 |",
         rows,
     )
@@ -141,5 +139,5 @@ def furniture_text(part: dict[str, Any]) -> str:
     count = next(iter(part.values()))["a8 to a16"]["n"]
     return (
         f"## The bundled model\n\nV-IoU from the same noise on {count} unseen views, mean and 95 % "
-        "interval.\n\n" + table("| plan | " + " | ".join(names) + " |", rows)
+        "interval.\n\n" + lines("| plan | " + " | ".join(names) + " |", rows)
     )

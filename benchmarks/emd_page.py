@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import between, table
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "emd.md"
 
 
@@ -24,9 +26,10 @@ def table_text(part: dict[str, Any]) -> str:
     lines = [
         f"{on(part)}. CPU seconds of one thread, medians of n runs.",
         "",
-        "| pair | N | solver | gap asked | certified | true error | CPU s | n | vs POT | MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *map(table_line, exact_rows),
+        *table(
+            "| pair | N | solver | gap asked | certified | true error | CPU s | n | vs POT | MiB |",
+            map(table_line, exact_rows),
+        ),
     ]
     ratios = []
     for row in part["rows"]:
@@ -45,13 +48,14 @@ def hard_text(part: dict[str, Any]) -> str:
             f"{on(part)}. N={part['n']:,}, gap {part['gap']:.0%}, medians of {slowest['n_runs']} "
             f'runs; the slowest is "{slowest["cloud"]}" with {slowest["seconds"]:.2f} CPU s.',
             "",
-            "| clouds | CPU s | bids a point | phases | certified gap |",
-            "|---|---|---|---|---|",
-            *[
-                f"| {row['cloud']} | {row['seconds']:.3f} | {row['bids_a_point']:.0f} "
-                f"| {row['phases']} | {row['certified_gap']:.2%} |"
-                for row in part["rows"]
-            ],
+            *table(
+                "| clouds | CPU s | bids a point | phases | certified gap |",
+                [
+                    f"| {row['cloud']} | {row['seconds']:.3f} | {row['bids_a_point']:.0f} "
+                    f"| {row['phases']} | {row['certified_gap']:.2%} |"
+                    for row in part["rows"]
+                ],
+            ),
         ]
     )
 
@@ -80,13 +84,14 @@ def floor_text(part: dict[str, Any]) -> str:
         [
             f"EMD of two samplings of one surface in [-1, 1], means of {draws} draws:",
             "",
-            "| surface | N | random | stratified | ratio |",
-            "|---|---|---|---|---|",
-            *[
-                f"| {row['shape']} | {row['n']:,} | {row['random']:.4f} | {row['stratified']:.4f} "
-                f"| {row['random'] / row['stratified']:.2f} |"
-                for row in part["rows"]
-            ],
+            *table(
+                "| surface | N | random | stratified | ratio |",
+                [
+                    f"| {row['shape']} | {row['n']:,} | {row['random']:.4f} "
+                    f"| {row['stratified']:.4f} | {row['random'] / row['stratified']:.2f} |"
+                    for row in part["rows"]
+                ],
+            ),
         ]
     )
 
@@ -101,15 +106,16 @@ def cuda_text(part: dict[str, Any]) -> str:
         [
             f"nvcc {part['nvcc']}, {part['status']}. Registers a thread:",
             "",
-            f"| kernel | {' | '.join(names)} | stack | spilled | shared bytes a block |",
-            f"|---|{'---|' * len(names)}---|---|---|",
-            *[
-                f"| `{kernel}` | {' | '.join(str(e['registers']) for e in entries)} "
-                f"| {max(e['stack_bytes'] for e in entries)} "
-                f"| {max(e['spill_bytes'] for e in entries)} "
-                f"| {max(e['shared_bytes'] for e in entries)} |"
-                for kernel, entries in rows.items()
-            ],
+            *table(
+                f"| kernel | {' | '.join(names)} | stack | spilled | shared bytes a block |",
+                [
+                    f"| `{kernel}` | {' | '.join(str(e['registers']) for e in entries)} "
+                    f"| {max(e['stack_bytes'] for e in entries)} "
+                    f"| {max(e['spill_bytes'] for e in entries)} "
+                    f"| {max(e['shared_bytes'] for e in entries)} |"
+                    for kernel, entries in rows.items()
+                ],
+            ),
         ]
     )
 
@@ -136,8 +142,5 @@ def write(report: dict[str, Any]) -> None:
     """Puts each part's text between its two markers in docs/emd.md."""
     page = PAGE.read_text()
     for part, text in texts(report).items():
-        start, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->"
-        before, rest = page.split(start)
-        after = rest.split(end)[1]
-        page = f"{before}{start}{text}\n{end}{after}"
+        page = between(page, f"<!-- {part} -->\n", f"<!-- end of {part} -->", f"{text}\n")
     PAGE.write_text(page)

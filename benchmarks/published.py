@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
 from vitapack.compressor.plan import resolve_plan
@@ -201,6 +202,7 @@ def page() -> None:
     """docs/published.md, from the results alone."""
     data = json.loads(RESULTS.read_text())
     machine = data["machine"]
+    found = data.get("maps", {})
     lines = [
         "# The published models at full size",
         "",
@@ -210,84 +212,99 @@ def page() -> None:
         f"{machine['torch']},",
         "shared with other work: seconds are upper bounds.",
         "",
+        *maps_lines(found, data.get("sizes", {})),
+        "## Compressing them, disk to disk",
+        "",
+        "Peak of the whole process, and what of it is beyond Python with torch imported.",
+        "",
+        *table(
+            "| model | plan | source GB | seconds | GB/s | peak GB | beyond torch GB |",
+            [
+                f"| {name} | {plan} | {row['source_bytes'] / 1e9:.2f} | {entry['seconds']:.0f} | "
+                f"{entry['gigabytes_per_second']:.3f} | {entry['peak'] / 1e9:.2f} | "
+                f"{(entry['peak'] - entry['base']) / 1e9:.2f} |"
+                for name, row in found.items()
+                for plan, entry in row["maps"].items()
+            ],
+        ),
+        "",
+        *flops_lines(found),
+    ]
+    if ran := data.get("passes"):
+        lines += passes_lines(ran)
+    lines += ["On GPUs nothing here has been timed.", ""]
+    with atomic_path(PAGE) as part:
+        part.write_text("\n".join(lines))
+
+
+def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in found.items():
+        exact = {plan: gib(count) for plan, count in sizes.get(name, {}).items()}
+        rows.append(
+            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | {row['paper_gib']} | "
+            f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
+            f"{exact.get('int4', '')} |"
+        )
+    return [
         "## The paper's layer maps",
         "",
         "Every linear of a kept block in 8 or 4 bits, modulation as exact fp16 tables at the given",
         "steps. GiB; `paper` is what it states for its own format with the same map.",
         "",
-        "| model | fp16 | steps | paper | ours | int8, unpruned | int4, unpruned |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    found = data.get("maps", {})
-    for name, row in found.items():
-        exact = {plan: gib(count) for plan, count in data.get("sizes", {}).get(name, {}).items()}
-        lines.append(
-            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | {row['paper_gib']} | "
-            f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
-            f"{exact.get('int4', '')} |"
-        )
-    lines += [
+        *table("| model | fp16 | steps | paper | ours | int8, unpruned | int4, unpruned |", rows),
         "",
         "Which blocks the paper pruned is published in part; what was assumed:",
         "",
         *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
         "",
-        "## Compressing them, disk to disk",
-        "",
-        "Peak of the whole process, and what of it is beyond Python with torch imported.",
-        "",
-        "| model | plan | source GB | seconds | GB/s | peak GB | beyond torch GB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in found.items():
-        for plan, entry in row["maps"].items():
-            lines.append(
-                f"| {name} | {plan} | {row['source_bytes'] / 1e9:.2f} | {entry['seconds']:.0f} | "
-                f"{entry['gigabytes_per_second']:.3f} | {entry['peak'] / 1e9:.2f} | "
-                f"{(entry['peak'] - entry['base']) / 1e9:.2f} |"
-            )
-    lines += [
-        "",
-        "## Operations of one step",
-        "",
-        "TFLOP, attention included, guidance as a batch of two (TRELLIS: one forward pass). The",
-        "paper's figure for Step1X-3D leaves attention out; without it ours is in brackets.",
-        "",
-        "| model | original | paper | with the paper's map |",
-        "| --- | --- | --- | --- |",
-    ]
+
+
+def flops_lines(found: dict[str, Any]) -> list[str]:
+    rows = []
     for name, row in found.items():
         whole = row["flops"]
         bare = (whole["total"] - whole["attention"]) / 1e12
         pruned = row["maps"].get("paper", {}).get("flops", {}).get("total", 0) / 1e12
         inner = f" ({bare:.3f})" if name.startswith("step1x") else ""
-        lines.append(
+        rows.append(
             f"| {name} | {whole['total'] / 1e12:.3f}{inner} | {MODELS[name][3]} | {pruned:.3f} |"
         )
-    if ran := data.get("passes"):
-        lines += [
-            "",
-            "## Picture to mesh on the CPU, one network in memory at a time",
-            "",
-            "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
-            "few steps. GB: predicted weights and grid, without activations / process peak.",
-            "",
-            "| model | steps | grid | condition | denoise | decode | process | beyond torch |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    return [
+        "## Operations of one step",
+        "",
+        "TFLOP, attention included, guidance as a batch of two (TRELLIS: one forward pass). The",
+        "paper's figure for Step1X-3D leaves attention out; without it ours is in brackets.",
+        "",
+        *table("| model | original | paper | with the paper's map |", rows),
+        "",
+    ]
+
+
+def passes_lines(ran: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in ran.items():
+        cells = [
+            f"{part['predicted'] / 1e9:.2f} / {part['peak'] / 1e9:.2f}"
+            for part in (row["bytes"][phase] for phase in ("condition", "denoise", "decode"))
         ]
-        for name, row in ran.items():
-            cells = [
-                f"{part['predicted'] / 1e9:.2f} / {part['peak'] / 1e9:.2f}"
-                for part in (row["bytes"][phase] for phase in ("condition", "denoise", "decode"))
-            ]
-            peak = max(part["peak"] for part in row["bytes"].values())
-            lines.append(
-                f"| {name} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
-                f"{peak / 1e9:.2f} | {(peak - row['generate']['base']) / 1e9:.2f} |"
-            )
-    lines += ["", "On GPUs nothing here has been timed.", ""]
-    with atomic_path(PAGE) as part:
-        part.write_text("\n".join(lines))
+        peak = max(part["peak"] for part in row["bytes"].values())
+        rows.append(
+            f"| {name} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
+            f"{peak / 1e9:.2f} | {(peak - row['generate']['base']) / 1e9:.2f} |"
+        )
+    return [
+        "## Picture to mesh on the CPU, one network in memory at a time",
+        "",
+        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
+        "few steps. GB: predicted weights and grid, without activations / process peak.",
+        "",
+        *table(
+            "| model | steps | grid | condition | denoise | decode | process | beyond torch |", rows
+        ),
+        "",
+    ]
 
 
 def main() -> None:

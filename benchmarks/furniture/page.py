@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.markdown import table
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "furniture.json"
 SAMPLING = RESULTS.with_name("furniture-sampling.json")
@@ -32,12 +34,14 @@ def redundancy_lines(found: dict | None) -> list[str]:
         f"A quarter of the blocks ({share}) left out, nothing repaired and nothing quantized;",
         "random draws take as many of each kind:",
         "",
-        "| left out | IoU to the full model |",
-        "| --- | --- |",
+        *table(
+            "| left out | IoU to the full model |",
+            [
+                f"| {title}: {', '.join(row['blocks'])} | {cell(row['iou_to_original'])} |"
+                for title, row in found.items()
+            ],
+        ),
     ]
-    for title, row in found.items():
-        blocks = ", ".join(row["blocks"])
-        lines.append(f"| {title}: {blocks} | {cell(row['iou_to_original'])} |")
     return [*lines, ""]
 
 
@@ -53,16 +57,16 @@ def sampling_lines() -> list[str]:
         "benchmarks.furniture.sampling`. V-IoU to the true shape; IoU of two noises; IoU to the",
         f"same noise's result after {data['reference_steps']} Euler steps.",
         "",
-        "| guidance | sampler | steps | V-IoU to truth | two noises agree | IoU to many steps |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for row in data["rows"]:
         kept = cell(row["to_reference"]) if "to_reference" in row else ""
-        lines.append(
+        rows.append(
             f"| {row['guidance']:g} | {row['sampler']} | {row['steps']} | {cell(row['v_iou'])} | "
             f"{cell(row['two_noises'])} | {kept} |"
         )
-    return [*lines, ""]
+    head = "| guidance | sampler | steps | V-IoU to truth | two noises agree | IoU to many steps |"
+    return [*lines, *table(head, rows), ""]
 
 
 def compression_lines(data: dict) -> list[str]:
@@ -75,14 +79,16 @@ def compression_lines(data: dict) -> list[str]:
         "IoU to the original's own output from the same noise, on unseen views that the vitality",
         f"analysis ({vitality['images']} other pictures) did not use.",
         "",
-        "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(
+            "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
+            [
+                f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | "
+                f"{row['share_of_fp16']:.1%} | {cell(row['iou_to_original'])} | "
+                f"{cell(row['v_iou_to_truth'])} |"
+                for title, row in found["plans"].items()
+            ],
+        ),
     ]
-    for title, row in found["plans"].items():
-        lines.append(
-            f"| {title} | {row['blocks']} | {row['dit_bytes']:,} | {row['share_of_fp16']:.1%} | "
-            f"{cell(row['iou_to_original'])} | {cell(row['v_iou_to_truth'])} |"
-        )
     times = [row["seconds"] for row in found["plans"].values() if "seconds" in row]
     if times:
         lines += [
@@ -91,15 +97,14 @@ def compression_lines(data: dict) -> list[str]:
         ]
     lines += ["", "The automatic plan:", "", "```", found["auto"], "```", ""]
     lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
-    lines += [
+    lines += table(
         "| block | vitality | floor | debiased | IoU to full |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for block in sorted(vitality["blocks"], key=lambda b: -b["mean"]):
-        lines.append(
+        [
             f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
             f"{block['debiased']:.4f} | {block['iou']:.3f} |"
-        )
+            for block in sorted(vitality["blocks"], key=lambda b: -b["mean"])
+        ],
+    )
     rows = []
     for name, value in vitality["stability"].items():
         rows.append((vitality["images"], name, value))
@@ -107,8 +112,10 @@ def compression_lines(data: dict) -> list[str]:
         rows.append((data["stability"]["images"], name, value))
     lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
     lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
-    lines += ["| pictures | blocks | Spearman |", "| --- | --- | --- |"]
-    lines += [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows]
+    lines += table(
+        "| pictures | blocks | Spearman |",
+        [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows],
+    )
     return [*lines, ""]
 
 
@@ -129,14 +136,13 @@ def page(data: dict, training: dict) -> str:
         "",
         "## Parts",
         "",
-        "| part | parameters | fp16 bytes |",
-        "| --- | --- | --- |",
-    ]
-    lines += [
-        f"| {name} | {count:,} | {2 * count:,} |"
-        for name, count in data["model"]["parameters"].items()
-    ]
-    lines += [
+        *table(
+            "| part | parameters | fp16 bytes |",
+            [
+                f"| {name} | {count:,} | {2 * count:,} |"
+                for name, count in data["model"]["parameters"].items()
+            ],
+        ),
         "",
         "## Quality to the true shape",
         "",
@@ -144,17 +150,20 @@ def page(data: dict, training: dict) -> str:
         "The ceiling is the autoencoder given the true shape; the nearest training shape is chosen",
         "with the truth in hand.",
         "",
-        "| set | n | V-IoU | V-IoU, 1 voxel | F-score 0.05 | ceiling | nearest training shape | "
-        "two noises agree |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for name, words in SETS.items():
         if name in data["quality"]:
             s = data["quality"][name]["summary"]
             columns = ("v_iou", "v_iou_tolerant", "f_score", "autoencoder_iou",
                        "nearest_training_iou", "two_noises")  # fmt: skip
             cells = " | ".join(cell(s[key]) for key in columns)
-            lines.append(f"| {words} | {s['v_iou']['n']} | {cells} |")
+            rows.append(f"| {words} | {s['v_iou']['n']} | {cells} |")
+    lines += table(
+        "| set | n | V-IoU | V-IoU, 1 voxel | F-score 0.05 | ceiling | nearest training shape | "
+        "two noises agree |",
+        rows,
+    )
     unseen = data["quality"].get("validation-shapes", {}).get("summary")
     if unseen and unseen["v_iou"]["mean"] < unseen["nearest_training_iou"]["mean"]:
         lines += [
@@ -188,14 +197,12 @@ def page(data: dict, training: dict) -> str:
 def training_lines(rows: list[dict]) -> list[str]:
     """The DiT's curve against hours and samples, as a table."""
     keys = ("loss", "train_iou", "unseen_view_iou", "two_noises", "unseen_shape_iou")
-    lines = [
-        "| hours | samples | loss | train views | unseen views | two noises | unseen shapes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for row in rows:
         scores = " | ".join(f"{row[key]:.3f}" if key in row else "" for key in keys)
         lines.append(f"| {row['hours']:.2f} | {row['samples']:,} | {scores} |")
-    return [*lines, ""]
+    head = "| hours | samples | loss | train views | unseen views | two noises | unseen shapes |"
+    return [*table(head, lines), ""]
 
 
 def curves(logs: dict[str, list[dict]]) -> str:
