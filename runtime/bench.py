@@ -21,12 +21,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from vitapack.runtime import packed
+from vitapack.runtime.device import chosen_device
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, Flops, step_flops
 from vitapack.runtime.load import dit_of
 from vitapack.runtime.memory import PhaseMeter
-from vitapack.runtime.pipeline import Pipeline, _device
+from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 from vitapack.runtime.trellis import FlowTransformer, Network
 from vitapack.runtime.weights import is_packed
@@ -44,7 +45,7 @@ def bench(
 ) -> dict[str, Any]:
     """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
     the file holds no decoder; for a MODEL it is the model itself. UserError."""
-    where = _device(device)
+    where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
     checkpoint = None if is_file and original is None else open_checkpoint(original or path)

@@ -22,7 +22,8 @@ from torch import Tensor
 import vitapack
 from vitapack.runtime import packed, sampling
 from vitapack.runtime.conditioner import Picture
-from vitapack.runtime.dit import MissingTime
+from vitapack.runtime.denoise import denoise
+from vitapack.runtime.device import chosen_device
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import (
     BUNDLED,
@@ -44,18 +45,6 @@ from vitapack.runtime.weights import is_packed
 FAMILIES = {module.NAME: module for module in (furniture, hunyuan3d, step1x3d, trellis)}
 MEMORY = ("resident", "lean")  # keep what is loaded, or free each phase's network after it
 PHASES = ("condition", "denoise", "decode")
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return name
 
 
 class Pipeline:
@@ -131,7 +120,7 @@ class Pipeline:
         header = packed.read_header(path)
         if header.size <= packed.VERIFY_BELOW:  # now, not when the network is first needed
             packed.verify(path)
-        where = _device(device)
+        where = chosen_device(device)
         dtype = torch.float32 if where == "cpu" else torch.float16
         family = FAMILIES[_known(header.family, str(path))]
         original = None if parts is None else _original(header, parts)
@@ -166,7 +155,7 @@ class Pipeline:
         """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
         family = FAMILIES[_known(checkpoint.family, str(model))]
-        where = _device(device)
+        where = chosen_device(device)
         dtype = torch.float32 if where == "cpu" else torch.float16
         conditioner = part_of(checkpoint, "conditioner")
         decoder = part_of(checkpoint, "shape_decoder")
@@ -233,36 +222,20 @@ class Pipeline:
         network, such as one with a block left out. `one_batch`: guidance as one batch of two or as
         two passes, which need half the memory (the default where memory is "lean")."""
         settings = self.settings(steps, guidance, sampler)
-        network = self.dit if dit is None else dit
-        where = network.latent_in.weight
-        cond = cond.to(where)
-        embedded = torch.tensor([settings.guidance], device=where.device)
-
-        def call(x: Tensor, t: float, tokens: Tensor) -> Tensor:
-            # float64, so that a time finds its own row of the modulation tables.
-            when = torch.tensor([t], dtype=torch.float64, device=where.device)
-            if network.config.guidance_embed:
-                return network(x.to(where.dtype), when, tokens, embedded).float()
-            return network(x.to(where.dtype), when, tokens).float()
-
-        velocity = sampling.classifier_free(
-            call,
+        out = denoise(
+            self.dit if dit is None else dit,
+            settings,
             cond,
-            torch.zeros_like(cond),
-            1.0 if network.config.guidance_embed else settings.guidance,
+            noise,
             one_batch=self.memory != "lean" if one_batch is None else one_batch,
-            only_at=sampling.guided_times(settings),
+            progress=progress,
         )
-        try:
-            out = sampling.sample(velocity, noise.to(where.device), settings, progress)
-        except MissingTime as error:
-            raise UserError(str(error)) from None
         if not torch.isfinite(out).all():
             raise UserError(
                 f"{self.source}: the network gave NaN or infinite values; the file is damaged, or "
                 "its dtype too narrow (try --device cpu)"
             )
-        return out.float().cpu()
+        return out.cpu()
 
     def grid(self, latents: Tensor) -> np.ndarray:
         """Logits (R, R, R) float32, positive inside."""

@@ -1,0 +1,20 @@
+"""Where to compute: "auto", "cpu", "cuda" or "cuda:N" as the user wrote it, checked."""
+
+from __future__ import annotations
+
+import torch
+
+from vitapack.runtime.errors import UserError
+
+
+def chosen_device(name: str) -> str:
+    """A device that is there; "auto" is the GPU where torch sees one. UserError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return name
