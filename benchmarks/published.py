@@ -2,6 +2,8 @@
 
     python -m benchmarks.published sizes --work /tmp/published     # exact, without any weights
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
+    python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
+    python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
     python -m benchmarks.published passes --work /tmp/published    # picture to mesh on the CPU
     python -m benchmarks.published page                            # docs/published.md from the JSON
 
@@ -19,33 +21,27 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import paper_tables
 from benchmarks.markdown import table
+from benchmarks.paper_tables import MODELS
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
 from vitapack.compressor.plan import resolve_plan
 from vitapack.compressor.random_checkpoint import files_of, write
 from vitapack.runtime.container import lay_out
-from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import atomic_path
 from vitapack.runtime.families import Checkpoint, open_checkpoint
-from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, step_flops
-from vitapack.runtime.packed import dit_config, read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
 PAGE = ROOT / "docs" / "published.md"
-# name: (steps of the tables, the paper's GiB, latents, the paper's TFLOP a step of the original)
-MODELS = {
-    "hunyuan3d-2.0": (20, 0.909, (3072, 64), 18.502),
-    "hunyuan3d-2mini": (20, 0.578, (512, 64), 2.980),
-    "step1x-3d": (30, 0.843, (2048, 64), 9.689),
-    "trellis-ss": (25, 0.320, (8, 16, 16, 16), 5.23),
-}
 PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
 
 # Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
@@ -92,43 +88,58 @@ def save(section: str, name: str, figures: dict[str, Any]) -> None:
         part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-def flops_of(checkpoint: Checkpoint, config: Any, name: str) -> dict[str, int]:
-    """Of one step with guidance as one batch of two; TRELLIS: one forward pass."""
-    tokens = SPECIAL_TOKENS.get(name, COND_TOKENS)
-    batch = 2 if isinstance(config, DiTConfig) else 1
-    return step_flops(config, MODELS[name][2], tokens, batch).to_json()
+@contextmanager
+def empty(work: Path, name: str) -> Iterator[Checkpoint]:
+    """A full-size checkpoint whose weights are holes: no bytes on disk."""
+    folder = work / f"{name}-empty"
+    files = files_of(name, ("dit",))
+    for place, specs in files.tensors.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        layout = lay_out(specs, {})
+        with (folder / place).open("wb") as file:
+            file.write(layout.header)
+            file.truncate(layout.size)
+    for place, text in files.texts.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text)
+    yield open_checkpoint(folder)
+    shutil.rmtree(folder)
 
 
 def sizes(work: Path, names: list[str]) -> None:
-    """Exact file sizes of plans that need not be carried out, from files without weights."""
+    """Exact file sizes of plans that need not be carried out."""
     for name in names:
-        folder = work / f"{name}-empty"
-        files = files_of(name, ("dit",))
-        for place, specs in files.tensors.items():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            layout = lay_out(specs, {})
-            with (folder / place).open("wb") as file:
-                file.write(layout.header)
-                file.truncate(layout.size)  # a hole, no bytes on disk
-        for place, text in files.texts.items():
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            (folder / place).write_text(text)
-        checkpoint = open_checkpoint(folder)
-        exact = {}
-        for plan in ("paper", "int8", "int4"):
-            layer_map = resolve_plan(plan, checkpoint)
-            steps = [MODELS[name][0]]
-            exact[plan] = compress(
-                checkpoint, layer_map, work / "x.safetensors", steps=steps, embed=False,
-                dry_run=True,
-            ).total  # fmt: skip
+        with empty(work, name) as checkpoint:
+            exact = {}
+            for plan in ("paper", "int8", "int4"):
+                exact[plan] = compress(
+                    checkpoint, resolve_plan(plan, checkpoint), work / "x.safetensors",
+                    steps=[MODELS[name].steps], embed=False, dry_run=True,
+                ).total  # fmt: skip
         save("sizes", name, exact)
-        shutil.rmtree(folder)
+
+
+def tables(work: Path, names: list[str]) -> None:
+    for name in names:
+        with empty(work, name) as checkpoint:
+            save("tables", name, paper_tables.counted(name, checkpoint, work / "x.safetensors"))
+
+
+def gpu(work: Path, names: list[str], device: str, repeats: int) -> None:
+    """Latency and memory of the tables' rows, into the results under the card's name."""
+    for name in names:
+        for row, how, figures in paper_tables.measured(work, name, device, repeats):
+            data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            card = data.get("gpu", {}).get(figures["device"], {})
+            card.setdefault(name, {}).setdefault(row, {})[how] = figures
+            save("gpu", figures["device"], card)
+            print(name, row, how, json.dumps(figures), flush=True)
+        shutil.rmtree(work / name)
 
 
 def maps(work: Path, names: list[str], plans: list[str]) -> None:
     for name in names:
-        steps, paper, _, _ = MODELS[name]
+        steps = MODELS[name].steps
         folder, out = work / name, work / f"{name}.safetensors"
         start = time.perf_counter()
         write(name, folder, parts=("dit",))
@@ -140,9 +151,7 @@ def maps(work: Path, names: list[str], plans: list[str]) -> None:
             "source_bytes": checkpoint.source(hashed=False)["bytes"],
             "write_seconds": wrote,
             "steps": steps,
-            "paper_gib": paper,
             "assumed": list(plan_paper(name).notes["assumed"]),
-            "flops": flops_of(checkpoint, checkpoint.config, name),
             "maps": {},
         }
         for plan in plans:
@@ -150,11 +159,9 @@ def maps(work: Path, names: list[str], plans: list[str]) -> None:
                 "compress", str(folder), "--plan", plan, "--steps", str(steps), "--no-embed",
                 "-o", str(out), "--json", "--quiet",
             )  # fmt: skip
-            header = read_header(out)
             figures["maps"][plan] = measured | {
                 "file_bytes": out.stat().st_size,
                 "sizes": json.loads(text),
-                "flops": flops_of(checkpoint, dit_config(header), name),
                 "gigabytes_per_second": figures["source_bytes"] / measured["seconds"] / 1e9,
             }
             out.unlink()
@@ -212,6 +219,7 @@ def page() -> None:
         f"{machine['torch']},",
         "shared with other work: seconds are upper bounds.",
         "",
+        *paper_tables.lines(data.get("tables", {}), data.get("gpu", {})),
         *maps_lines(found, data.get("sizes", {})),
         "## Compressing them, disk to disk",
         "",
@@ -228,11 +236,9 @@ def page() -> None:
             ],
         ),
         "",
-        *flops_lines(found),
     ]
     if ran := data.get("passes"):
         lines += passes_lines(ran)
-    lines += ["On GPUs nothing here has been timed.", ""]
     with atomic_path(PAGE) as part:
         part.write_text("\n".join(lines))
 
@@ -242,7 +248,8 @@ def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
     for name, row in found.items():
         exact = {plan: gib(count) for plan, count in sizes.get(name, {}).items()}
         rows.append(
-            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | {row['paper_gib']} | "
+            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | "
+            f"{MODELS[name].rows['adaptive'].gib:g} | "
             f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
             f"{exact.get('int4', '')} |"
         )
@@ -257,27 +264,6 @@ def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
         "Which blocks the paper pruned is published in part; what was assumed:",
         "",
         *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
-        "",
-    ]
-
-
-def flops_lines(found: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, row in found.items():
-        whole = row["flops"]
-        bare = (whole["total"] - whole["attention"]) / 1e12
-        pruned = row["maps"].get("paper", {}).get("flops", {}).get("total", 0) / 1e12
-        inner = f" ({bare:.3f})" if name.startswith("step1x") else ""
-        rows.append(
-            f"| {name} | {whole['total'] / 1e12:.3f}{inner} | {MODELS[name][3]} | {pruned:.3f} |"
-        )
-    return [
-        "## Operations of one step",
-        "",
-        "TFLOP, attention included, guidance as a batch of two (TRELLIS: one forward pass). The",
-        "paper's figure for Step1X-3D leaves attention out; without it ours is in brackets.",
-        "",
-        *table("| model | original | paper | with the paper's map |", rows),
         "",
     ]
 
@@ -309,15 +295,21 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("sizes", "maps", "passes", "page"))
+    parser.add_argument("what", choices=("sizes", "tables", "gpu", "maps", "passes", "page"))
     parser.add_argument("--work", type=Path, default=Path("published-work"))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS))
     parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--device", default="cuda", help="of `gpu`")
+    parser.add_argument("--repeats", type=int, default=5, help="of `gpu`")
     options = parser.parse_args()
     if options.what == "sizes":
         sizes(options.work, options.models or list(MODELS))
+    elif options.what == "tables":
+        tables(options.work, options.models or list(MODELS))
+    elif options.what == "gpu":
+        gpu(options.work, options.models or list(MODELS), options.device, options.repeats)
     elif options.what == "maps":
         maps(options.work, options.models or list(MODELS), options.plans)
     elif options.what == "passes":
