@@ -24,6 +24,7 @@ from vitapack.compressor.modulation import ModulationTables, stored
 from vitapack.compressor.partial import partial_file
 from vitapack.compressor.quantize import QUANTIZERS, Quantizer, check_finite, one_thread_each
 from vitapack.runtime.container import ITEM_BYTES, Layout, lay_out
+from vitapack.runtime.dinov2 import is_linear
 from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint
@@ -55,8 +56,6 @@ from vitapack.runtime.trellis import FlowConfig
 # Decoder and conditioner travel inside the file up to this size together: all of the furniture
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.
 EMBED_BELOW = 64 << 20
-
-ENCODER_LINEAR = "encoder.layer."  # in the names of a DINOv2's linears and norms
 
 Report = Callable[[int, int, str], None]  # weights done, weights in all, what
 
@@ -363,8 +362,7 @@ def _part_specs(
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in checkpoint.part_shapes(part).items():
         full = f"{PARTS[part]}.{name}"
-        linear = part == "conditioner" and ENCODER_LINEAR in name and name.endswith(".weight")
-        if linear and len(shape) == 2 and encoder_bits == 8:
+        if encoder_bits == 8 and part == "conditioner" and is_linear(name, shape):
             specs |= {f"{full}.q8": ("I8", shape), f"{full}.scale": ("F32", shape[:1])}
         else:
             specs[full] = ("F16" if dtype in floats else dtype, shape)

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 from vitapack.runtime.container import lay_out, write_container
-from vitapack.runtime.dinov2 import Dinov2, Dinov2Config
+from vitapack.runtime.dinov2 import MASK, Dinov2Config, released_shapes
 from vitapack.runtime.errors import UserError, atomic_path
 from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
 from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
@@ -72,8 +72,8 @@ class Files:
         )
 
 
-GIANT = Dinov2Config(1536, 40, 24, 14, 37, 0, 4096, swiglu=True)
-LARGE = Dinov2Config(1024, 24, 16, 14, 37, 4, 4096, swiglu=False)
+GIANT = Dinov2Config(1536, 40, 24, 14, 37, 0, 4, swiglu=True)
+LARGE = Dinov2Config(1024, 24, 16, 14, 37, 4, 4, swiglu=False)
 
 
 def _hunyuan(
@@ -103,11 +103,7 @@ def _hunyuan(
             "geo_decoder_downsample_ratio": 2, "geo_decoder_mlp_expand_ratio": 1,
             "geo_decoder_ln_post": False,
         }  # fmt: skip
-    dino = {
-        "hidden_size": encoder.hidden, "num_hidden_layers": encoder.layers,
-        "num_attention_heads": encoder.heads, "image_size": encoder.places * encoder.patch,
-        "patch_size": encoder.patch, "use_swiglu_ffn": encoder.swiglu, "model_type": "dinov2",
-    }  # fmt: skip
+    dino = {"model_type": "dinov2", **encoder.settings()}
     kind = "ConsistencyFlowMatchEuler" if turbo else "FlowMatchEuler"
     scheduler: dict[str, Any] = {"num_train_timesteps": 1000}
     config = {
@@ -266,10 +262,7 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
 
 
 def _dinov2(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
-    return {
-        "embeddings.mask_token": (1, config.hidden),
-        **shapes_of(lambda: Dinov2(config)),
-    }
+    return {MASK: (1, config.hidden), **released_shapes(config)}
 
 
 def _hub(config: Dinov2Config) -> dict[str, tuple[int, ...]]:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitapack.runtime.dinov2 import MEAN, STD, Dinov2, config_from_shapes
+from vitapack.runtime.dinov2 import MEAN, STD, config_of, is_linear, load
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.images import separate
-from vitapack.runtime.parts import Part, Source, fill, filled_bytes
+from vitapack.runtime.parts import Part, Source, filled_bytes
 
 Prepare = Callable[[Image.Image, str], Tensor]  # picture, its name -> (3, H, W) in 0..1
 VIEWS = ("front", "left", "back", "right")  # of a multi-view model, by index
@@ -33,16 +34,16 @@ class ImageConditioner:
 
     def __init__(
         self,
-        encoder: Part[Dinov2],
+        encoder: Part[nn.Module],
         prepare: Prepare,
         *,
-        finish: Callable[[Tensor, int], Tensor] | None = None,
+        registers: bool = False,
         views: bool = False,
         extra: Tensor | None = None,
     ) -> None:
-        """`finish` turns the encoder's tokens (before its last LayerNorm) into the model's; by
-        default that LayerNorm, registers dropped. `extra` (1, n, D) tokens come after them."""
-        self.encoder, self.prepare, self.finish = encoder, prepare, finish
+        """`registers`: keep the encoder's, which are dropped by default. `extra` (1, n, D) tokens
+        come after the picture's."""
+        self.encoder, self.prepare, self.registers = encoder, prepare, registers
         self.views, self.extra = views, extra
 
     @property
@@ -77,13 +78,10 @@ class ImageConditioner:
         pixels = self.prepare(image, name)
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         encoder = self.encoder()
-        place = encoder.layernorm.weight
-        tokens = encoder(((pixels - mean) / std)[None].to(place.device), normalise=False)
-        registers = encoder.config.registers
-        if self.finish is not None:
-            tokens = self.finish(tokens, registers)
-        else:
-            tokens = encoder.layernorm(tokens)
+        place = next(encoder.parameters()).device
+        tokens = encoder(((pixels - mean) / std)[None].to(place)).last_hidden_state
+        registers = getattr(encoder.config, "num_register_tokens", 0)
+        if registers and not self.registers:
             tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
         return tokens.float().cpu()
 
@@ -95,29 +93,35 @@ def view_embedding(index: int, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()]).float()
 
 
-def plain_norm(tokens: Tensor, registers: int) -> Tensor:
-    """TRELLIS: all tokens, registers too, through a LayerNorm without affine, eps 1e-5."""
-    return F.layer_norm(tokens.float(), tokens.shape[-1:])
-
-
 def encoder_part(
-    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> Part[Dinov2]:
-    """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears."""
+    source: Source,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    bits: int,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    plain_norm: bool = False,
+) -> Part[nn.Module]:
+    """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears.
+
+    `settings`: the checkpoint's own configuration of it, None where it has none. `plain_norm`: a
+    LayerNorm without affine, eps 1e-5, in place of the last one, as TRELLIS has it.
+    FormatError where the tensors are not those of a DINOv2.
+    """
     tail = "embeddings.cls_token"
     starts = [name.removesuffix(tail) for name in source.shapes if name.endswith(tail)]
     if len(starts) != 1:
         raise FormatError(f"{source.where}: the image encoder should be a DINOv2; found no {tail}")
     inner = source.below(starts[0])
-    config = config_from_shapes(inner.weights(), source.where)
+    config = config_of(inner.weights(), settings or {}, source.where)
 
-    def linear(name: str) -> bool:
-        return name.startswith("encoder.") and len(inner.weights()[name]) == 2
+    def loaded() -> nn.Module:
+        network = load(inner, config, dtype, device, bits)
+        if plain_norm:
+            network.layernorm = nn.LayerNorm(config.hidden, eps=1e-5, elementwise_affine=False)
+        return network
 
-    def load() -> Dinov2:
-        return fill(lambda: Dinov2(config), inner, dtype, device, bits, ("embeddings.mask_token",))
-
-    return Part(load, filled_bytes(inner, dtype, bits, linear))
+    return Part(loaded, filled_bytes(inner, dtype, bits, is_linear))
 
 
 # --- Pictures ------------------------------------------------------------------------------------

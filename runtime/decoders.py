@@ -90,5 +90,5 @@ def _part(
     make: Callable[[], Net], source: Source, dtype: torch.dtype, device: str | torch.device
 ) -> Part[Net]:
     """A decoder in `dtype`, loaded on first use."""
-    nbytes = filled_bytes(source, dtype, 16, lambda name: False)
+    nbytes = filled_bytes(source, dtype, 16, lambda _name, _shape: False)
     return Part(lambda: fill(make, source, dtype, device), nbytes)

@@ -1,29 +1,47 @@
-"""DINOv2 as the published models condition on it: giant (SwiGLU) and large with registers.
+"""DINOv2 as the published models condition on it: transformers' networks, filled from our files.
 
-    encoder = Dinov2(config_from_shapes(shapes))
-    tokens = encoder(images)                     # (B, 1 + registers + patches, h), normalised
+    config = config_of(source.weights(), settings, where)    # checked, without transformers
+    encoder = load(source, config, torch.float32, "cpu", bits=8)
+    encoder(images).last_hidden_state                         # (B, 1 + registers + patches, h)
 
-Tensor names are those of released Hugging Face files (`Dinov2Model`), below any prefix; torch-hub
-files are mapped by `from_hub`. It is written out here, checked against transformers' outputs,
-because a lean process cannot carry that package: its import takes seconds, and its names changed.
-Every hyper-parameter shows in a shape, so no configuration file is needed either.
+transformers is an extra and is imported by `load` alone, since that takes seconds and 220 MB. It is
+given hyper-parameters, never a checkpoint's whole configuration, so it has nothing to look up on a
+network. Released files keep the tensor names of its version 4, below any prefix; version 5 renamed
+some of them (`RENAMED`). torch-hub files are mapped by `from_hub`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.errors import FormatError
+from vitapack.runtime.container import one_line
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.parts import Source, fill
 from vitapack.runtime.weights import Stored, Weights
 
 HEAD = 64  # channels of a head in every released size
-LAYER = "encoder.layer.0"
+LAYER = "encoder.layer."  # in the names of the blocks' tensors
+MASK = "embeddings.mask_token"  # of training; no picture needs it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pictures in 0..1
+NEEDED = "its image encoder needs transformers: pip install 'vitapack[dinov2]'"
+
+# Released owner of weight and bias -> its names in transformers 5; two share the rows in order.
+RENAMED = {
+    "attention.attention.query": ("attention.q_proj",),
+    "attention.attention.key": ("attention.k_proj",),
+    "attention.attention.value": ("attention.v_proj",),
+    "attention.output.dense": ("attention.o_proj",),
+    "mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.weights_out": ("mlp.down_proj",),
+}
+_OWNED = re.compile(r"(encoder\.layer\.\d+\.)(.+?)\.((?:weight|bias)(?:\.q8|\.scale)?)")
 
 
 @dataclass(frozen=True)
@@ -34,12 +52,77 @@ class Dinov2Config:
     patch: int  # pixels a side
     places: int  # patches a side of the stored position table: 37 for 518 px
     registers: int
-    wide: int  # inner channels of the MLP
+    mlp_ratio: int
     swiglu: bool
+    eps: float = 1e-6  # of the LayerNorms
+
+    @property
+    def wide(self) -> int:
+        """Inner channels of the MLP; a gated one has two thirds, up to a multiple of 8."""
+        wide = self.hidden * self.mlp_ratio
+        return (int(wide * 2 / 3) + 7) // 8 * 8 if self.swiglu else wide
+
+    def settings(self) -> dict[str, Any]:
+        """Under the names of released config.json files, which are transformers'."""
+        registers = {"num_register_tokens": self.registers} if self.registers else {}
+        return registers | {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "hidden_act": "gelu",
+            "layer_norm_eps": self.eps,
+            "image_size": self.places * self.patch,
+            "patch_size": self.patch,
+            "num_channels": 3,
+            "qkv_bias": True,
+            "use_swiglu_ffn": self.swiglu,
+        }
+
+
+def config_of(
+    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], where: str
+) -> Dinov2Config:
+    """From the tensors' shapes and the checkpoint's own settings, {} where it has none.
+
+    FormatError where the tensors are no DINOv2's, or not the one of the settings.
+    """
+    config = config_from_shapes(shapes, where)
+    heads, eps = settings.get("num_attention_heads", config.heads), config.eps
+    try:  # YAML takes 1e-06 for a string
+        eps = float(settings.get("layer_norm_eps", eps))
+    except (TypeError, ValueError):
+        eps = math.nan
+    if type(heads) is not int or not 0 < heads <= config.hidden or config.hidden % heads:
+        raise FormatError(
+            f"{where}: the image encoder's num_attention_heads is {heads!r}; expected a divisor "
+            f"of its {config.hidden} channels"
+        )
+    if not 0 < eps < 1:
+        raise FormatError(
+            f"{where}: the image encoder's layer_norm_eps is {settings['layer_norm_eps']!r}; "
+            "expected a number near 1e-6"
+        )
+    config = Dinov2Config(**vars(config) | {"heads": heads, "eps": eps})
+    for name, value in config.settings().items():
+        if name != "layer_norm_eps" and settings.get(name, value) != value:
+            raise FormatError(
+                f"{where}: the image encoder's {name} is {settings[name]!r} in its configuration; "
+                f"its tensors and this reader expect {value!r}"
+            )
+    expected, found = released_shapes(config), dict(shapes)
+    found.pop(MASK, None)
+    if odd := sorted(set(expected.items()) ^ set(found.items())):
+        name, shape = odd[0]
+        raise FormatError(
+            f"{where}: the image encoder's tensors are not those of a DINOv2 of its size: "
+            f"{name} {list(shape)} ({len(odd)} differ in all)"
+        )
+    return config
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Dinov2Config:
-    """From the tensors' shapes. FormatError where they are no DINOv2."""
+    """What shows in the tensors' shapes; heads have 64 channels. FormatError for no DINOv2."""
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = shapes.get(name)
@@ -53,168 +136,129 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Din
     hidden, _, patch, _ = shape("embeddings.patch_embeddings.projection.weight", 4)
     table = shape("embeddings.position_embeddings", 3)[1] - 1
     places = round(table**0.5)
-    layers = {name.split(".")[2] for name in shapes if name.startswith("encoder.layer.")}
-    swiglu = f"{LAYER}.mlp.weights_in.weight" in shapes
-    name = f"{LAYER}.mlp.weights_out.weight" if swiglu else f"{LAYER}.mlp.fc2.weight"
+    layers = {name.split(".")[2] for name in shapes if name.startswith(LAYER)}
+    swiglu = f"{LAYER}0.mlp.weights_in.weight" in shapes
+    outer = "weights_out" if swiglu else "fc2"
+    wide = shape(f"{LAYER}0.mlp.{outer}.weight", 2)[1]
     if hidden % HEAD or places**2 != table or len(layers) > 1000:
         raise FormatError(
             f"{where}: an image encoder of {hidden} channels, {table} places, {len(layers)} "
             f"layers is no DINOv2 (heads have {HEAD} channels, places form a square)"
         )
     registers = shapes.get("embeddings.register_tokens")
-    return Dinov2Config(
+    config = Dinov2Config(
         hidden=hidden,
         layers=len(layers),
         heads=hidden // HEAD,
         patch=patch,
         places=places,
         registers=registers[1] if registers and len(registers) == 3 else 0,
-        wide=shape(name, 2)[1],
+        mlp_ratio=round(wide / hidden * (1.5 if swiglu else 1)),
         swiglu=swiglu,
     )
-
-
-class Projections(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-
-
-class Dense(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(hidden, hidden)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.attention = Projections(config.hidden)
-        self.output = Dense(config.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.attention
-        q, k, v = (
-            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (inner.query, inner.key, inner.value)
+    if config.wide != wide:
+        raise FormatError(
+            f"{where}: an image encoder of {hidden} channels with {wide} in its MLP is no DINOv2"
         )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.output.dense(out)
+    return config
 
 
-class MLP(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden, config.wide)
-        self.fc2 = nn.Linear(config.wide, config.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.weights_in = nn.Linear(config.hidden, 2 * config.wide)
-        self.weights_out = nn.Linear(config.wide, config.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.weights_in(x).chunk(2, dim=-1)
-        return self.weights_out(F.silu(gate) * value)
-
-
-class LayerScale(nn.Module):
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.lambda1 = nn.Parameter(torch.ones(hidden))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden, eps=1e-6)
-        self.attention = Attention(config)
-        self.layer_scale1 = LayerScale(config.hidden)
-        self.norm2 = nn.LayerNorm(config.hidden, eps=1e-6)
-        self.mlp = SwiGLU(config) if config.swiglu else MLP(config)
-        self.layer_scale2 = LayerScale(config.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.layer_scale1.lambda1 * self.attention(self.norm1(x))
-        return x + self.layer_scale2.lambda1 * self.mlp(self.norm2(x))
+def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a released file but the mask token, which a picture does not need."""
+    h, wide = config.hidden, config.wide
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, h),
+        "embeddings.position_embeddings": (1, 1 + config.places**2, h),
+        "embeddings.patch_embeddings.projection.weight": (h, 3, config.patch, config.patch),
+        "embeddings.patch_embeddings.projection.bias": (h,),
+    }
+    if config.registers:
+        shapes["embeddings.register_tokens"] = (1, config.registers, h)
+    linears = {f"attention.attention.{which}": (h, h) for which in ("query", "key", "value")}
+    linears["attention.output.dense"] = (h, h)
+    if config.swiglu:
+        linears |= {"mlp.weights_in": (2 * wide, h), "mlp.weights_out": (h, wide)}
+    else:
+        linears |= {"mlp.fc1": (wide, h), "mlp.fc2": (h, wide)}
+    for start in (f"{LAYER}{index}." for index in range(config.layers)):
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{start}{norm}.weight": (h,), f"{start}{norm}.bias": (h,)}
+        shapes |= {f"{start}layer_scale{index}.lambda1": (h,) for index in (1, 2)}
+        for name, size in linears.items():
+            shapes |= {f"{start}{name}.weight": size, f"{start}{name}.bias": size[:1]}
+    return shapes | {"layernorm.weight": (h,), "layernorm.bias": (h,)}
 
 
-class Embeddings(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.places**2, config.hidden))
-        if config.registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, config.hidden))
-        self.patch_embeddings = nn.ModuleDict(
-            {"projection": nn.Conv2d(3, config.hidden, config.patch, config.patch)}
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Is this released tensor, below any prefix, the weight of a linear that can be packed?"""
+    return LAYER in name and name.endswith(".weight") and len(shape) == 2
+
+
+def load(
+    source: Source, config: Dinov2Config, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> nn.Module:
+    """transformers' network, made on the meta device and filled tensor by tensor.
+
+    `bits` 8 packs the linears as they come; packed ones stay so. UserError without transformers.
+    """
+    with torch.device("meta"):
+        network = _network(config)
+    network.embeddings.mask_token = None
+    inner = as_installed(source, network.state_dict().keys())
+    return fill(lambda: network, inner, dtype, device, bits, (MASK,))
+
+
+def _network(config: Dinov2Config) -> Any:
+    try:
+        from transformers import (
+            Dinov2Config,
+            Dinov2Model,
+            Dinov2WithRegistersConfig,
+            Dinov2WithRegistersModel,
         )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), sides multiples of the patch, to [CLS | registers | patches]."""
-        grid = self.patch_embeddings["projection"](images)
-        batch, _, rows, columns = grid.shape
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), grid.flatten(2).transpose(1, 2)], 1)
-        x = x + self.places(rows, columns)
-        if self.config.registers:
-            registers = self.register_tokens.expand(batch, -1, -1)
-            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
-        return x
-
-    def places(self, rows: int, columns: int) -> Tensor:
-        """The position table, interpolated for pictures of another size than it was learned at."""
-        table, side = self.position_embeddings, self.config.places
-        if rows == columns == side:
-            return table
-        grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
-        grid = F.interpolate(
-            grid,
-            size=(rows, columns),
-            mode="bicubic",
-            antialias=bool(self.config.registers),  # as the two reference classes differ
-        )
-        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise UserError(f"transformers lacks {error.name}; {NEEDED}") from error
+        raise UserError(f"transformers is not installed; {NEEDED}") from error
+    except (ImportError, RuntimeError) as error:  # too old, or its own packages do not fit
+        raise UserError(f"transformers does not work ({one_line(error)}); {NEEDED}") from error
+    settings = config.settings() | {"attn_implementation": "sdpa"}
+    if config.registers:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings))
+    return Dinov2Model(Dinov2Config(**settings))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.layers))
+def as_installed(source: Source, wanted: Set[str]) -> Source:
+    """The released tensors under the names of the installed transformers, packed ones too.
 
+    A tensor that it keeps as two is read once for each: one tensor in memory at a time.
+    """
+    origin: dict[str, tuple[str, int, int]] = {}  # name -> released one, which part of how many
+    shapes = {}
+    for name, shape in source.shapes.items():
+        names = [name]
+        if found := _OWNED.fullmatch(name):
+            start, owner, leaf = found.groups()
+            owners = RENAMED.get(owner, ())
+            if all(f"{start}{new}.weight" in wanted for new in owners):
+                names = [f"{start}{new}.{leaf}" for new in owners] or names
+        for index, new in enumerate(names):
+            origin[new] = (name, index, len(names))
+            shapes[new] = (shape[0] // len(names), *shape[1:]) if len(names) > 1 else shape
 
-class Dinov2(nn.Module):
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden, eps=1e-6)
+    def read(name: str) -> Tensor:
+        released, index, count = origin[name]
+        tensor = source.read(released)
+        return tensor if count == 1 else tensor.chunk(count)[index].clone()
 
-    def forward(self, images: Tensor, normalise: bool = True) -> Tensor:
-        """Normalised pictures (B, 3, H, W) to tokens (B, 1 + registers + patches, h).
-
-        `normalise`: through the final LayerNorm, as everybody but TRELLIS takes them.
-        """
-        x = self.embeddings(images.to(self.embeddings.cls_token.dtype))
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return self.layernorm(x) if normalise else x
+    return Source(source.where, source.config, shapes, read)
 
 
 def from_hub(weights: Weights) -> Weights:
-    """A torch-hub file (facebookresearch/dinov2) under the names above, q, k and v apart."""
+    """A torch-hub file (facebookresearch/dinov2) under the released names, q, k and v apart."""
     names = {
         "cls_token": "embeddings.cls_token",
-        "mask_token": "embeddings.mask_token",
+        "mask_token": MASK,
         "pos_embed": "embeddings.position_embeddings",
         "register_tokens": "embeddings.register_tokens",
         "norm": "layernorm",
@@ -230,7 +274,7 @@ def from_hub(weights: Weights) -> Weights:
         start, inner = "", name
         if name.startswith("blocks."):
             index, inner = name.removeprefix("blocks.").split(".", 1)
-            start = f"encoder.layer.{index}."
+            start = f"{LAYER}{index}."
         owner, _, leaf = inner.rpartition(".")
         if owner == "attn.qkv":
             for place, which in enumerate(("query", "key", "value")):

@@ -13,6 +13,7 @@ ROOT = Path(vitapack.__file__).parent
 PACKAGES = {
     "torch": "needed: pip install torch",
     "triton": "GPU kernels: pip install 'vitapack[gpu]'",
+    "transformers": "image encoders of the published models: pip install 'vitapack[dinov2]'",
     "rembg": "pictures without alpha: pip install 'vitapack[background]'",
     "pot": "only the tests' reference for EMD",
 }

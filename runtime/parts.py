@@ -177,12 +177,12 @@ def fill(
 
 
 def filled_bytes(
-    source: Source, dtype: torch.dtype, bits: int, linear: Callable[[str], bool]
+    source: Source, dtype: torch.dtype, bits: int, linear: Callable[[str, tuple[int, ...]], bool]
 ) -> int:
-    """Bytes of the module that `fill` makes; `linear(name)`: is this weight a linear's?"""
+    """Bytes of the module that `fill` makes; `linear(name, shape)`: may it be packed?"""
     total = 0
     for name, shape in source.weights().items():
         count = torch.Size(shape).numel()
-        packed = f"{name}.q8" in source.shapes or (bits == 8 and linear(name))
+        packed = f"{name}.q8" in source.shapes or (bits == 8 and linear(name, shape))
         total += count + 4 * shape[0] if packed else count * dtype.itemsize
     return total

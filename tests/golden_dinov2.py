@@ -1,7 +1,7 @@
 """Outputs of transformers' DINOv2 classes at tiny sizes, for `tests/runtime/test_conditioner.py`.
 
-`python tests/golden_dinov2.py` writes them anew; it needs transformers (5.24.0 was used), the tests
-do not. `save_pretrained` gives the released names, which newer versions no longer use inside.
+`python tests/golden_dinov2.py` writes them anew (transformers 5.24.0 was used; 4.57.3 gives the
+same outputs). `save_pretrained` gives the released names, which version 5 no longer uses inside.
 """
 
 from __future__ import annotations

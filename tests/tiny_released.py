@@ -12,15 +12,15 @@ from vitapack.runtime.dinov2 import Dinov2Config
 SIZES = {
     "hunyuan3d": Sizes(
         hidden=64, heads=2, depth=(2, 2), latents=24, decoder_width=64, decoder_heads=2,
-        decoder_layers=1, encoder=Dinov2Config(64, 2, 1, 14, 3, 0, 96, swiglu=True), pixels=42,
+        decoder_layers=1, encoder=Dinov2Config(64, 2, 1, 14, 3, 0, 4, swiglu=True), pixels=42,
     ),
     "step1x": Sizes(
         hidden=64, heads=2, depth=(2, 2), latents=24, decoder_width=64, decoder_heads=2,
-        decoder_layers=1, encoder=Dinov2Config(64, 2, 1, 14, 37, 4, 128, swiglu=False),
+        decoder_layers=1, encoder=Dinov2Config(64, 2, 1, 14, 37, 4, 2, swiglu=False),
     ),
     "trellis": Sizes(
         hidden=64, heads=2, depth=(3,), latents=4, channels=(16, 8),
-        encoder=Dinov2Config(64, 2, 1, 14, 37, 4, 128, swiglu=False),
+        encoder=Dinov2Config(64, 2, 1, 14, 37, 4, 2, swiglu=False),
     ),
 }  # fmt: skip
 

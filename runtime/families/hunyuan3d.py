@@ -234,7 +234,10 @@ def conditioner(
     if pixels % 14 or pixels > 4096:
         raise FormatError(f"{source.where}: image_size {pixels} is no multiple of 14 below 4096")
     views = str(main.get("type", "")).endswith("MV")
-    return ImageConditioner(encoder_part(source, dtype, device, bits), prepare, views=views)
+    settings = kwargs.get("config") if isinstance(kwargs, dict) else None
+    settings = settings if isinstance(settings, dict) else None
+    part = encoder_part(source, dtype, device, bits, settings)
+    return ImageConditioner(part, prepare, views=views)
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:

@@ -297,8 +297,10 @@ def conditioner(
     labels = source.below(LABELS)
     names = [n for n in source.shapes if not n.startswith(LABELS)]
     visual = Source(source.where, source.config, {n: source.shapes[n] for n in names}, source.read)
+    # Step1X-3D's own encoder class says other things than sizes in its configuration.
+    settings = source.config if "hidden_size" in source.config else None
     return ImageConditioner(
-        encoder_part(visual, dtype, device, bits),
+        encoder_part(visual, dtype, device, bits, settings),
         framed_picture(518, 0.95),
         extra=label_tokens(labels) if labels.shapes else None,
     )

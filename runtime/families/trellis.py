@@ -19,7 +19,6 @@ import torch
 from vitapack.runtime.conditioner import (
     ImageConditioner,
     encoder_part,
-    plain_norm,
     trellis_picture,
 )
 from vitapack.runtime.decoders import OccupancyGrid, occupancy_grid
@@ -233,8 +232,8 @@ def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
 ) -> ImageConditioner:
     """DINOv2-large with registers on a black ground; every token, normalised without weights."""
-    part = encoder_part(source, dtype, device, bits)
-    return ImageConditioner(part, trellis_picture(518), finish=plain_norm)
+    part = encoder_part(source, dtype, device, bits, plain_norm=True)
+    return ImageConditioner(part, trellis_picture(518), registers=True)
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> OccupancyGrid:

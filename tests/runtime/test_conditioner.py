@@ -1,5 +1,10 @@
 """DINOv2 against transformers' outputs, and the pictures that it is shown."""
 
+import pickle
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +22,16 @@ from vitapack.runtime.conditioner import (
     trellis_picture,
     view_embedding,
 )
-from vitapack.runtime.dinov2 import Dinov2Config, config_from_shapes, from_hub
+from vitapack.runtime.dinov2 import (
+    MASK,
+    Dinov2Config,
+    as_installed,
+    config_from_shapes,
+    config_of,
+    from_hub,
+    is_linear,
+    released_shapes,
+)
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.parts import Source
 from vitapack.runtime.weights import Stored, Weights
@@ -42,15 +56,15 @@ def test_reference_output(name, size, relative):
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     encoder = encoder_part(source(name, "any.prefix."), torch.float32, "cpu", 16)()
     with torch.no_grad():
-        found = encoder(tensors[f"inputs/{size}"])
+        found = encoder(tensors[f"inputs/{size}"]).last_hidden_state
     assert relative(found, tensors[f"output/{size}"]) <= 1e-5
 
 
 def test_released_sizes():
     from vitapack.compressor.random_checkpoint import GIANT, LARGE, _dinov2, _hub
 
-    assert config_from_shapes(_dinov2(GIANT), "x") == GIANT
-    assert config_from_shapes(_dinov2(LARGE), "x") == LARGE
+    assert config_of(_dinov2(GIANT), GIANT.settings(), "x") == GIANT
+    assert config_of(_dinov2(LARGE), {}, "x") == LARGE
     giant, large = (sum(np.prod(s) for s in _dinov2(c).values()) for c in (GIANT, LARGE))
     assert giant == 1_136_480_768  # transformers' own count
     assert large == sum(np.prod(s) for s in _hub(LARGE).values())
@@ -64,7 +78,7 @@ def test_eight_bits_keep_the_features(name):
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     part, packed = (encoder_part(source(name), torch.float32, "cpu", bits) for bits in (16, 8))
     with torch.no_grad():
-        a, b = (p()(tensors["inputs/70"]) for p in (part, packed))
+        a, b = (p()(tensors["inputs/70"]).last_hidden_state for p in (part, packed))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
     assert cosine.min() > 0.999
     assert not torch.equal(a, b)
@@ -72,8 +86,114 @@ def test_eight_bits_keep_the_features(name):
         held = sum(t.nbytes for t in p().state_dict().values())
         assert p.nbytes == pytest.approx(held, rel=0.01)
     assert packed.nbytes < 0.4 * part.nbytes
+    with torch.no_grad():  # as a worker process gets it
+        again = pickle.loads(pickle.dumps(packed))()(tensors["inputs/70"]).last_hidden_state
+    assert torch.equal(again, b)
     packed.free()
     assert not packed.loaded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_the_released_ones(name):
+    """The golden file's are what transformers saves, whatever it calls them inside."""
+    whole = source(name)
+    config = config_of(whole.shapes, {}, "x")
+    assert {**released_shapes(config), MASK: (1, config.hidden)} == whole.shapes
+    linears = [n for n, shape in whole.shapes.items() if is_linear(f"any.prefix.{n}", shape)]
+    assert len(linears) == 6 * config.layers
+    assert not [n for n in linears if "norm" in n or "layer_scale" in n]
+
+
+def test_both_namings_of_transformers():
+    """Version 4 keeps the released names; 5 has others, and a gated MLP's input as two."""
+    start = "encoder.layer.3."
+    tensors = {
+        f"{start}mlp.weights_in.weight.q8": torch.arange(12).view(6, 2).to(torch.int8),
+        f"{start}mlp.weights_in.weight.scale": torch.arange(6.0),
+        f"{start}mlp.weights_in.bias": torch.arange(6.0),
+        f"{start}attention.attention.query.weight": torch.eye(2),
+        f"{start}norm1.weight": torch.ones(2),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stored = Source("x", {}, shapes, tensors.__getitem__)
+    old = as_installed(stored, {f"{start}mlp.weights_in.weight"})
+    assert old.shapes == shapes
+    wanted = {f"{start}{n}.weight" for n in ("mlp.gate_proj", "mlp.up_proj", "attention.q_proj")}
+    new = as_installed(stored, wanted)
+    assert new.shapes == {
+        f"{start}mlp.gate_proj.weight.q8": (3, 2), f"{start}mlp.up_proj.weight.q8": (3, 2),
+        f"{start}mlp.gate_proj.weight.scale": (3,), f"{start}mlp.up_proj.weight.scale": (3,),
+        f"{start}mlp.gate_proj.bias": (3,), f"{start}mlp.up_proj.bias": (3,),
+        f"{start}attention.q_proj.weight": (2, 2), f"{start}norm1.weight": (2,),
+    }  # fmt: skip
+    assert new.read(f"{start}mlp.up_proj.weight.q8").tolist() == [[6, 7], [8, 9], [10, 11]]
+    assert new.read(f"{start}mlp.gate_proj.bias").tolist() == [0, 1, 2]
+    assert new.read(f"{start}norm1.weight").tolist() == [1, 1]
+
+
+def test_the_checkpoint_s_own_settings():
+    shapes = source(NAMES[0]).shapes
+    config = config_from_shapes(shapes, "x")
+    own = config.settings() | {"num_attention_heads": 4, "layer_norm_eps": "1e-05"}  # YAML's way
+    found = config_of(shapes, own | {"model_type": "dinov2", "torch_dtype": "float32"}, "x")
+    assert (found.heads, found.eps) == (4, 1e-5)
+    for changed, message in (
+        ({"hidden_size": 256}, "hidden_size is 256 in its configuration; its tensors and this"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"use_swiglu_ffn": False}, "use_swiglu_ffn is False"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3; expected a divisor of its 128"),
+        ({"num_attention_heads": "2"}, "num_attention_heads is '2'"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; expected a number near 1e-6"),
+        ({"layer_norm_eps": None}, "layer_norm_eps is None"),
+    ):
+        with pytest.raises(FormatError, match=re.escape(message)):
+            config_of(shapes, config.settings() | changed, "x")
+    # What it makes of them: heads and eps reach the network.
+    part = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16, own)
+    network = part()
+    assert network.encoder.layer[0].norm1.eps == network.layernorm.eps == 1e-5
+    assert network.config.num_attention_heads == 4
+
+
+def test_no_network_access(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    encoder = encoder_part(source(NAMES[1]), torch.float32, "cpu", 8)
+    assert ImageConditioner(encoder, hunyuan_picture(64, 70, 0.15))(chair()).shape == (1, 26, 128)
+
+
+def test_without_transformers(monkeypatch):
+    part = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16)  # opens without it
+    assert part.nbytes > 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"not installed; .* pip install 'vitapack\[dinov2\]'"):
+        part()
+    monkeypatch.setitem(sys.modules, "transformers", type(sys)("transformers"))  # one without them
+    with pytest.raises(UserError, match=r"does not work \(cannot import name 'Dinov2Config'"):
+        part()
+
+
+def test_transformers_is_imported_for_a_dinov2_only():
+    code = (
+        "import sys\n"
+        "from PIL import Image\n"
+        "from vitapack.compressor import compress, random_checkpoint\n"
+        "from vitapack.runtime.pipeline import Pipeline\n"
+        "pipeline = Pipeline.from_model('furniture', device='cpu')\n"
+        "image = Image.new('RGBA', (64, 64))\n"
+        "image.paste((90, 60, 30, 255), (16, 16, 48, 48))\n"
+        "assert pipeline.condition(image).shape[0] == 1\n"
+        "print('transformers' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"
 
 
 def test_what_is_no_dinov2():
@@ -88,9 +208,11 @@ def test_what_is_no_dinov2():
         encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
     name = "encoder.layer.1.norm1.bias"
     shapes = {n: s for n, s in whole.shapes.items() if n != name}
-    part = encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
-    with pytest.raises(UserError, match=r"do not fit Dinov2: encoder\.layer\.1\.norm1\.bias"):
-        part()
+    with pytest.raises(FormatError, match=r"a DINOv2 of its size: encoder\.layer\.1\.norm1\.bias"):
+        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
+    shapes = whole.shapes | {"encoder.layer.0.mlp.weights_out.weight": (128, 300)}
+    with pytest.raises(FormatError, match="128 channels with 300 in its MLP is no DINOv2"):
+        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
 
 
 def box_of(pixels, ground):
@@ -158,5 +280,5 @@ def test_views():
 
 def test_configuration_of_a_tiny_model_shows_in_its_shapes():
     assert config_from_shapes(source(NAMES[1]).shapes, "x") == Dinov2Config(
-        128, 3, 2, 14, 5, 4, 512, swiglu=False
+        128, 3, 2, 14, 5, 4, 4, swiglu=False
     )
