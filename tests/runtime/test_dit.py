@@ -19,16 +19,6 @@ def test_reference_output(name, golden, released, relative, tmp_path):
         assert relative(dit(**reference.inputs), reference.output) <= 1e-5
 
 
-def test_bfloat16_error_is_the_format_s_own(golden, released, relative, tmp_path):
-    """Relative error below 2 % for weights rounded by 2^-9: nothing is lost beside the rounding."""
-    reference = golden(NAMES[0])
-    dit = load_dit(released().save(tmp_path / "model"), dtype=torch.bfloat16)
-    inputs = {key: value.bfloat16() for key, value in reference.inputs.items()}
-    inputs["t"] = reference.inputs["t"]  # stays float32
-    with torch.no_grad():
-        assert relative(dit(**inputs).float(), reference.output) <= 0.02
-
-
 def test_one_time_serves_the_whole_batch(golden, released, tmp_path):
     reference = golden(NAMES[0])
     dit = load_dit(released().save(tmp_path / "model"))

@@ -24,7 +24,11 @@ from vitapack.runtime.sampling import SamplerDefaults, classifier_free, sample
 class Original(torch.nn.Module):
     def __init__(self, dit):
         super().__init__()
-        self.latent_in, self.guidance_embed = dit.latent_in, dit.config.guidance_embed
+        self.dit, self.latent_in = dit, dit.latent_in
+        self.guidance_embed = dit.config.guidance_embed
+
+    def forward(self, x, t, contexts, guidance=None):
+        return self.dit(x, t, contexts["main"], guidance)
 
 
 class StandIn:
@@ -75,7 +79,9 @@ def test_it_runs_as_our_own_sampler_does(name, dtype, made, relative):
     pipeline = StandIn(Original(original), dtype)
     assert attach(pipeline, out) is pipeline
     assert pipeline.model.dtype == dtype
-    noise, cond = torch.randn(1, 24, 64), torch.randn(1, 10, 64)
+    rng = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 24, 64, generator=rng)
+    cond = torch.randn(1, 10, 64, generator=rng)
     with torch.no_grad():
         found = pipeline(noise, cond, 5).float()
 
@@ -87,8 +93,13 @@ def test_it_runs_as_our_own_sampler_does(name, dtype, made, relative):
     velocity = classifier_free(network, cond, torch.zeros_like(cond), scale)
     with torch.no_grad():
         wanted = sample(velocity, noise, SamplerDefaults("euler", 5, scale))
-    limit = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}[dtype]
-    assert relative(found, wanted) < limit
+    if dtype == torch.float32:
+        assert relative(found, wanted) < 2e-3  # tables in fp16
+        return
+    plain = StandIn(Original(load_dit(folder, dtype=dtype)), dtype)  # the same without us
+    with torch.no_grad():
+        theirs = plain(noise, cond, 5).float()
+    assert relative(found, wanted) <= 2 * relative(theirs, wanted)
 
 
 def test_steps_without_tables_are_refused(made):
