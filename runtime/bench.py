@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from vitapack.kernels import dispatch
 from vitapack.runtime import packed
+from vitapack.runtime.activations import LIBRARIES, step_bytes
 from vitapack.runtime.device import chosen_device
+from vitapack.runtime.dit_engine import EngineDiT
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, Flops, step_flops
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter
+from vitapack.runtime.memory import PhaseMeter, resident, return_memory
 from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 from vitapack.runtime.trellis import FlowTransformer, Network
@@ -42,25 +45,30 @@ def bench(
     repeats: int = 5,
     cond_tokens: int | None = None,
     resolution: int | None = None,
+    sampling_steps: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
-    the file holds no decoder; for a MODEL it is the model itself. UserError."""
+    the file holds no decoder; for a MODEL it is the model itself. `sampling_steps`: of the whole
+    pass. `note` is told what is predicted before each part runs. UserError."""
     where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
     checkpoint = None if is_file and original is None else open_checkpoint(original or path)
-    rows: list[tuple[str, Callable[[], Network], int, SamplerDefaults]] = []
+    rows: list[tuple[str, Callable[[], Network], int, int, SamplerDefaults]] = []
     if is_file:
         header = packed.read_header(place)
         sampler = SamplerDefaults.from_json(header.sampler)
         load = lambda: packed.load_packed_dit(place, device=where, compute=compute)  # noqa: E731
-        rows.append((f"packed {compute}", load, header.size, sampler))
+        held = packed.loaded_bytes(header, torch.float32 if where == "cpu" else torch.float16)
+        rows.append((f"packed {compute}", load, header.size, held, sampler))
     if checkpoint is not None:
         for dtype in (torch.float16,) if where != "cpu" else (torch.bfloat16, torch.float32):
             rows.append(
                 (
                     str(dtype).removeprefix("torch."),
                     lambda dtype=dtype: dit_of(checkpoint, dtype, where),  # type: ignore[misc]
+                    checkpoint.parameters() * dtype.itemsize,
                     checkpoint.parameters() * dtype.itemsize,
                     checkpoint.sampler,
                 )
@@ -69,8 +77,8 @@ def bench(
     latents = _latents(place if is_file else None, checkpoint, where)
     tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
     steps = [
-        _time(name, load, size, sampler, latents, tokens, where, repeats)
-        for name, load, size, sampler in rows
+        _time(name, load, size, held, sampler, latents, tokens, where, repeats, note)
+        for name, load, size, held, sampler in rows
     ]
     return {
         "model": str(path),
@@ -81,7 +89,7 @@ def bench(
         "latents": list(latents),
         "cond_tokens": tokens,
         "steps": steps,
-        "phases": _phases(path, original, where, compute, resolution),
+        "phases": _phases(path, original, where, compute, resolution, sampling_steps, note),
     }
 
 
@@ -105,19 +113,27 @@ def _time(
     name: str,
     load: Callable[[], Network],
     size: int,
+    held: int,
     sampler: SamplerDefaults,
     latents: Sequence[int],
     tokens: int,
     device: str,
     repeats: int,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Loads, times guided steps (a batch of two where guidance is no embedding), lets go."""
+    return_memory()
+    base = 0 if device != "cpu" else (resident() or 0) + LIBRARIES
     meter = PhaseMeter({})
     with meter("load"):
         network = load()
     config = network.config
     place = next(p for p in network.parameters() if p.is_floating_point())
     batch = 1 if config.guidance_embed else 2
+    engine = isinstance(network, EngineDiT) and dispatch.cpu_engine("int8 a8 DiT")
+    working = step_bytes(config, tuple(latents), tokens, batch, place.dtype, engine=engine)
+    meter.predicted = {"step": base + held + working}
+    note(f"{name}: {repeats + 1} steps, predicted peak {meter.predicted['step'] / 2**30:.2f} GiB")
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *latents, generator=rng).to(place)
     cond = torch.randn(batch, tokens, config.cond_channels, generator=rng).to(place)
@@ -151,19 +167,33 @@ def _time(
 
 
 def _phases(
-    path: str | Path, original: str | Path | None, device: str, compute: str, side: int | None
-) -> dict[str, Any] | None:
-    """Seconds and bytes of one picture to mesh, lean; None where parts are missing."""
+    path: str | Path,
+    original: str | Path | None,
+    device: str,
+    compute: str,
+    side: int | None,
+    steps: int | None,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be."""
     image = Image.new("RGBA", (256, 256))
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
     try:
         pipeline = Pipeline.open(path, device, compute, parts=original, memory="lean")
         if side is not None and hasattr(pipeline.decoder, "resolution"):
             pipeline.decoder.resolution = side
-        pipeline(image)
+        for phase, count in pipeline.predicted_bytes().items():
+            note(f"{phase}: predicted peak {count / 2**30:.2f} GiB")
+        pipeline(image, steps=steps)
     except UserError as error:
         return {"skipped": str(error)}
-    return {"seconds": pipeline.seconds, "bytes": pipeline.bytes}
+    return {
+        "seconds": pipeline.seconds,
+        "bytes": pipeline.bytes,
+        "steps": pipeline.settings(steps, None, None).steps,
+        "resolution": getattr(pipeline.decoder, "resolution", None),
+        "queries": getattr(pipeline.decoder, "queries", None),
+    }
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -174,8 +204,7 @@ def describe(result: dict[str, Any]) -> str:
     ]
     base = result["steps"][0]["median_seconds"]
     for row in result["steps"]:
-        peak = row["memory"]["peak"]
-        memory = f", peak {peak / 2**30:.2f} GiB" if peak else ""
+        memory = _memory(row["memory"])
         speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
         lines.append(
             f"{row['name']:14} {row['bytes'] / 2**30:7.3f} GiB  "
@@ -187,7 +216,13 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"phases not timed: {phases['skipped']}")
     else:
         for phase, seconds in phases["seconds"].items():
-            peak = phases["bytes"][phase]["peak"]
-            memory = f", peak {peak / 2**30:.2f} GiB" if peak else ""
-            lines.append(f"{phase:14} {seconds:8.2f} s{memory}")
+            lines.append(f"{phase:14} {seconds:8.2f} s{_memory(phases['bytes'][phase])}")
     return "\n".join(lines)
+
+
+def _memory(found: dict[str, int | None]) -> str:
+    if not found["peak"]:
+        return ""
+    predicted = found["predicted"]
+    words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
+    return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vitapack.runtime.activations import encoder_bytes
 from vitapack.runtime.dinov2 import MEAN, STD, config_of, is_linear, load
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.images import separate
@@ -49,6 +50,10 @@ class ImageConditioner:
     @property
     def nbytes(self) -> int:
         return self.encoder.nbytes
+
+    @property
+    def working_bytes(self) -> int:
+        return self.encoder.working_bytes
 
     def free(self) -> None:
         self.encoder.free()
@@ -101,11 +106,13 @@ def encoder_part(
     settings: Mapping[str, Any] | None = None,
     *,
     plain_norm: bool = False,
+    pixels: int = 0,
 ) -> Part[nn.Module]:
     """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears.
 
     `settings`: the checkpoint's own configuration of it, None where it has none. `plain_norm`: a
-    LayerNorm without affine, eps 1e-5, in place of the last one, as TRELLIS has it.
+    LayerNorm without affine, eps 1e-5, in place of the last one, as TRELLIS has it. `pixels`: a
+    side of the pictures, by default those that the position table is for.
     FormatError where the tensors are not those of a DINOv2.
     """
     tail = "embeddings.cls_token"
@@ -121,7 +128,8 @@ def encoder_part(
             network.layernorm = nn.LayerNorm(config.hidden, eps=1e-5, elementwise_affine=False)
         return network
 
-    return Part(loaded, filled_bytes(inner, dtype, bits, is_linear))
+    working = encoder_bytes(config, pixels or config.places * config.patch, dtype)
+    return Part(loaded, filled_bytes(inner, dtype, bits, is_linear), working)
 
 
 # --- Pictures ------------------------------------------------------------------------------------

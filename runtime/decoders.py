@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitapack.runtime.grid import coarse_to_fine, dense
+from vitapack.runtime.activations import (
+    occupancy_bytes,
+    refine_bytes,
+    surface_bytes,
+    volume_bytes,
+)
+from vitapack.runtime.grid import CHUNK, coarse_to_fine, dense
 from vitapack.runtime.parts import Net, Part, Source, fill, filled_bytes
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
@@ -20,8 +26,10 @@ from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
 class VolumeDecoder:
     """A ShapeVAE: latents (1, n, c) to (R + 1)^3 logits, evaluated near the surface only."""
 
-    def __init__(self, decoder: Part[ShapeDecoder], config: ShapeDecoderConfig) -> None:
-        self.decoder, self.config = decoder, config
+    def __init__(
+        self, decoder: Part[ShapeDecoder], config: ShapeDecoderConfig, device: str = "cpu"
+    ) -> None:
+        self.decoder, self.config, self.device = decoder, config, device
         self.latent_shape: tuple[int, ...] = (config.latents, config.channels)
         self.bounds = config.bounds
         self.resolution = 384  # of the published pipelines
@@ -30,8 +38,18 @@ class VolumeDecoder:
 
     @property
     def nbytes(self) -> int:
-        """Of the network and the grid with its interpolation and masks: 10 bytes a node."""
-        return self.decoder.nbytes + 10 * (self.resolution + 1) ** 3
+        return self.decoder.nbytes
+
+    @property
+    def working_bytes(self) -> int:
+        """Of the network at work, and on a CPU of the grid, which always lies there."""
+        grid = refine_bytes(self.resolution) if self.device == "cpu" else 0
+        return self.decoder.working_bytes + grid
+
+    @property
+    def surface_bytes(self) -> int:
+        """Of the surface's extraction, which needs no network."""
+        return surface_bytes(self.resolution) if self.device == "cpu" else 0
 
     def free(self) -> None:
         self.decoder.free()
@@ -53,8 +71,10 @@ class OccupancyGrid:
     turned to y up, front +z, like everything else here.
     """
 
-    def __init__(self, decoder: Part[OccupancyDecoder], config: OccupancyConfig) -> None:
-        self.decoder, self.config = decoder, config
+    def __init__(
+        self, decoder: Part[OccupancyDecoder], config: OccupancyConfig, device: str = "cpu"
+    ) -> None:
+        self.decoder, self.config, self.device = decoder, config, device
         side = config.resolution
         self.latent_shape: tuple[int, ...] = (config.latent_channels, side, side, side)
         self.bounds = 0.5 + 0.5 / config.side
@@ -62,6 +82,14 @@ class OccupancyGrid:
     @property
     def nbytes(self) -> int:
         return self.decoder.nbytes
+
+    @property
+    def working_bytes(self) -> int:
+        return self.decoder.working_bytes
+
+    @property
+    def surface_bytes(self) -> int:
+        return surface_bytes(self.config.side) if self.device == "cpu" else 0
 
     def free(self) -> None:
         self.decoder.free()
@@ -77,18 +105,26 @@ class OccupancyGrid:
 def volume_decoder(
     source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
 ) -> VolumeDecoder:
-    return VolumeDecoder(_part(lambda: ShapeDecoder(config), source, dtype, device), config)
+    working = volume_bytes(config, CHUNK, dtype)
+    part = _part(lambda: ShapeDecoder(config), source, dtype, device, working)
+    return VolumeDecoder(part, config, torch.device(device).type)
 
 
 def occupancy_grid(
     source: Source, config: OccupancyConfig, dtype: torch.dtype, device: str | torch.device
 ) -> OccupancyGrid:
-    return OccupancyGrid(_part(lambda: OccupancyDecoder(config), source, dtype, device), config)
+    working = occupancy_bytes(config, dtype)
+    part = _part(lambda: OccupancyDecoder(config), source, dtype, device, working)
+    return OccupancyGrid(part, config, torch.device(device).type)
 
 
 def _part(
-    make: Callable[[], Net], source: Source, dtype: torch.dtype, device: str | torch.device
+    make: Callable[[], Net],
+    source: Source,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    working: int,
 ) -> Part[Net]:
     """A decoder in `dtype`, loaded on first use."""
     nbytes = filled_bytes(source, dtype, 16, lambda _name, _shape: False)
-    return Part(lambda: fill(make, source, dtype, device), nbytes)
+    return Part(lambda: fill(make, source, dtype, device), nbytes, working)

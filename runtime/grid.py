@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]  # (points done, points known so far)
 # Fewer cells a side than this lose whole legs of chairs; the reference uses the same number.
 COARSEST = 63
 MAX_RESOLUTION = 2048
+CHUNK = 8000  # points a call, as the reference's
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def dense(
     resolution: int,
     bounds: float,
     *,
-    chunk: int = 8000,
+    chunk: int = CHUNK,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Grid:
@@ -63,7 +64,7 @@ def coarse_to_fine(
     *,
     level: float = 0.0,
     margin: float = 0.0,
-    chunk: int = 8000,
+    chunk: int = CHUNK,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Grid:

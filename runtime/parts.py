@@ -54,12 +54,15 @@ class Source:
 
 
 class Part(Generic[T]):
-    """A network that is loaded on first use and can be freed again."""
+    """A network that is loaded on first use and can be freed again.
 
-    def __init__(self, load: Callable[[], T], nbytes: int) -> None:
+    `nbytes` of weights, `working_bytes` of what a call holds beside them (see activations.py).
+    """
+
+    def __init__(self, load: Callable[[], T], nbytes: int, working_bytes: int = 0) -> None:
         self._load: Callable[[], T] | None = load
         self._network: T | None = None
-        self.nbytes = nbytes
+        self.nbytes, self.working_bytes = nbytes, working_bytes
 
     def __call__(self) -> T:
         if self._network is None:
@@ -73,7 +76,7 @@ class Part(Generic[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: the network itself, since a loader cannot travel."""
-        return {"_load": None, "nbytes": self.nbytes, "_network": self()}
+        return vars(self) | {"_load": None, "_network": self()}
 
     def free(self) -> None:
         if self._load is None:

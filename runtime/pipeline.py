@@ -10,7 +10,8 @@ what else was in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 
 import vitapack
+from vitapack.kernels import dispatch
 from vitapack.runtime import packed, sampling
+from vitapack.runtime.activations import LIBRARIES, TRANSFORMERS, step_bytes
 from vitapack.runtime.conditioner import Picture
 from vitapack.runtime.denoise import denoise
 from vitapack.runtime.device import chosen_device
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import (
     BUNDLED,
@@ -34,11 +38,12 @@ from vitapack.runtime.families import (
     step1x3d,
     trellis,
 )
+from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter, keep_no_holes
+from vitapack.runtime.memory import PhaseMeter, keep_no_holes, resident
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.parts import Part, packed_part, part_of
-from vitapack.runtime.trellis import Network
+from vitapack.runtime.trellis import FlowConfig, Network
 from vitapack.runtime.weights import is_packed
 
 # How each family sees a picture and what its latents become.
@@ -62,9 +67,12 @@ class Pipeline:
         sha256: str,
         variant: str = "",
         memory: str = "resident",
+        step_bytes: Callable[[int, int], int] | None = None,
+        on_gpu: bool = False,
     ) -> None:
         """Whatever has a `free` method (a Part, the families' conditioners and decoders) is loaded
-        when its phase begins, and freed after it where `memory` is "lean"."""
+        when its phase begins, and freed after it where `memory` is "lean". `step_bytes`: of a call
+        of the DiT beside its weights, by condition tokens and batch."""
         if memory not in MEMORY:
             raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
         if memory == "lean":
@@ -73,6 +81,10 @@ class Pipeline:
         self.conditioner, self.decoder = conditioner, decoder
         self.family, self.source, self.source_sha256 = family, source, sha256
         self.variant, self.memory = variant, memory
+        self._step_bytes = step_bytes
+        self._base = 0 if on_gpu else (resident() or 0) + LIBRARIES
+        if not on_gpu and hasattr(conditioner, "encoder") and "transformers" not in sys.modules:
+            self._base += TRANSFORMERS  # its encoder will need them
         self.seconds: dict[str, float] = {}  # of the last call, by phase
         self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
 
@@ -125,7 +137,8 @@ class Pipeline:
         family = FAMILIES[_known(header.family, str(path))]
         original = None if parts is None else _original(header, parts)
         conditioner = packed_part(header, "conditioner", original)
-        decoder = packed_part(header, "shape_decoder", original)
+        decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
+        engine = compute == "a8" and where == "cpu" and dispatch.cpu_engine("int8 a8 DiT")
         return cls(
             Part(
                 lambda: packed.load_packed_dit(
@@ -135,12 +148,14 @@ class Pipeline:
             ),
             sampling.SamplerDefaults.from_json(header.sampler),
             family.conditioner(conditioner, dtype, where, encoder_bits),
-            family.shape_decoder(decoder, dtype, where),
+            decoder,
             family=header.family,
             source=str(path),
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
+            step_bytes=_step(packed.dit_config(header), decoder, dtype, engine),
+            on_gpu=where != "cpu",
         )
 
     @classmethod
@@ -158,7 +173,7 @@ class Pipeline:
         where = chosen_device(device)
         dtype = torch.float32 if where == "cpu" else torch.float16
         conditioner = part_of(checkpoint, "conditioner")
-        decoder = part_of(checkpoint, "shape_decoder")
+        decoder = family.shape_decoder(part_of(checkpoint, "shape_decoder"), dtype, where)
         return cls(
             Part(
                 lambda: dit_of(checkpoint, dtype=dtype, device=where),
@@ -166,21 +181,40 @@ class Pipeline:
             ),
             checkpoint.sampler,
             family.conditioner(conditioner, dtype, where, encoder_bits),
-            family.shape_decoder(decoder, dtype, where),
+            decoder,
             family=checkpoint.family,
             source=str(checkpoint.path),
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
+            step_bytes=_step(checkpoint.config, decoder, dtype, engine=False),
+            on_gpu=where != "cpu",
         )
 
-    def predicted_bytes(self) -> dict[str, int]:
-        """Weights in memory by phase (with the decoder's grid), known before anything is loaded."""
-        holders = (self.conditioner, self._dit, self.decoder)
-        return {
-            phase: getattr(holder, "nbytes", 0)
-            for phase, holder in zip(PHASES, holders, strict=True)
+    def predicted_bytes(self, *, views: int = 1, one_batch: bool | None = None) -> dict[str, int]:
+        """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
+        on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
+        holders = dict(zip(PHASES, (self.conditioner, self._dit, self.decoder), strict=True))
+        weights = {phase: getattr(holder, "nbytes", 0) for phase, holder in holders.items()}
+        working = {
+            "condition": getattr(self.conditioner, "working_bytes", 0),
+            "denoise": self._denoise_bytes(views, one_batch),
+            "decode": getattr(self.decoder, "working_bytes", 0),
         }
+        found, kept = {}, 0
+        for phase in PHASES:
+            if self.memory != "lean":
+                kept += weights[phase]  # and what came before stays
+            found[phase] = self._base + max(kept, weights[phase]) + working[phase]
+        surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
+        return found | {"decode": max(found["decode"], surface)}
+
+    def _denoise_bytes(self, views: int, one_batch: bool | None) -> int:
+        if self._step_bytes is None:
+            return 0
+        twice = self.memory != "lean" if one_batch is None else one_batch
+        tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
+        return self._step_bytes(tokens, 2 if twice else 1)
 
     def _free(self, holder: Any) -> None:
         if self.memory == "lean" and hasattr(holder, "free"):
@@ -260,7 +294,8 @@ class Pipeline:
         """A mesh whose metadata says how it was made. Raises UserError for a picture without an
         object, for a step count that the packed file has no tables for, for an empty shape."""
         settings = self.settings(steps, guidance, sampler)
-        meter = PhaseMeter(self.predicted_bytes())
+        views = len(image) if isinstance(image, Mapping) else 1
+        meter = PhaseMeter(self.predicted_bytes(views=views, one_batch=one_batch))
         with meter("condition"):
             cond = self.condition(image, name)
             self._free(self.conditioner)
@@ -292,6 +327,18 @@ class Pipeline:
             "guidance": settings.guidance,
         }
         return replace(mesh, metadata=metadata)
+
+
+def _step(
+    config: DiTConfig | FlowConfig, decoder: Any, dtype: torch.dtype, engine: bool
+) -> Callable[[int, int], int]:
+    """Bytes of a step by condition tokens and batch; guidance that is embedded needs no second."""
+
+    def step(tokens: int, batch: int) -> int:
+        batch = 1 if config.guidance_embed else batch
+        return step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
+
+    return step
 
 
 def _known(family: str, source: str) -> str:

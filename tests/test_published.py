@@ -47,7 +47,7 @@ def test_the_paper_s_operations_are_met():
 
 
 def test_whole_loops_of_an_original_and_a_packed_network(tmp_path: Path):
-    encoder = Dinov2Config(32, 1, 1, 14, 3, 0, 32, swiglu=True)
+    encoder = Dinov2Config(64, 1, 1, 14, 3, 0, 4, swiglu=True)
     sizes = Sizes(
         hidden=32, heads=1, depth=(8, 16), latents=6, decoder_width=32, decoder_heads=1,
         decoder_layers=1, encoder=encoder,

@@ -154,6 +154,8 @@ def generate(options: argparse.Namespace) -> None:
             raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
         pipeline.decoder.resolution = options.resolution
     written, failed = [], []
+    if not options.quiet:
+        print(f"memory: {predicted_line(pipeline.predicted_bytes())}", file=sys.stderr)
     with progress(options.quiet) as report:
         for number, path in enumerate(paths):
             report(number, len(paths), "meshes")
@@ -193,12 +195,21 @@ def mesh_line(row: dict[str, Any]) -> str:
     shape = row["mesh"]
     words = "watertight" if shape["watertight"] else "not watertight"
     peaks = [part["peak"] for part in row["bytes"].values() if part["peak"] is not None]
+    predicted = max(part["predicted"] or 0 for part in row["bytes"].values())
     memory = f", peak {max(peaks) / 2**30:.2f} GiB" if peaks else ""
+    if peaks and predicted:
+        memory += f" (predicted {predicted / 2**30:.2f})"
     return (
         f"{row['file']}  {sum(row['seconds'].values()):.1f} s{memory}; {shape['faces']} faces, "
         f"{words}, components {shape['components']}, Euler number {shape['euler_number']}, "
         f"volume {shape['volume']:.3g}"
     )
+
+
+def predicted_line(predicted: dict[str, int]) -> str:
+    """Of the peaks by phase, before the run."""
+    parts = (f"{phase} {count / 2**30:.2f} GiB" for phase, count in predicted.items())
+    return f"predicted peaks: {', '.join(parts)}"
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -230,6 +241,8 @@ def bench(options: argparse.Namespace) -> None:
     result = runner.bench(
         options.model, original=options.original, device=options.device, compute=options.compute,
         repeats=options.repeats, cond_tokens=options.cond_tokens, resolution=options.resolution,
+        sampling_steps=options.steps,
+        note=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if options.out:
         write_json(options.out, result)
@@ -408,6 +421,7 @@ def build_parser() -> Parser:
     sub.add_argument("--compute", choices=("a16", "a8"), default="a16")
     sub.add_argument("--repeats", type=at_least_one, default=5)
     sub.add_argument("--cond-tokens", type=at_least_one)
+    sub.add_argument("--steps", type=at_least_one, help="of the one picture to mesh")
     sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
 
     sub = command(

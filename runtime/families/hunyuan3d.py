@@ -236,7 +236,7 @@ def conditioner(
     views = str(main.get("type", "")).endswith("MV")
     settings = kwargs.get("config") if isinstance(kwargs, dict) else None
     settings = settings if isinstance(settings, dict) else None
-    part = encoder_part(source, dtype, device, bits, settings)
+    part = encoder_part(source, dtype, device, bits, settings, pixels=pixels)
     return ImageConditioner(part, prepare, views=views)
 
 

@@ -1,0 +1,92 @@
+"""Bytes that each phase holds beside its weights, known before anything is loaded.
+
+Each formula adds up the tensors that are alive together at the fullest moment of a network's
+forward pass, in units of one token's channels; tests count them in the running networks. Attention
+is a fused kernel everywhere, so no term grows with the square of the tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vitapack.runtime.dinov2 import Dinov2Config
+from vitapack.runtime.dit import DiTConfig
+from vitapack.runtime.shape_decoder import ShapeDecoderConfig
+from vitapack.runtime.trellis import FlowConfig, OccupancyConfig
+
+# What a process on a CPU takes once it computes, beside tensors and what it had when its pipeline
+# was made: code and buffers of oneDNN and MKL, scipy, scikit-image. 90 to 120 MB (torch 2.13).
+LIBRARIES = 110 << 20
+TRANSFORMERS = 220 << 20  # of which no more than its DINOv2 is used
+ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_dit.cpp)
+
+
+def encoder_bytes(config: Dinov2Config, pixels: int, dtype: torch.dtype) -> int:
+    """One square picture through DINOv2: the MLP of a layer, with x held three times around it.
+
+    A gated MLP's first two projections may be one or two tensors, after transformers' version.
+    """
+    tokens = 1 + config.registers + (pixels // config.patch) ** 2
+    wide = (4 if config.swiglu else 2) * config.wide
+    return dtype.itemsize * (tokens * (3 * config.hidden + wide) + 3 * pixels**2)
+
+
+def step_bytes(
+    config: DiTConfig | FlowConfig,
+    latents: tuple[int, ...],
+    cond_tokens: int,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    engine: bool = False,
+) -> int:
+    """One call of the network on `batch` items; `engine`: by the CPU's fused int8 blocks."""
+    h, m, size = config.hidden, config.mlp_hidden, dtype.itemsize
+    if isinstance(config, FlowConfig):
+        tokens = (config.resolution // config.patch) ** 3
+        channels = config.token_channels
+        given = batch * (2 * tokens * channels + cond_tokens * config.cond_channels) * size
+        # x of the caller and of the block, the MLP's input, its two wide tensors.
+        return given + batch * tokens * (3 * h + 2 * m) * size
+    count = latents[0]
+    tokens = count + cond_tokens
+    given = batch * (2 * count * config.in_channels + cond_tokens * config.cond_channels) * size
+    if engine:
+        # Two float32 streams; q, k and v in bytes, with 28 bytes a head of scales and sums.
+        fused = batch * tokens * (2 * 4 * h + 3 * h + 28 * config.heads)
+        rows = torch.get_num_threads() * ENGINE_ROWS * 5 * (h + m)
+        return given + fused + rows
+    # Single block: x and its halves outside, linear1's 3h + m, q and k, attention, the wide part,
+    # and both joined. Double block: both streams outside and inside, q, k and v twice, attention,
+    # then the MLP of the longer stream.
+    single = tokens * (8 * h + 3 * m) if config.single_blocks else 0
+    double = tokens * 10 * h + max(count, cond_tokens) * (3 * h + 2 * m)
+    return given + batch * max(single, double if config.double_blocks else 0) * size
+
+
+def volume_bytes(config: ShapeDecoderConfig, chunk: int, dtype: torch.dtype) -> int:
+    """The shape decoder: its transformer on all latents, or its cross-attention on one chunk."""
+    width, geo = config.width, config.geo_width
+    tokens = config.latents * (3 + 2 * 4) * width
+    point = (3 + 2 * config.geo_mlp_expand) * geo + 3 + 6 * config.num_freqs
+    asked = chunk * point + 2 * config.latents * geo
+    return dtype.itemsize * max(tokens, asked)
+
+
+def refine_bytes(resolution: int) -> int:
+    """A grid's values, their interpolation and masks: 10 bytes a node; and what is made around the
+    surface of an object that fills the cube: 2000 R^2 (measured at R = 192 and 384)."""
+    return 10 * (resolution + 1) ** 3 + 2000 * resolution**2
+
+
+def surface_bytes(resolution: int) -> int:
+    """Marching cubes on two or three grids, or the mesh of 6 R^2 faces as it is cleaned."""
+    nodes = (resolution + 3) ** 3
+    return max(9 * nodes, 4 * nodes + 2200 * resolution**2)
+
+
+def occupancy_bytes(config: OccupancyConfig, dtype: torch.dtype) -> int:
+    """TRELLIS' convolutions: four times the largest level, and its channels-last normalisation."""
+    levels = enumerate(config.channels)
+    largest = max(channels * (config.resolution * 2**level) ** 3 for level, channels in levels)
+    return int(4.25 * largest) * dtype.itemsize
