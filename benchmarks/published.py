@@ -5,6 +5,7 @@
     python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
     python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
     python -m benchmarks.published passes --work /tmp/published    # picture to mesh on the CPU
+    python -m benchmarks.published bench --work /tmp/published     # beside the original, grid 384
     python -m benchmarks.published page                            # docs/published.md from the JSON
 
 Each model is written, measured and deleted in turn: at most 8 GB of disk at a time. Every measured
@@ -28,8 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import paper_tables
-from benchmarks.markdown import table
+from benchmarks import paper_tables, published_page
 from benchmarks.paper_tables import MODELS
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
@@ -41,7 +41,7 @@ from vitapack.runtime.families import Checkpoint, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
-PAGE = ROOT / "docs" / "published.md"
+WHAT = ("sizes", "tables", "gpu", "maps", "passes", "bench", "page")
 PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
 
 # Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
@@ -201,108 +201,47 @@ def passes(work: Path, names: list[str], steps: int, resolution: int) -> None:
         out.unlink()
 
 
-def gib(count: float) -> str:
-    return f"{count / 2**30:.3f}"
+def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """`vitapack bench` of a packed file beside its original, a whole pass at `resolution` with it.
+
+    With --keep the checkpoint and packed file in `work` are used where they are, and stay.
+    """
+    for name in names:
+        plan = options.plans[0]
+        folder, out = work / name, work / f"{name}-{plan}.safetensors"
+        if not (options.keep and folder.exists()):
+            write(name, folder)
+        if not (options.keep and out.exists()):
+            steps = str(options.steps)
+            child("compress", str(folder), "--plan", plan, "--steps", steps, "--no-embed",
+                  "-o", str(out), "--quiet")  # fmt: skip
+        measured, text = child(
+            "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
+            "--repeats", str(options.repeats), "--steps", str(options.steps),
+            "--resolution", str(options.resolution), "--json", "--quiet",
+        )  # fmt: skip
+        save("bench", name, json.loads(text) | {"plan": plan, "process": measured})
+        print(text, flush=True)
+        if not options.keep:
+            shutil.rmtree(folder)
+            out.unlink()
 
 
 def page() -> None:
-    """docs/published.md, from the results alone."""
-    data = json.loads(RESULTS.read_text())
-    machine = data["machine"]
-    found = data.get("maps", {})
-    lines = [
-        "# The published models at full size",
-        "",
-        "Random weights in the released layouts (`vitapack random-checkpoint`): sizes, operations",
-        "and memory are real, no mesh means anything. Written by",
-        f"`python -m benchmarks.published` on {machine['cores']} cores of {machine['cpu']}, torch "
-        f"{machine['torch']},",
-        "shared with other work: seconds are upper bounds.",
-        "",
-        *paper_tables.lines(data.get("tables", {}), data.get("gpu", {})),
-        *maps_lines(found, data.get("sizes", {})),
-        "## Compressing them, disk to disk",
-        "",
-        "Peak of the whole process, and what of it is beyond Python with torch imported.",
-        "",
-        *table(
-            "| model | plan | source GB | seconds | GB/s | peak GB | beyond torch GB |",
-            [
-                f"| {name} | {plan} | {row['source_bytes'] / 1e9:.2f} | {entry['seconds']:.0f} | "
-                f"{entry['gigabytes_per_second']:.3f} | {entry['peak'] / 1e9:.2f} | "
-                f"{(entry['peak'] - entry['base']) / 1e9:.2f} |"
-                for name, row in found.items()
-                for plan, entry in row["maps"].items()
-            ],
-        ),
-        "",
-    ]
-    if ran := data.get("passes"):
-        lines += passes_lines(ran)
-    with atomic_path(PAGE) as part:
-        part.write_text("\n".join(lines))
-
-
-def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, row in found.items():
-        exact = {plan: gib(count) for plan, count in sizes.get(name, {}).items()}
-        rows.append(
-            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | "
-            f"{MODELS[name].rows['adaptive'].gib:g} | "
-            f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
-            f"{exact.get('int4', '')} |"
-        )
-    return [
-        "## The paper's layer maps",
-        "",
-        "Every linear of a kept block in 8 or 4 bits, modulation as exact fp16 tables at the given",
-        "steps. GiB; `paper` is what it states for its own format with the same map.",
-        "",
-        *table("| model | fp16 | steps | paper | ours | int8, unpruned | int4, unpruned |", rows),
-        "",
-        "Which blocks the paper pruned is published in part; what was assumed:",
-        "",
-        *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
-        "",
-    ]
-
-
-def passes_lines(ran: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, row in ran.items():
-        cells = [
-            f"{part['predicted'] / 1e9:.2f} / {part['peak'] / 1e9:.2f}"
-            for part in (row["bytes"][phase] for phase in ("condition", "denoise", "decode"))
-        ]
-        peak = max(part["peak"] for part in row["bytes"].values())
-        rows.append(
-            f"| {name} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
-            f"{peak / 1e9:.2f} | {(peak - row['generate']['base']) / 1e9:.2f} |"
-        )
-    return [
-        "## Picture to mesh on the CPU, one network in memory at a time",
-        "",
-        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
-        "few steps. GB: predicted weights and grid, without activations / process peak.",
-        "",
-        *table(
-            "| model | steps | grid | condition | denoise | decode | process | beyond torch |", rows
-        ),
-        "",
-    ]
+    published_page.write(json.loads(RESULTS.read_text()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("sizes", "tables", "gpu", "maps", "passes", "page"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--work", type=Path, default=Path("published-work"))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS))
     parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--device", default="cuda", help="of `gpu`")
-    parser.add_argument("--repeats", type=int, default=5, help="of `gpu`")
+    parser.add_argument("--repeats", type=int, default=5, help="of `gpu` and `bench`")
+    parser.add_argument("--keep", action="store_true", help="`bench`: use and leave what is there")
     options = parser.parse_args()
     if options.what == "sizes":
         sizes(options.work, options.models or list(MODELS))
@@ -312,6 +251,8 @@ def main() -> None:
         gpu(options.work, options.models or list(MODELS), options.device, options.repeats)
     elif options.what == "maps":
         maps(options.work, options.models or list(MODELS), options.plans)
+    elif options.what == "bench":
+        bench(options.work, options.models or ["hunyuan3d-2mini"], options)
     elif options.what == "passes":
         passes(options.work, options.models or list(PASSES), options.steps, options.resolution)
     page()

@@ -11,7 +11,7 @@ what else was in the batch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import vitapack
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed, sampling
 from vitapack.runtime.activations import LIBRARIES, TRANSFORMERS, step_bytes
-from vitapack.runtime.conditioner import Picture
+from vitapack.runtime.conditioner import VIEWS, Picture
 from vitapack.runtime.denoise import denoise
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit import DiTConfig
@@ -228,6 +228,16 @@ class Pipeline:
         asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "name": sampler}
         return replace(self.sampler, **{k: v for k, v in asked.items() if v is not None})
 
+    def check_views(self, views: Collection[str]) -> None:
+        """UserError unless this model takes views of these names together."""
+        several = getattr(self.conditioner, "views", False)
+        known = VIEWS if several else VIEWS[:1]
+        if odd := [view for view in views if view not in known]:
+            takes = f"views {', '.join(VIEWS)}" if several else "one picture, no views"
+            raise UserError(f"view {odd[0]!r}: {self.variant or self.family} takes {takes}")
+        if not views:
+            raise UserError("no picture was given")
+
     def condition(self, image: Picture, name: str = "image") -> Tensor:
         """Condition tokens (1, N, D) of a picture, or of views by name ("front", "left", ...)."""
         return self.conditioner(image, name)
@@ -291,10 +301,16 @@ class Pipeline:
         one_batch: bool | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Mesh:
-        """A mesh whose metadata says how it was made. Raises UserError for a picture without an
-        object, for a step count that the packed file has no tables for, for an empty shape."""
+        """A mesh whose metadata says how it was made. `image`: a picture, or views by name
+        ("front", "left", "back", "right") for a model of several. UserError for a picture without
+        an object, for a step count that the packed file has no tables for, for an empty shape."""
         settings = self.settings(steps, guidance, sampler)
-        views = len(image) if isinstance(image, Mapping) else 1
+        views = 1
+        if isinstance(image, Mapping):
+            self.check_views(image)
+            views = len(image)
+            if not getattr(self.conditioner, "views", False):
+                image = image[VIEWS[0]]
         meter = PhaseMeter(self.predicted_bytes(views=views, one_batch=one_batch))
         with meter("condition"):
             cond = self.condition(image, name)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import vitapack
 from vitapack.runtime.errors import UserError, atomic_path
 
+VIEWS = ("front", "left", "back", "right")  # as in the conditioner, which imports torch
 Report = Callable[[int, int, str], None]  # done, total, what
 
 
@@ -133,18 +134,12 @@ def compress(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from vitapack.runtime.images import find_images, load_image
+    from vitapack.runtime.images import load_image
     from vitapack.runtime.mesh import report as describe_mesh
     from vitapack.runtime.mesh import save
     from vitapack.runtime.pipeline import Pipeline
 
-    paths = find_images(options.images)
-    stems = [path.stem for path in paths]
-    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise UserError(
-            f"two pictures are called {repeated[0]!r}, so one mesh would overwrite the other; "
-            "rename one of them"
-        )
+    objects = pictures_of(options)
     pipeline = Pipeline.open(
         options.packed, device=options.device, compute=options.compute, parts=options.parts,
         memory=options.memory,
@@ -154,20 +149,26 @@ def generate(options: argparse.Namespace) -> None:
             raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
         pipeline.decoder.resolution = options.resolution
     written, failed = [], []
+    views = max(map(len, objects))
+    if "" not in objects[0]:
+        pipeline.check_views(objects[0])
     if not options.quiet:
-        print(f"memory: {predicted_line(pipeline.predicted_bytes())}", file=sys.stderr)
+        predicted = pipeline.predicted_bytes(views=views)
+        print(f"memory: {predicted_line(predicted)}", file=sys.stderr)
     with progress(options.quiet) as report:
-        for number, path in enumerate(paths):
-            report(number, len(paths), "meshes")
+        for number, places in enumerate(objects):
+            path = next(iter(places.values()))
+            report(number, len(objects), "meshes")
             target = options.out / f"{path.stem}.{options.format}"
             try:
+                images = {view: load_image(place) for view, place in places.items()}
                 mesh = pipeline(
-                    load_image(path), name=str(path), seed=options.seed, steps=options.steps,
-                    guidance=options.guidance, sampler=options.sampler,
+                    images.get("", images), name=str(path), seed=options.seed,
+                    steps=options.steps, guidance=options.guidance, sampler=options.sampler,
                 )  # fmt: skip
             except UserError as error:
                 # One bad picture must not cost the folder its other meshes.
-                if len(paths) == 1:
+                if len(objects) == 1:
                     raise
                 failed.append(str(error))
                 continue
@@ -181,13 +182,46 @@ def generate(options: argparse.Namespace) -> None:
                     "bytes": pipeline.bytes,
                 }
             )
-        report(len(paths), len(paths), "meshes")
+        report(len(objects), len(objects), "meshes")
     lines = [mesh_line(row) for row in written]
     say(options, {"written": written, "failed": failed}, "\n".join(lines))
     if failed:
         for line in failed:
             print(f"vitapack: {line}", file=sys.stderr)
-        raise UserError(f"{len(failed)} of {len(paths)} pictures gave no mesh (named above)")
+        raise UserError(f"{len(failed)} of {len(objects)} pictures gave no mesh (named above)")
+
+
+def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
+    """What each mesh is made from: {"": picture}, or {"front": picture, "left": picture, ...}."""
+    from vitapack.runtime.images import find_images
+
+    views = {view: getattr(options, view) for view in VIEWS if getattr(options, view)}
+    if views and options.images:
+        raise UserError(
+            f"--{next(iter(views))} gives views of one object, {options.images[0]} is a picture of "
+            "its own; give one or the other"
+        )
+    if views:
+        for view, path in views.items():
+            if path.is_dir():
+                raise UserError(f"--{view} {path}: a folder; expected one picture")
+        places = [path.resolve() for path in views.values()]
+        if len(set(places)) < len(places):
+            raise UserError(f"{places[0]}: the same picture for two views; they must differ")
+        return [views]
+    if not options.images:
+        raise UserError(
+            f"no picture: name pictures or folders, or views of one object with "
+            f"--{', --'.join(VIEWS)}"
+        )
+    paths = find_images(options.images)
+    stems = [path.stem for path in paths]
+    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UserError(
+            f"two pictures are called {repeated[0]!r}, so one mesh would overwrite the other; "
+            "rename one of them"
+        )
+    return [{"": path} for path in paths]
 
 
 def mesh_line(row: dict[str, Any]) -> str:
@@ -375,7 +409,10 @@ def build_parser() -> Parser:
         generate, "pictures to meshes", "generate model.safetensors chair.png -o meshes --seed 1"
     )
     sub.add_argument("packed", help="a packed file, or an original checkpoint")
-    sub.add_argument("images", type=Path, nargs="+", help="pictures or folders of pictures")
+    sub.add_argument("images", type=Path, nargs="*", help="pictures or folders of pictures")
+    for view in VIEWS:
+        sub.add_argument(f"--{view}", type=Path, metavar="IMAGE",
+                         help="a view of one object, for models of several")  # fmt: skip
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     sub.add_argument("--steps", type=at_least_one)
     sub.add_argument("--guidance", type=float)

@@ -1,0 +1,152 @@
+"""docs/published.md from benchmarks/results/published.json; `benchmarks.published` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import paper_tables
+from benchmarks.markdown import table
+from benchmarks.paper_tables import MODELS
+from vitapack.runtime.errors import atomic_path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.3f}"
+
+
+def write(data: dict[str, Any]) -> None:
+    """The whole page."""
+    machine = data["machine"]
+    found = data.get("maps", {})
+    lines = [
+        "# The published models at full size",
+        "",
+        "Random weights in the released layouts (`vitapack random-checkpoint`): sizes, operations",
+        "and memory are real, no mesh means anything. Written by",
+        f"`python -m benchmarks.published` on {machine['cores']} cores of {machine['cpu']}, torch "
+        f"{machine['torch']},",
+        "shared with other work: seconds are upper bounds.",
+        "",
+        *paper_tables.lines(data.get("tables", {}), data.get("gpu", {})),
+        *maps_lines(found, data.get("sizes", {})),
+        "## Compressing them, disk to disk",
+        "",
+        "Peak of the whole process, and what of it is beyond Python with torch imported.",
+        "",
+        *table(
+            "| model | plan | source GB | seconds | GB/s | peak GB | beyond torch GB |",
+            [
+                f"| {name} | {plan} | {row['source_bytes'] / 1e9:.2f} | {entry['seconds']:.0f} | "
+                f"{entry['gigabytes_per_second']:.3f} | {entry['peak'] / 1e9:.2f} | "
+                f"{(entry['peak'] - entry['base']) / 1e9:.2f} |"
+                for name, row in found.items()
+                for plan, entry in row["maps"].items()
+            ],
+        ),
+        "",
+    ]
+    if ran := data.get("passes"):
+        lines += passes_lines(ran)
+    for name, found in data.get("bench", {}).items():
+        lines += bench_lines(name, found)
+    with atomic_path(PAGE) as part:
+        part.write_text("\n".join(lines))
+
+
+def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in found.items():
+        exact = {plan: gib(count) for plan, count in sizes.get(name, {}).items()}
+        rows.append(
+            f"| {name} | {gib(row['fp16_bytes'])} | {row['steps']} | "
+            f"{MODELS[name].rows['adaptive'].gib:g} | "
+            f"**{gib(row['maps']['paper']['file_bytes'])}** | {exact.get('int8', '')} | "
+            f"{exact.get('int4', '')} |"
+        )
+    return [
+        "## The paper's layer maps",
+        "",
+        "Every linear of a kept block in 8 or 4 bits, modulation as exact fp16 tables at the given",
+        "steps. GiB; `paper` is what it states for its own format with the same map.",
+        "",
+        *table("| model | fp16 | steps | paper | ours | int8, unpruned | int4, unpruned |", rows),
+        "",
+        "Which blocks the paper pruned is published in part; what was assumed:",
+        "",
+        *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
+        "",
+    ]
+
+
+def passes_lines(ran: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in ran.items():
+        cells = [
+            f"{part['predicted'] / 1e9:.2f} / {part['peak'] / 1e9:.2f}"
+            for part in (row["bytes"][phase] for phase in ("condition", "denoise", "decode"))
+        ]
+        peak = max(part["peak"] for part in row["bytes"].values())
+        rows.append(
+            f"| {name} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
+            f"{peak / 1e9:.2f} | {(peak - row['generate']['base']) / 1e9:.2f} |"
+        )
+    return [
+        "## Picture to mesh on the CPU, one network in memory at a time",
+        "",
+        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
+        "few steps. GB: predicted / process peak.",
+        "",
+        *table(
+            "| model | steps | grid | condition | denoise | decode | process | beyond torch |", rows
+        ),
+        "",
+    ]
+
+
+def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
+    base = found["steps"][0]["median_seconds"]
+    rows = [
+        f"| {row['name']} | {gib(row['bytes'])} | {row['flops']['total'] / 1e12:.3f} | "
+        f"{row['median_seconds']:.2f} | {row['p90_seconds']:.2f} | {row['n']} | "
+        f"{row['median_seconds'] / base:.2f} | {row['tflops_per_second']:.3f} | "
+        f"{peaks(row['memory'])} |"
+        for row in found["steps"]
+    ]
+    lines = [
+        f"## `vitapack bench` on {name}, {found['plan']}, beside its original",
+        "",
+        f"One process, {found['threads']} threads, one after the other: a guided step (batch "
+        f"{found['steps'][0]['batch']}),",
+        f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. GiB of "
+        "the process: predicted before / peak.",
+        "",
+        *table(
+            "| network | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | predicted / peak |", rows
+        ),
+        "",
+    ]
+    phases = found["phases"]
+    if "skipped" in phases:
+        return [*lines, f"No whole pass: {phases['skipped']}", ""]
+    nodes = (phases["resolution"] + 1) ** 3
+    rows = [
+        f"| {phase} | {seconds:.1f} | {peaks(phases['bytes'][phase])} |"
+        for phase, seconds in phases["seconds"].items()
+    ]
+    return [
+        *lines,
+        f"Picture to mesh by the packed file (n = 1, {phases['steps']} steps, grid "
+        f"{phases['resolution']}, one network in memory at",
+        f"a time): the surface took {phases['queries']:,} queries, {nodes / phases['queries']:.1f} "
+        f"times fewer than all {nodes:,} nodes.",
+        "",
+        *table("| phase | s | predicted / peak, GiB |", rows),
+        "",
+    ]
+
+
+def peaks(memory: dict[str, int]) -> str:
+    return f"{memory['predicted'] / 2**30:.2f} / {memory['peak'] / 2**30:.2f}"
