@@ -169,8 +169,8 @@ def _step1x(sizes: Sizes, parts: Sequence[str], *, label: bool = False) -> Files
         "vae": ("decoder", vae, shapes_of(lambda: ShapeDecoder(decoder))),
         "visual_encoder": (
             "conditioner",
-            {"_class_name": "Dinov2Encoder"},
-            _prefixed("visual_encoder.", _dinov2(encoder)),
+            {"_class_name": "Dinov2Encoder", "image_size": 518, "zero_uncond_embeds": True},
+            _prefixed("dino_model.", _dinov2(encoder)),
         ),
     }
     if label:
@@ -178,8 +178,8 @@ def _step1x(sizes: Sizes, parts: Sequence[str], *, label: bool = False) -> Files
             "conditioner",
             {"_class_name": "LabelEncoder", "hidden_size": encoder.hidden},
             {
-                f"embedding_table_{what}.weight": (rows, encoder.hidden)
-                for what, rows in (("tpose", 4), ("symmetry", 3), ("geometry_quality", 4))
+                table: (rows, encoder.hidden)
+                for table, rows in zip(step1x3d.LABEL_TABLES, (3, 2, 3), strict=True)
             },
         )
     texts: dict[str, dict[str, Any]] = {

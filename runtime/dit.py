@@ -73,6 +73,13 @@ class DiTConfig:
     def mlp_hidden(self) -> int:
         return int(self.hidden * self.mlp_ratio)
 
+    @property
+    def clips(self) -> bool:
+        """Step1X-3D's class holds its token streams inside fp16's range where it runs in fp16,
+        Hunyuan3D's does not: one value that overflows there is NaN everywhere a layer later. Their
+        networks differ in the time MLP's activation."""
+        return self.time.activation == "gelu"
+
 
 def hunyuan_time(hidden: int) -> TimeEmbedding:
     """The time embedding of the Hunyuan3D family: t in 0..1, [cos | sin] of 256 channels."""
@@ -112,6 +119,11 @@ def layer_norm(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: (1 + scale) * LayerNorm(x) + shift, with (B or 1, 1, h) modulation."""
     return (1 + scale) * layer_norm(x) + shift
+
+
+def clipped(x: Tensor, clips: bool) -> Tensor:
+    """A token stream after a block's addition; `clips`: see `DiTConfig`."""
+    return x.clamp(-65504.0, 65504.0) if clips and x.dtype == torch.float16 else x
 
 
 class RMSNorm(nn.Module):
@@ -225,6 +237,7 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        self.clips = config.clips
         self.img_mod = Modulation(config.hidden, 6)
         self.img_attn = StreamAttention(config)
         self.img_mlp = mlp(config)
@@ -241,11 +254,11 @@ class DoubleBlock(nn.Module):
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
         joint = attention(q, k, v)
         y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
-        x = x + x_gate1 * self.img_attn.proj(x_out)
+        x = clipped(x + x_gate1 * self.img_attn.proj(x_out), self.clips)
         x = x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2))
-        y = y + y_gate1 * self.txt_attn.proj(y_out)
+        y = clipped(y + y_gate1 * self.txt_attn.proj(y_out), self.clips)
         y = y + y_gate2 * self.txt_mlp(modulate(y, y_shift2, y_scale2))
-        return x, y
+        return clipped(x, self.clips), clipped(y, self.clips)
 
 
 class SingleBlock(nn.Module):
@@ -253,7 +266,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.clips, self.heads = config.clips, config.heads
         self.widths = [3 * config.hidden, config.mlp_hidden]
         self.linear1 = nn.Linear(config.hidden, sum(self.widths))
         self.linear2 = nn.Linear(config.hidden + config.mlp_hidden, config.hidden)
@@ -267,7 +280,7 @@ class SingleBlock(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.norm(q, k)
         out = torch.cat([attention(q, k, v), F.gelu(wide, approximate="tanh")], dim=-1)
-        return z + gate * self.linear2(out)
+        return clipped(z + gate * self.linear2(out), self.clips)
 
 
 class FinalLayer(nn.Module):

@@ -23,6 +23,7 @@ from vitapack.runtime.dit import (
     SingleBlock,
     StreamAttention,
     When,
+    clipped,
 )
 from vitapack.runtime.linear import PackedLinear
 
@@ -65,10 +66,10 @@ def double_block(block: DoubleBlock, x: Tensor, y: Tensor, when: When) -> tuple[
     joint = attend(q, k, v, block.img_attn.qkv)
     y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
     x = project(block.img_attn.proj, quantized(block.img_attn.proj, x_out), x, x_gate1)
-    x = mlp(block.img_mlp, x, x_shift2, x_scale2, x_gate2)
+    x = mlp(block.img_mlp, clipped(x, block.clips), x_shift2, x_scale2, x_gate2)
     y = project(block.txt_attn.proj, quantized(block.txt_attn.proj, y_out), y, y_gate1)
-    y = mlp(block.txt_mlp, y, y_shift2, y_scale2, y_gate2)
-    return x, y
+    y = mlp(block.txt_mlp, clipped(y, block.clips), y_shift2, y_scale2, y_gate2)
+    return clipped(x, block.clips), clipped(y, block.clips)
 
 
 def single_block(block: SingleBlock, z: Tensor, when: When) -> Tensor:
@@ -79,7 +80,7 @@ def single_block(block: SingleBlock, z: Tensor, when: When) -> Tensor:
     q, k = ops.qk_norm(qkv, block.norm.query_norm.scale, block.norm.key_norm.scale, block.heads)
     out = attend(q, k, values(qkv, block.heads), block.linear1)
     rows = ops.join(out, wide, True, wants_codes(block.linear2))
-    return project(block.linear2, rows, z, gate)
+    return clipped(project(block.linear2, rows, z, gate), block.clips)
 
 
 def heads_of(

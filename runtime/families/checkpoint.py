@@ -151,6 +151,15 @@ class Found:
         return found
 
     @cached_property
+    def pipeline(self) -> dict[str, Any] | None:
+        """`args` of a folder's pipeline.json, as TRELLIS has one; None if there is none."""
+        path = self.path / "pipeline.json"
+        if not path.is_file():
+            return None
+        args = read_json(path).get("args")
+        return args if isinstance(args, dict) else {}
+
+    @cached_property
     def weights(self) -> Weights:
         """The weights, with names that start in model., vae. or conditioner."""
         weights = open_weights(self._weight_file())
@@ -260,8 +269,10 @@ class Params:
 
     def left(self) -> tuple[str, ...]:
         """Values that nobody took, in words, where the tensors tell enough: for parts whose
-        released configurations carry settings of training and export."""
-        short = {str(key): repr(self.values[key])[:40] for key in self._left()}
+        released configurations carry settings of training and export. Not _class_name and the
+        like, which diffusers writes for itself."""
+        left = {str(key): key for key in self._left() if not str(key).startswith("_")}
+        short = {name: repr(self.values[key])[:40] for name, key in left.items()}
         return tuple(f"{self.where}: {key} = {value}" for key, value in sorted(short.items()))
 
     def _left(self) -> set[Any]:

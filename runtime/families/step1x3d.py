@@ -34,12 +34,17 @@ from vitapack.runtime.families.checkpoint import (
 from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
-from vitapack.runtime.weights import Stored, Weights, merged, open_weights, stacked
+from vitapack.runtime.weights import Stored, Weights, merged, open_weights, some, stacked
 
 NAME = "step1x3d"
 TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders
 NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
 LABELS = "label."  # prefix of the label encoder's tensors among the conditioner's
+# As the reference's class names its tables (no released file was at hand). Row 0 of each is what a
+# caller without labels gets: pose unknown, no symmetry, ordinary geometry.
+LABEL_TABLES = tuple(
+    f"embedding_table_{what}.weight" for what in ("tpose", "symmetry_type", "geometry_quality")
+)
 
 _DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
@@ -153,7 +158,7 @@ def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiT
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{where}: {error}") from error
-    unknown += [line for line in params.left() if ": _" not in line]  # _class_name and the like
+    unknown += params.left()
     return config
 
 
@@ -195,7 +200,7 @@ def decoder_config(
     if not (math.isfinite(config.scale_factor) and 0 < config.scale_factor < 1e6):
         raise FormatError(f"{where}: z_scale_factor is {config.scale_factor}; expected one near 1")
     if unknown is not None:
-        unknown += [line for line in params.left() if ": _" not in line]
+        unknown += params.left()
     return config
 
 
@@ -307,17 +312,22 @@ def conditioner(
 
 
 def label_tokens(source: Source) -> Tensor:
-    """(1, 3, D): the first row of each table, "unknown" pose, no symmetry, ordinary quality."""
-    tables = []
-    for what in ("pose", "symm", "quality"):
-        found = [n for n, shape in source.shapes.items() if what in n.lower() and len(shape) == 2]
-        if len(found) != 1:
+    """(1, 3, D): the first row of each of `LABEL_TABLES`, below any prefix. FormatError."""
+    rows = []
+    for table in LABEL_TABLES:
+        names = [n for n, s in source.shapes.items() if n.endswith(table) and len(s) == 2 and s[0]]
+        if len(names) != 1:
             raise FormatError(
-                f"{source.where}: the label encoder should hold one table each of pose, symmetry "
-                f"and quality; of {what} it has {len(found)}"
+                f"{source.where}: its label encoder should hold the table {table} once, and has it "
+                f"{len(names)} times; it holds {some(sorted(source.shapes), 6)}"
             )
-        tables.append(source.read(found[0])[0].float())
-    return torch.stack(tables)[None]
+        rows.append(source.read(names[0])[0].float())
+    if len({row.shape for row in rows}) != 1:
+        raise FormatError(
+            f"{source.where}: the label encoder's tables have {[len(row) for row in rows]} "
+            "columns; expected as many in each"
+        )
+    return torch.stack(rows)[None]
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:

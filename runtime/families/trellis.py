@@ -196,25 +196,20 @@ def _stem(found: Found) -> Path | None:
         config = stem.with_name(f"{stem.name}.json")
         named = read_json(config).get("name") if config.is_file() else None
         return stem if named in (STRUCTURE, *SLAT) else None
-    pipeline = found.path / "pipeline.json"
-    if not pipeline.is_file():
-        return None
-    name = _models(pipeline).get("sparse_structure_flow_model")
+    return _model(found, "sparse_structure_flow_model")
+
+
+def _model(found: Found, which: str) -> Path | None:
+    """Where the folder's pipeline.json says that one of its models is; None if it does not."""
+    models = (found.pipeline or {}).get("models")
+    name = models.get(which) if isinstance(models, dict) else None
     if not isinstance(name, str):
         return None
-    return _inside(found.path, name)
-
-
-def _models(pipeline: Path) -> dict[str, Any]:
-    args = read_json(pipeline).get("args")
-    models = args.get("models") if isinstance(args, dict) else None
-    return models if isinstance(models, dict) else {}
-
-
-def _inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise FormatError(f"{folder / 'pipeline.json'}: {name} points out of its folder; refused")
-    return folder / name
+        raise FormatError(
+            f"{found.path / 'pipeline.json'}: {name} points out of its folder; refused"
+        )
+    return found.path / name
 
 
 def image_encoder(folder: Path) -> Path | None:
@@ -266,14 +261,11 @@ def read(found: Found) -> Checkpoint:
     left = {name: raw.stored[name] for name in skipped}
     parts = {"model.": Weights(raw.files, stored | left)}
     sections: dict[str, Any] = {"model": {"params": model.args}}
-    pipeline = found.path / "pipeline.json"
-    args: dict[str, Any] = {}
     decoder = None
     if found.path.is_dir():
-        args = read_json(pipeline).get("args") or {}
-        name = _models(pipeline).get("sparse_structure_decoder")
-        if isinstance(name, str):
-            part = open_model(_inside(found.path, name))
+        place = _model(found, "sparse_structure_decoder")
+        if place is not None:
+            part = open_model(place)
             if part.kind != DECODER:
                 raise FormatError(f"{part.config} is a {part.kind}; expected {DECODER}")
             decoder = decoder_config(part.args, str(part.config), config.resolution)
@@ -296,7 +288,7 @@ def read(found: Found) -> Checkpoint:
         variant=RELEASED.get((kind, depth), f"trellis-{'slat' if slat else 'ss'}-{depth}"),
         path=found.path,
         config=config,
-        sampler=sampler_defaults(args, str(pipeline), slat),
+        sampler=sampler_defaults(found.pipeline or {}, str(found.path / "pipeline.json"), slat),
         latents=None if slat else (config.in_channels, *(3 * [config.resolution])),
         decoder=decoder,
         scale_factor=None if decoder is None else 1.0,

@@ -1,6 +1,7 @@
 """Step1X-3D: reference outputs through the real loading path, and folders that are wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,20 @@ from released_layouts import Step1X, refused
 
 from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import plan_paper, resolve_plan
+from vitapack.runtime import dit_gpu
+from vitapack.runtime.dit import When
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.checkpoint import network_shapes
-from vitapack.runtime.families.step1x3d import dit_config, original_shapes
+from vitapack.runtime.families.step1x3d import (
+    LABEL_TABLES,
+    dit_config,
+    label_tokens,
+    original_shapes,
+)
 from vitapack.runtime.load import load_dit, load_shape_decoder
-from vitapack.runtime.packed import load_packed_dit
+from vitapack.runtime.packed import load_packed_dit, network_of
+from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 
 RELEASED = {"input_channels": 64, "width": 1280, "layers": 12, "num_single_layers": 24}
@@ -157,3 +166,62 @@ def test_other_places(tmp_path):
     folder = Step1X().save(tmp_path / "bare")
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert "holds no weights" in refused(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "label_condition."])
+def test_label_tables(prefix):
+    rows = {name: torch.full((3, 4), 1.0 + i) for i, name in enumerate(LABEL_TABLES)}
+    tensors = {prefix + name: value for name, value in rows.items()}
+
+    def source(changed=()):
+        held = {**tensors, **dict(changed)}
+        held = {name: value for name, value in held.items() if value is not None}
+        return Source("m", {}, {n: tuple(v.shape) for n, v in held.items()}, held.__getitem__)
+
+    assert label_tokens(source())[0].tolist() == [[1.0] * 4, [2.0] * 4, [3.0] * 4]
+    one = prefix + LABEL_TABLES[1]
+    with pytest.raises(FormatError, match=r"the table embedding_table_symmetry_type\.") as caught:
+        label_tokens(source({one: None, "symmetry.weight": torch.zeros(2, 4)}))
+    assert f"it holds {prefix}embedding_table_geometry_quality.weight" in str(caught.value)
+    assert "symmetry.weight" in str(caught.value)
+    with pytest.raises(FormatError, match="once, and has it 2 times"):
+        label_tokens(source({f"ema.{LABEL_TABLES[0]}": torch.zeros(3, 4)}))
+    with pytest.raises(FormatError, match=r"have \[4, 5, 4\] columns"):
+        label_tokens(source({one: torch.zeros(2, 5)}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose order of arithmetic, not where it runs
+def test_streams_stay_inside_fp16(device, tmp_path):
+    """As the reference clips them there: one overflowing channel must not become NaN everywhere."""
+    step1x = load_dit(Step1X().save(tmp_path / "model"), dtype=torch.float16)
+    time = replace(step1x.config.time, activation="silu")
+    for config, expected in (
+        (step1x.config, [65504.0, -65504.0]),
+        (replace(step1x.config, time=time), [float("inf"), float("-inf")]),  # not Hunyuan3D
+    ):
+        network = network_of(config, device)
+        network.load_state_dict(step1x.state_dict())
+        network.half().eval().requires_grad_(False)
+        double, single = network.double_blocks["0"], network.single_blocks["0"]
+        double.img_mlp[2].bias[:2] = double.txt_attn.proj.bias[0] = torch.tensor(6e4)
+        double.img_mlp[2].bias[1] = single.linear2.bias[1] = -6e4
+        single.linear2.bias[0] = 6e4
+        # Gates of one, and shifts and scales of zero.
+        for mod, gates in (
+            (double.img_mod, (2, 5)), (double.txt_mod, (2, 5)), (single.modulation, (2,))
+        ):  # fmt: skip
+            mod.lin.weight.zero_()
+            rows = mod.lin.bias.zero_().view(mod.count, -1)
+            for gate in gates:
+                rows[gate] = 1
+        when = When(vector=torch.zeros(1, config.hidden).half())
+        x = torch.zeros(1, 3, config.hidden).half()
+        x[..., 0], x[..., 1] = 6e4, -6e4
+        if device == "cpu":
+            (latents, condition), z = double(x, x, when), single(x, when)
+        else:
+            latents, condition = dit_gpu.double_block(double, x, x, when)
+            z = dit_gpu.single_block(single, x, when)
+        for stream in (latents, z):
+            assert stream[0, :, :2].tolist() == [expected] * 3
+        assert bool(condition.isfinite().all()) == (config == step1x.config)
