@@ -5,10 +5,11 @@
     python -m benchmarks.cpu --page-only                   # docs/cpu.md from the JSON again
 
 Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
-(a whole Hunyuan3D-2mini forward, random weights, batch 2), `memory` (peak RSS and load time of a
-process that only does that), `peers` (the same forward in other libraries that are installed) and
-`furniture` (V-IoU of int8 activations against weight-only). What is compared runs interleaved in
-one process; times are medians. DIR keeps the random checkpoint and its packed files.
+(a whole Hunyuan3D-2mini forward, random weights, batch 2), `breakdown` (where its time goes),
+`memory` (peak RSS and load time of a process that only does that), `peers` (the same forward in
+other libraries that are installed) and `furniture` (V-IoU of int8 activations against weight-only).
+What is compared runs interleaved in one process; times are medians. DIR keeps the random checkpoint
+and its packed files.
 Run it on an idle machine: parts are separate so that each fits into a quiet minute or two.
 """
 
@@ -35,7 +36,7 @@ from vitapack.runtime.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PARTS = ("gemm", "attention", "dit", "memory", "peers", "furniture")
+PARTS = ("gemm", "attention", "dit", "breakdown", "memory", "peers", "furniture")
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
 ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
 CONDITION = 1370  # tokens of DINOv2 at 518 pixels
@@ -206,6 +207,46 @@ def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
         }
 
 
+def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a forward by kind of operation: those of all threads over the number of threads.
+
+    `waiting`: for the other thread at the end of a phase; `outside`: embeddings, final layer and
+    Python.
+    """
+    prepare(work)
+    args = inputs(latents)
+    tokens, hidden = 2 * (latents + CONDITION), HEADS * HEAD
+    square = 2e-9 * tokens * hidden**2  # of 8 double and 16 single blocks
+    operations = {
+        "linear qkv": 24 * 3 * square,
+        "linear proj": 8 * square,
+        "linear up, GELU": 24 * 4 * square,
+        "linear down": 8 * 4 * square,
+        "linear2": 16 * 5 * square,
+        "attention": linear_gops(latents)["attention"],
+    }
+    found: dict[str, Any] = {"latents": latents, "n_runs": rounds, "operations": operations}
+    peak = cpu.peak_gops()
+    for bits in (8, 4):
+        module: Any = load_dit(work / f"int{bits}.safetensors", compute="a8")
+        with torch.no_grad():
+            module(*args)
+            before, phases_before = module.scratch.plan.seconds()
+            started = time.perf_counter()
+            for _ in range(rounds):
+                module(*args)
+            whole = (time.perf_counter() - started) / rounds
+        after, phases_after = module.scratch.plan.seconds()
+        threads = rounds * torch.get_num_threads()
+        seconds = {name: (value - before[name]) / threads for name, value in after.items()}
+        phases = (phases_after - phases_before) / rounds
+        seconds["waiting"] = phases - sum(seconds.values())
+        seconds["outside"] = whole - phases
+        found[f"w{bits}a8"] = {"whole": whole, "seconds": seconds}
+    found["peak_gops"] = max(peak, cpu.peak_gops())
+    return found
+
+
 def float32_output(work: Path, latents: int) -> torch.Tensor | None:
     """The original in float32 (half a minute at 512 latents, kept; at 3072 it is left out)."""
     place = work / f"float32-{latents}.pt"
@@ -303,7 +344,7 @@ def main() -> None:
     parts = () if options.page_only else options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    if set(parts) & {"dit", "memory", "peers", "furniture"} and options.work is None:
+    if set(parts) & {"dit", "breakdown", "memory", "peers", "furniture"} and options.work is None:
         parser.error("--work DIR is needed for these parts")
     for part in parts:
         if part == "gemm":
@@ -312,6 +353,8 @@ def main() -> None:
             found = attention(options.rounds)
         elif part == "dit":
             found = {str(n): dit(options.work, n, options.rounds) for n in options.latents}
+        elif part == "breakdown":
+            found = breakdown(options.work, options.latents[0], options.rounds)
         elif part == "memory":
             found = memory(options.work)
         elif part == "furniture":

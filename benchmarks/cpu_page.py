@@ -24,6 +24,7 @@ def figures(results: dict[str, Any]) -> str:
     ]
     writers = {
         "dit": dit_text,
+        "breakdown": breakdown_text,
         "peers": peers_text,
         "memory": memory_text,
         "gemm": gemm_text,
@@ -59,6 +60,25 @@ def dit_text(part: dict[str, Any]) -> str:
         "| latents + condition | | seconds | of bf16 | of VNNI peak | error to fp32 "
         "| of which the weights alone | n |",
         rows,
+    )
+
+
+def breakdown_text(part: dict[str, Any]) -> str:
+    rows = []
+    eight, four = part["w8a8"], part["w4a8"]
+    for name, seconds in sorted(eight["seconds"].items(), key=lambda item: -item[1]):
+        work = part["operations"].get(name)
+        share = f"{work / seconds / part['peak_gops']:.0%}" if work else ""
+        rows.append(
+            f"| {name} | {seconds:.3f} | {seconds / eight['whole']:.1%} | {share} "
+            f"| {four['seconds'][name]:.3f} |"
+        )
+    rows.append(f"| whole | {eight['whole']:.3f} | | | {four['whole']:.3f} |")
+    return (
+        f"## Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads over "
+        "their number; waiting is for the other thread at the end of a phase, outside are "
+        f"embeddings, final layer and Python. Mean of {part['n_runs']}.\n\n"
+        + table("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
     )
 
 

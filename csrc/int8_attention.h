@@ -7,167 +7,245 @@
 // small v but a large p ("attention sink") takes no range from others. The denominator
 // sum_j p_j = sum_j p'_j / sv_j is summed in float from values that are not rounded.
 
-// A token whose v is 0 still counts in the denominator: any small scale will do.
-constexpr float kLeastScale = 1e-30f;
+constexpr float kLargest = 7.99435344f;  // log2(255): a row's largest contribution becomes 255
 
-// RMSNorm (eps 1e-6) of `dim` floats.
-inline void rms_norm(const float* x, std::int64_t dim, const float* weight, float* out) {
-  float squares = 0;
-  F square = all(0.0f);
-  std::int64_t i = 0;
-  for (; i + 16 <= dim; i += 16) square = fma(load(x + i), load(x + i), square);
-  for (std::int64_t j = i; j < dim; ++j) squares += x[j] * x[j];
-  squares += sum(square);
-  const float by = 1.0f / std::sqrt(squares / float(dim) + 1e-6f);
-  for (i = 0; i + 16 <= dim; i += 16) store(out + i, load(x + i) * all(by) * load(weight + i));
-  for (; i < dim; ++i) out[i] = x[i] * by * weight[i];
-}
-
-// Quantizes `dim` floats to u8 (value + 128); returns the scale, NaN for NaN or infinity. Times
-// 127 / peak where that is finite: nothing here has to agree with the reference to the bit.
-inline float quantize_head(const float* x, std::int64_t dim, std::uint8_t* out) {
-  Peak peak;
-  peak_of(x, dim, peak);
-  const float top = largest(peak.top), check = sum(peak.check);
-  if (!(check == 0.0f) || top < 1e-30f || dim % 16) return quantize_row(x, dim, top, check, out);
-  const F by = all(kInt8Max / top), zero = all(128.0f);
-  for (std::int64_t i = 0; i < dim; i += 16) store_bytes(out + i, round(load(x + i) * by) + zero);
-  return top / kInt8Max;
-}
-
-// Where the group of 4 keys t / 4 lies among the 16 groups of its 64 keys in v. With 512 bits the
-// probabilities of 64 keys are narrowed by two rounds of packing within 128-bit lanes, which
-// transposes the 4 x 4 groups: v is laid out so that nothing has to put them right.
-inline std::int64_t key_group(std::int64_t t) {
-  const std::int64_t group = t / 4 % 16;
-  return t / kPanel * 16 + (VP_LEVEL == 512 ? group % 4 * 4 + group / 4 : group);
-}
-
-// Values of up to 4 tokens of one group, u8 with `dim` a token, to their places in v.
-inline void store_values(const std::uint8_t* bytes, std::int64_t dim, std::int64_t token,
-                         std::int64_t count, std::int64_t keys, std::int8_t* v) {
-  for (std::int64_t d = 0; d < dim; d += kPanel) {
-    std::int8_t* row = v + d * keys + key_group(token) * 256 + token % 4;
-    const std::int64_t n = dim - d < kPanel ? dim - d : kPanel;
-    const std::uint8_t* from = bytes + d;
-    if (count == 4) {
-      std::uint32_t lane[kPanel];
-      for (std::int64_t i = 0; i < n; ++i)
-        lane[i] = (std::uint32_t(from[i]) | std::uint32_t(from[dim + i]) << 8 |
-                   std::uint32_t(from[2 * dim + i]) << 16 | std::uint32_t(from[3 * dim + i]) << 24) ^
-                  0x80808080u;
-      std::memcpy(row, lane, std::size_t(n) * 4);
-    } else {
-      for (std::int64_t t = 0; t < count; ++t)
-        for (std::int64_t i = 0; i < n; ++i) row[4 * i + t] = std::int8_t(from[t * dim + i] ^ 128);
-    }
-  }
-}
-
-void split_heads(const float* qkv, std::int64_t stride, std::int64_t rows, std::int64_t heads,
-                 const float* query_norm, const float* key_norm, const Heads& to,
-                 std::int64_t first_head, std::int64_t token, float* work) {
-  const std::int64_t dim = to.dim, dp = to.dp;
-  const float score = 1.44269504f / std::sqrt(float(dim));
-  std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(work + dim);
-  for (std::int64_t h = 0; h < heads; ++h) {
-    const std::int64_t head = first_head + h;
-    std::uint8_t* q = to.q + head * to.rows * dp;
-    std::int8_t* k = to.k + head * to.keys * dp;
-    std::int8_t* v = to.v + head * to.keys * dp;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const float* from = qkv + r * stride + h * dim;
-      const std::int64_t t = token + r, at = head * to.keys + t;
-
-      const float* values = from;
-      if (query_norm) rms_norm(from, dim, query_norm, work), values = work;
-      to.q_scale[head * to.rows + t] = score * quantize_head(values, dim, q + t * dp);
-
-      values = from + heads * dim;
-      if (key_norm) rms_norm(values, dim, key_norm, work), values = work;
-      to.k_scale[at] = quantize_head(values, dim, bytes);
-      std::int32_t total = 0;
-      for (std::int64_t i = 0; i < dim; ++i) bytes[i] ^= 128;  // u8 + 128 back to s8
-      for (std::int64_t i = 0; i < dim; ++i) total += std::int8_t(bytes[i]);
-      for (std::int64_t i = dim; i < (dim + 3) / 4 * 4; ++i) bytes[i] = 0;
-      to.k_start[at] = -128 * total;
-      std::int8_t* column = k + t / kPanel * (kPanel * dp) + t % kPanel * 4;
-      for (std::int64_t i = 0; i < dim; i += 4) std::memcpy(column + i * kPanel, bytes + i, 4);
-    }
-    for (std::int64_t r = 0; r < rows;) {
-      const std::int64_t t = token + r, room = 4 - t % 4;
-      const std::int64_t count = rows - r < room ? rows - r : room;
-      for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = head * to.keys + t + i;
-        const float* values = qkv + (r + i) * stride + (2 * heads + h) * dim;
-        float scale = quantize_head(values, dim, bytes + i * dim);
-        if (scale < kLeastScale) scale = kLeastScale;  // false for NaN
-        to.v_log[at] = std::log2(scale);
-        to.v_inverse[at] = 1.0f / scale;
-      }
-      store_values(bytes, dim, t, count, to.keys, v);
-      r += count;
-    }
-  }
-}
-
-// 2^x of 64 floats x <= 8 to 64 bytes in the order of key_group; adds weight * 2^x to `total`.
-inline void powers_to_bytes(const F* x, F shift, const float* weight, F& total, std::uint8_t* p) {
+// 2^(x - shift) of 64 floats x <= shift + 8, to 64 bytes in the order of key_group, and the sum of
+// weight * 2^(x - shift). In stages, so that other work can go between them.
 #if VP_LEVEL == 512
-  // Adding 1.5 * 2^23 rounds to a whole number, which ends up in the sum's low bits. Degree 3 is
-  // exact to 8e-5; half a step of 8 bits is 2e-3.
-  const __m512 magic = _mm512_set1_ps(12582912.0f);
-  __m512i whole[4];
+struct Powers {
+  F y[4], r[4];
+  __m512i t[4];
+  // Adding 1.5 * 2^23 rounds to a whole number, which ends up in the sum's low bits; integers bound
+  // it at -126 for less than floats do. Degree 2 is exact to 1.7e-3, less than the half step of 8
+  // bits that follows, and the denominator sums the same numbers.
+  void take(const float* x, F shift) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const F y = max(all(-126.0f), x[i] - shift);
-    const __m512 t = _mm512_add_ps(y.v, magic);
-    const F f = y - F{_mm512_sub_ps(t, magic)};
-    F r = fma(f, all(5.51716611e-2f), all(2.42611140e-1f));
-    r = fma(f, r, all(6.93260968e-1f));
-    r = fma(f, r, all(9.99928057e-1f));
-    r.v = _mm512_castsi512_ps(_mm512_add_epi32(
-        _mm512_castps_si512(r.v), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
-    total = fma(r, load(weight + 16 * i), total);
-    whole[i] = _mm512_cvtps_epi32(r.v);
+    for (int i = 0; i < 4; ++i) {
+      y[i] = load(x + 16 * i) - shift;
+      t[i] = _mm512_castps_si512((y[i] + all(12582912.0f)).v);
+    }
   }
-  const __m512i low = _mm512_packs_epi32(whole[0], whole[1]);
-  const __m512i high = _mm512_packs_epi32(whole[2], whole[3]);
-  _mm512_storeu_si512(p, _mm512_packus_epi16(low, high));
+  void split() {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_max_epi32(t[i], _mm512_set1_epi32(0x4b400000 - 126));
+      y[i] = y[i] - (F{_mm512_castsi512_ps(t[i])} - all(12582912.0f));
+      t[i] = _mm512_slli_epi32(t[i], 23);
+    }
+  }
+  void polynomial() {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = fma(y[i], all(2.3842894e-1f), all(7.0344801e-1f));
+      r[i] = fma(y[i], r[i], all(1.00044314f));
+      r[i].v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(r[i].v), t[i]));
+    }
+  }
+  void give(const float* weight, F& total, std::uint8_t* p) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      total = fma(r[i], load(weight + 16 * i), total);
+      t[i] = _mm512_cvtps_epi32(r[i].v);
+    }
+    _mm512_storeu_si512(p, _mm512_packus_epi16(_mm512_packs_epi32(t[0], t[1]),
+                                               _mm512_packs_epi32(t[2], t[3])));
+  }
+};
 #else
-  for (int i = 0; i < 4; ++i) {
-    const F r = power_of_two<4>(x[i] - shift);
-    total = fma(r, load(weight + 16 * i), total);
-    store_bytes(p + 16 * i, r);
+struct Powers {
+  F r[4];
+  void take(const float* x, F shift) {
+    for (int i = 0; i < 4; ++i) r[i] = power_of_two<4>(load(x + 16 * i) - shift);
   }
+  void split() {}
+  void polynomial() {}
+  void give(const float* weight, F& total, std::uint8_t* p) {
+    for (int i = 0; i < 4; ++i) {
+      total = fma(r[i], load(weight + 16 * i), total);
+      store_bytes(p + 16 * i, r[i]);
+    }
+  }
+};
 #endif
-}
 
-// One row of a step of 64 * panels keys: scores from their int32 sums, then contributions as u8
-// relative to the largest score `top` of the step. Returns the sum of the probabilities, relative
-// to it too.
-template <int panels>
-inline float softmax_row(const std::int32_t* sums, float q_scale, const float* k_scale,
-                         const float* v_log, const float* v_inverse, float& top, std::uint8_t* p) {
-  F s[4 * panels];
-  F highest = all(-3e38f);
-  const F scale = all(q_scale);
-#pragma GCC unroll 16
-  for (int i = 0; i < 4 * panels; ++i) {
-    s[i] = fma(from_int(sums + 16 * i) * load(k_scale + 16 * i), scale, load(v_log + 16 * i));
-    highest = max(s[i], highest);
+constexpr int kRowsAtOnce = kTile % 6 ? 4 : 6;  // of a tile: as many as registers hold
+
+// Scores of a tile's rows from their int32 sums (rows kKeys apart), in place, and the rows' largest.
+inline void scores(std::int32_t* sums, const float* q_scale, const float* k_scale,
+                   const float* v_log, std::int64_t keys, float* top) {
+  for (int first = 0; first < kTile; first += kRowsAtOnce) {
+    F highest[kRowsAtOnce];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRowsAtOnce; ++r) highest[r] = all(-3e38f);
+    for (std::int64_t i = 0; i < keys; i += 16) {
+      const F k = load(k_scale + i), v = load(v_log + i);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        std::int32_t* at = sums + (first + r) * kKeys + i;
+        const F s = fma(from_int(at) * k, all(q_scale[first + r]), v);
+        highest[r] = max(s, highest[r]);
+        store(reinterpret_cast<float*>(at), s);
+      }
+    }
+    reduce_rows<false, kRowsAtOnce>(highest, top + first);
   }
-  top = largest(highest);
-  const F shift = all(top - 7.99435344f);  // log2(255): the largest contribution becomes 255
-  F total = all(0.0f);
-#pragma GCC unroll 4
-  for (int i = 0; i < panels; ++i)
-    powers_to_bytes(s + 4 * i, shift, v_inverse + 64 * i, total, p + 64 * i);
-  return sum(total);
 }
 
-using SoftmaxRow = float (*)(const std::int32_t*, float, const float*, const float*, const float*,
-                             float&, std::uint8_t*);
+// A tile whose contributions p are still to be multiplied with v.
+struct Pending {
+  const std::uint8_t* p = nullptr;  // (tile, kKeys)
+  const std::int8_t* v = nullptr;
+  std::int64_t keys = 0, row = 0, count = 0;
+  alignas(64) float keep[16];  // by what the rows' old output,
+  alignas(64) float add[16];   // and by what the product is multiplied
+};
+
+#if VP_LEVEL == 512 && !defined(VP_AMX)
+// c (6 rows x 32 columns) += a (6 rows, `stride` bytes apart) * b for step `step` of 4.
+template <int step, int stride> inline void dots(__m512i (&c)[12], const std::uint8_t* a, const std::int8_t* b) {
+#define VP_PAIR(row, low, high)                                         \
+  "vpbroadcastd %c[at]+" #row "*%c[s](%[a]), %%zmm29\n\t"               \
+  "vpdpbusd %%zmm30, %%zmm29, %" #low "\n\tvpdpbusd %%zmm31, %%zmm29, %" #high "\n\t"
+  asm volatile(
+      "vmovdqu64 %c[from](%[b]), %%zmm30\n\tvmovdqu64 %c[from]+64(%[b]), %%zmm31\n\t"
+      VP_PAIR(0, 0, 1) VP_PAIR(1, 2, 3) VP_PAIR(2, 4, 5) VP_PAIR(3, 6, 7) VP_PAIR(4, 8, 9)
+      VP_PAIR(5, 10, 11)
+      : "+v"(c[0]), "+v"(c[1]), "+v"(c[2]), "+v"(c[3]), "+v"(c[4]), "+v"(c[5]), "+v"(c[6]),
+        "+v"(c[7]), "+v"(c[8]), "+v"(c[9]), "+v"(c[10]), "+v"(c[11])
+      : [a] "r"(a), [b] "r"(b), [at] "i"(4 * step), [from] "i"(256 * step), [s] "i"(stride)
+      : "xmm29", "xmm30", "xmm31");
+#undef VP_PAIR
+}
+
+// The sums of q and k as tile_i8 makes them and their `scores`, 32 keys at a time: the scores come
+// out of registers, while the dot products of the next keys begin. q (6 rows, 64), k as in Heads.
+inline void products_and_scores(const std::uint8_t* q, const std::int8_t* k,
+                                const std::int32_t* start, const float* q_scale,
+                                const float* k_scale, const float* v_log, std::int64_t keys,
+                                float* s, float* top) {
+  F highest[6];
+#pragma GCC unroll 6
+  for (int r = 0; r < 6; ++r) highest[r] = all(-3e38f);
+  for (std::int64_t key = 0; key < keys; key += 32) {
+    const std::int8_t* b = k + key / kPanel * (kPanel * 64) + key % kPanel * 4;
+    __m512i c[12];
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) c[i] = _mm512_loadu_si512(start + key + 16 * (i % 2));
+#define VP_FOUR(i) \
+  dots<i, 64>(c, q, b), dots<i + 1, 64>(c, q, b), dots<i + 2, 64>(c, q, b), dots<i + 3, 64>(c, q, b)
+    VP_FOUR(0), VP_FOUR(4), VP_FOUR(8), VP_FOUR(12);
+#undef VP_FOUR
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t at = key + 16 * i;
+      const F scale = load(k_scale + at), v = load(v_log + at);
+#pragma GCC unroll 6
+      for (int r = 0; r < 6; ++r) {
+        const F score = fma(F{_mm512_cvtepi32_ps(c[2 * r + i])} * scale, all(q_scale[r]), v);
+        highest[r] = max(score, highest[r]);
+        store(s + r * kKeys + at, score);
+      }
+    }
+  }
+  reduce_rows<false, 6>(highest, top);
+}
+
+// The products of one tile and the powers of the next, interleaved: dot products keep the units
+// that multiply busy, rounding, subtracting and packing those that add. `product` (6, 64).
+inline void values_and_powers(const Pending& before, std::int32_t* product, const float* s,
+                              const float* top, const float* weight, std::int64_t keys,
+                              std::uint8_t* p, float* total) {
+  F sum_of[6];
+  for (int half = 0; half < 2; ++half) {
+    __m512i c[12];
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) c[i] = _mm512_setzero_si512();
+    F part[3] = {all(0.0f), all(0.0f), all(0.0f)};
+    const F shift[3] = {all(top[3 * half] - kLargest), all(top[3 * half + 1] - kLargest),
+                        all(top[3 * half + 2] - kLargest)};
+    for (std::int64_t key = 0; key < keys; key += kPanel) {
+      const std::uint8_t* a = before.p + key;
+      const std::int8_t* b = before.v + key * kPanel + 128 * half;
+      const float* x = s + 3 * half * kKeys + key;
+      std::uint8_t* to = p + 3 * half * kKeys + key;
+      Powers one;
+#define VP_ROW(r)                                       \
+  dots<5 * r, kKeys>(c, a, b);                                 \
+  one.take(x + r * kKeys, shift[r]);                    \
+  dots<5 * r + 1, kKeys>(c, a, b);                             \
+  one.split();                                          \
+  dots<5 * r + 2, kKeys>(c, a, b);                             \
+  one.polynomial();                                     \
+  dots<5 * r + 3, kKeys>(c, a, b);                             \
+  one.give(weight + key, part[r], to + r * kKeys);      \
+  dots<5 * r + 4, kKeys>(c, a, b);
+      VP_ROW(0) VP_ROW(1) VP_ROW(2)
+#undef VP_ROW
+      dots<15, kKeys>(c, a, b);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < 6; ++r) {
+      _mm512_storeu_si512(product + r * kPanel + 32 * half, c[2 * r]);
+      _mm512_storeu_si512(product + r * kPanel + 32 * half + 16, c[2 * r + 1]);
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) sum_of[3 * half + r] = part[r];
+  }
+  reduce_rows<true, 6>(sum_of, total);
+}
+constexpr bool kInterleaved = true;
+#else
+inline void products_and_scores(const std::uint8_t*, const std::int8_t*, const std::int32_t*,
+                                const float*, const float*, const float*, std::int64_t, float*,
+                                float*) {}
+inline void values_and_powers(const Pending&, std::int32_t*, const float*, const float*,
+                              const float*, std::int64_t, std::uint8_t*, float*) {}
+constexpr bool kInterleaved = false;
+#endif
+
+// Contributions of a tile's rows as u8, relative to the largest score `top` of the row in this
+// step, and the sums of the probabilities, relative to it too.
+inline void powers(const float* s, const float* top, const float* weight, std::int64_t keys,
+                   std::uint8_t* p, float* total) {
+  for (int first = 0; first < kTile; first += kRowsAtOnce) {
+    F sum_of[kRowsAtOnce];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRowsAtOnce; ++r) sum_of[r] = all(0.0f);
+    for (std::int64_t i = 0; i < keys; i += kPanel)
+#pragma GCC unroll 6
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const std::int64_t at = (first + r) * kKeys + i;
+        Powers one;
+        one.take(s + at, all(top[first + r] - kLargest));
+        one.split();
+        one.polynomial();
+        one.give(weight + i, sum_of[r], p + at);
+      }
+    reduce_rows<true, kRowsAtOnce>(sum_of, total + first);
+  }
+}
+
+// The rows' output, d of 64 values, with the product of a tile.
+inline void add_values(const Pending& tile, const std::int32_t* product, std::int64_t stride,
+                       float* o) {
+  for (std::int64_t i = 0; i < tile.count; ++i) {
+    float* to = o + (tile.row + i) * stride;
+    const F keep = all(tile.keep[i]), add = all(tile.add[i]);
+    for (int c = 0; c < kPanel; c += 16)
+      store(to + c, fma(load(to + c), keep, from_int(product + i * kPanel + c) * add));
+  }
+}
+
+// Multiplies a tile's contributions with v, 64 values after the other from `done` on.
+inline void multiply_values(const Pending& tile, std::int64_t done, std::int64_t parts,
+                            std::int64_t keys, std::int32_t* product, std::int64_t stride,
+                            float* o) {
+  alignas(64) static const std::int32_t nothing[kPanel] = {};
+  for (std::int64_t d = tile.count ? done : parts; d < parts; ++d) {
+    tile_i8(tile.p, kKeys, tile.v + d * kPanel * keys, tile.keys / 4, nothing, product, kPanel);
+    add_values(tile, product, stride, o + d * kPanel);
+  }
+}
 
 void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t rows, float* out,
             std::int64_t stride, float* work) {
@@ -178,47 +256,55 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
   float* m = o + (kQueries + kMaxTile) * dp;
   float* l = m + kQueries + kMaxTile;
   std::int32_t* sums = reinterpret_cast<std::int32_t*>(l + kQueries + kMaxTile);  // (tile, kKeys)
+  float* s = reinterpret_cast<float*>(sums);  // scores, in the same place
   std::int32_t* product = sums + kMaxTile * kKeys;                                  // (tile, 64)
   std::uint8_t* p = reinterpret_cast<std::uint8_t*>(product + kMaxTile * kPanel);   // (tile, kKeys)
-  alignas(64) static const std::int32_t nothing[kPanel] = {};
+  std::uint8_t* other_p = p + kMaxTile * kKeys;
   static_assert(kMaxTile == 16, "the state of a tile's rows is one vector");
-  alignas(64) float alpha[16], beta[16], top[16] = {}, total[16] = {};
+  alignas(64) float top[16] = {}, total[16] = {};
   for (std::int64_t r = 0; r < rows; ++r) m[r] = -3e38f, l[r] = 0;
   std::memset(o, 0, std::size_t(rows * dp) * 4);
-  static_assert(kKeys == 4 * kPanel, "a step has up to 4 panels");
-  constexpr SoftmaxRow rows_of[4] = {softmax_row<1>, softmax_row<2>, softmax_row<3>,
-                                     softmax_row<4>};
+  Pending before;
   for (std::int64_t key = 0; key < h.keys; key += kKeys) {
     const std::int64_t at = head * h.keys + key;
     const std::int64_t keys = h.keys - key < kKeys ? h.keys - key : kKeys;
-    const SoftmaxRow softmax = rows_of[keys / kPanel - 1];
     const std::int8_t* k = h.k + at * dp;
     for (std::int64_t r = 0; r < rows; r += kTile) {
-      const std::int64_t count = rows - r < kTile ? rows - r : kTile;
-      for (std::int64_t j = 0; j < keys; j += kPanel)
-        tile_i8(q + r * dp, dp, k + j * dp, VP_STEPS(h.dim), h.k_start + at + j, sums + j, kKeys);
-      for (std::int64_t i = 0; i < count; ++i)
-        total[i] = softmax(sums + i * kKeys, q_scale[r + i], h.k_scale + at, h.v_log + at,
-                               h.v_inverse + at, top[i], p + i * kKeys);
+      if (kInterleaved && dp == 64) {
+        products_and_scores(q + r * dp, k, h.k_start + at, q_scale + r, h.k_scale + at,
+                            h.v_log + at, keys, s, top);
+      } else {
+        for (std::int64_t j = 0; j < keys; j += kPanel)
+          tile_i8(q + r * dp, dp, k + j * dp, VP_STEPS(h.dim), h.k_start + at + j, sums + j, kKeys);
+        scores(sums, q_scale + r, h.k_scale + at, h.v_log + at, keys, top);
+      }
+      std::int64_t done = 0;  // 64s of values that the previous tile has got
+      if (kInterleaved && before.count && before.keys == keys) {
+        values_and_powers(before, product, s, top, h.v_inverse + at, keys, p, total);
+        add_values(before, product, dp, o);
+        done = 1;
+      } else {
+        powers(s, top, h.v_inverse + at, keys, p, total);
+      }
+      multiply_values(before, done, parts, h.keys, product, dp, o);
       // All rows of the tile at once: by what the old and the new sums are multiplied.
       const F old_top = load(m + r), new_top = load(top), larger = max(old_top, new_top);
       const F keep = power_of_two<6>(old_top - larger), add = power_of_two<6>(new_top - larger);
-      store(alpha, keep);
-      store(beta, add);
-      store_part(l + r, fma(load(l + r), keep, load(total) * add), count);
-      store_part(m + r, larger, count);
-      for (std::int64_t d = 0; d < parts; ++d) {
-        const std::int8_t* v = h.v + head * h.keys * dp + d * kPanel * h.keys + key * kPanel;
-        tile_i8(p, kKeys, v, keys / 4, nothing, product, kPanel);
-        for (std::int64_t i = 0; i < count; ++i) {
-          float* to = o + (r + i) * dp + d * kPanel;
-          const F keep = all(alpha[i]), add = all(beta[i]);
-          for (int c = 0; c < kPanel; c += 16)
-            store(to + c, fma(load(to + c), keep, from_int(product + i * kPanel + c) * add));
-        }
-      }
+      before.p = p;
+      before.v = h.v + head * h.keys * dp + key * kPanel;
+      before.keys = keys;
+      before.row = r;
+      before.count = rows - r < kTile ? rows - r : kTile;
+      store(before.keep, keep);
+      store(before.add, add);
+      store_part(l + r, fma(load(l + r), keep, load(total) * add), before.count);
+      store_part(m + r, larger, before.count);
+      std::uint8_t* free_p = other_p;
+      other_p = p;
+      p = free_p;
     }
   }
+  multiply_values(before, 0, parts, h.keys, product, dp, o);
   for (std::int64_t r = 0; r < rows; ++r) {
     const F by = all(1.0f / l[r]);
     for (std::int64_t d = 0; d < h.dim; d += 16) {

@@ -194,10 +194,12 @@ struct Attention {
     py::gil_scoped_release release;
     parallel(threads, batch * blocks, [&](std::int64_t unit, int thread) {
       const std::int64_t b = unit / blocks, row = unit % blocks * kQueries;
-      k.split_heads(at<const float>(qkv) + (b * to.tokens + row) * 3 * width, 3 * width,
-                    std::min<std::int64_t>(kQueries, to.tokens - row), heads,
-                    at<const float>(query_norm), at<const float>(key_norm), to, b * heads, row,
-                    own[thread].row);
+      const float* rows_of = at<const float>(qkv) + (b * to.tokens + row) * 3 * width;
+      const float* norms[3] = {at<const float>(query_norm), at<const float>(key_norm), nullptr};
+      for (std::int64_t h = 0; h < 3 * heads; ++h)
+        k.split_head(int(h / heads), rows_of + h * to.dim, 3 * width,
+                     std::min<std::int64_t>(kQueries, to.tokens - row), norms[h / heads], to,
+                     b * heads + h % heads, row, own[thread].row);
     });
     parallel(threads, batch * heads * blocks, [&](std::int64_t unit, int thread) {
       const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;
@@ -291,6 +293,13 @@ void bind_int8(py::module_& m) {
   py::class_<DitPlan>(m, "DitPlan")
       .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>())
       .def("bytes", &DitPlan::bytes)
+      .def("seconds", [](const DitPlan& p) {
+             const auto spent = p.seconds();
+             py::dict found;
+             for (int i = 0; i < kOperations; ++i) found[kOperationNames[i]] = spent[i];
+             return found;
+           }, "Seconds of all threads together, by operation, since the plan was made.")
+      .def("phase_seconds", &DitPlan::phase_seconds)
       .def("tokens", [](DitPlan& p) { return Address(p.tokens_at(0, 0)); },
            "Address of the residual stream, (batch, tokens, hidden) float32.")
       .def("double_block", [](DitPlan& p, const std::vector<py::dict>& streams) {

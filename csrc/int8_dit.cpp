@@ -111,6 +111,23 @@ std::size_t DitPlan::bytes() const {
   return total;
 }
 
+std::array<double, kOperations> DitPlan::seconds() const {
+  std::array<double, kOperations> total{};
+  for (const auto& own : scratch_)
+    for (int i = 0; i < kOperations; ++i) total[i] += own.laps.seconds[i];
+  return total;
+}
+
+// A parallel phase: work(unit, own scratch) for every unit.
+template <class F> void DitPlan::phase(std::int64_t units, F&& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  parallel(threads_, units, [&](std::int64_t unit, int thread) {
+    scratch_[thread].laps.start();
+    work(unit, scratch_[thread]);
+  });
+  phases_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 std::vector<DitPlan::Rows> DitPlan::row_blocks(const std::vector<Stream>& streams) const {
   std::int64_t total = 0;
   for (const Stream& s : streams) total += batch_ * s.tokens;
@@ -131,43 +148,67 @@ std::vector<DitPlan::Rows> DitPlan::row_blocks(const std::vector<Stream>& stream
   return found;
 }
 
+namespace {
+
+// A linear on the rows that lie quantized in a thread's scratch.
+void linear(const Kernels& k, const Linear& w, RowScratch& own, std::int64_t rows,
+            const Epilogue& e, Operation what) {
+  k.linear(w, 0, w.panel_count(), own.a, own.stride, own.sx, rows, e, own.panel);
+  own.laps.lap(what);
+}
+
+}  // namespace
+
 // Modulated norm, then q, k and v in the form that attention takes.
 void DitPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own) {
   const float* modulation = s.modulation + at.batch * s.modulation_stride;
   k.norm_quantize(tokens_at(at.batch, at.token), hidden_, modulation, modulation + hidden_, at.rows,
                   hidden_, own.row, own.a, own.stride, own.sx);
+  own.laps.lap(kNorm);
   Linear qkv = *s.qkv;
   qkv.n = 3 * hidden_;
-  Epilogue e;
-  e.out = own.wide;
-  e.stride = own.wide_stride;
-  k.linear(qkv, 0, qkv.panel_count(), own.a, own.stride, own.sx, at.rows, e, own.panel);
-  k.split_heads(own.wide, own.wide_stride, at.rows, heads_, s.query_norm, s.key_norm,
-                operands_.heads, at.batch * heads_, at.token, own.row);
+  const std::int64_t dim = hidden_ / heads_;
+  const float* norms[3] = {s.query_norm, s.key_norm, nullptr};
+  // Some whole heads at a time, so that their rows stay in L2: one where a head is a panel.
+  const std::int64_t step = dim % kPanel == 0 ? dim / kPanel : qkv.panel_count();
+  for (std::int64_t panel = 0; panel < qkv.panel_count(); panel += step) {
+    const std::int64_t first = panel * kPanel / dim;
+    const std::int64_t last = std::min((panel + step) * kPanel / dim, 3 * heads_);
+    Epilogue e;
+    e.stride = step * kPanel + 16;
+    e.out = own.wide - panel * kPanel;
+    k.linear(qkv, panel, panel + step, own.a, own.stride, own.sx, at.rows, e, own.panel);
+    own.laps.lap(kQkv);
+    for (std::int64_t h = first; h < last; ++h)
+      k.split_head(int(h / heads_), own.wide + (h - first) * dim, e.stride, at.rows,
+                   norms[h / heads_], operands_.heads, at.batch * heads_ + h % heads_, at.token,
+                   own.row);
+    own.laps.lap(kSplit);
+  }
 }
 
 void DitPlan::attend(const Kernels& k) {
   const std::int64_t dim = hidden_ / heads_;
   const std::int64_t blocks = (tokens_ + kQueries - 1) / kQueries;
-  parallel(threads_, batch_ * heads_ * blocks, [&](std::int64_t unit, int thread) {
+  phase(batch_ * heads_ * blocks, [&](std::int64_t unit, RowScratch& own) {
     const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;
     const std::int64_t rows = std::min<std::int64_t>(kQueries, tokens_ - row);
     float* out = attention_.as<float>() + (head / heads_ * tokens_ + row) * hidden_ +
                  head % heads_ * dim;
-    k.attend(operands_.heads, head, row, rows, out, hidden_, scratch_[thread].attend);
+    k.attend(operands_.heads, head, row, rows, out, hidden_, own.attend);
+    own.laps.lap(kAttend);
   });
 }
 
 void DitPlan::double_block(const Kernels& k, const std::vector<Stream>& streams) {
   const auto blocks = row_blocks(streams);
-  parallel(threads_, std::int64_t(blocks.size()), [&](std::int64_t unit, int thread) {
-    front(k, streams[blocks[unit].stream], blocks[unit], scratch_[thread]);
+  phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {
+    front(k, streams[blocks[unit].stream], blocks[unit], own);
   });
   attend(k);
-  parallel(threads_, std::int64_t(blocks.size()), [&](std::int64_t unit, int thread) {
+  phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {
     const Rows& at = blocks[unit];
     const Stream& s = streams[at.stream];
-    RowScratch& own = scratch_[thread];
     // shift1, scale1, gate1, shift2, scale2, gate2
     const float* modulation = s.modulation + at.batch * s.modulation_stride;
     float* z = tokens_at(at.batch, at.token);
@@ -178,53 +219,53 @@ void DitPlan::double_block(const Kernels& k, const std::vector<Stream>& streams)
     residual.stride = hidden_;
     residual.gate = modulation + 2 * hidden_;
     k.quantize(attention, Type::f32, hidden_, at.rows, hidden_, own.a, own.stride, own.sx);
-    k.linear(*s.proj, 0, s.proj->panel_count(), own.a, own.stride, own.sx, at.rows, residual,
-             own.panel);
+    own.laps.lap(kQuantize);
+    linear(k, *s.proj, own, at.rows, residual, kProject);
     k.norm_quantize(z, hidden_, modulation + 3 * hidden_, modulation + 4 * hidden_, at.rows,
                     hidden_, own.row, own.a, own.stride, own.sx);
+    own.laps.lap(kNorm);
     Epilogue up;
     up.out = own.wide;
     up.stride = own.wide_stride;
     up.gelu = true;
-    k.linear(*s.up, 0, s.up->panel_count(), own.a, own.stride, own.sx, at.rows, up, own.panel);
+    linear(k, *s.up, own, at.rows, up, kUp);
     k.quantize(own.wide, Type::f32, own.wide_stride, at.rows, mlp_, own.a, own.stride, own.sx);
+    own.laps.lap(kQuantize);
     residual.gate = modulation + 5 * hidden_;
-    k.linear(*s.down, 0, s.down->panel_count(), own.a, own.stride, own.sx, at.rows, residual,
-             own.panel);
+    linear(k, *s.down, own, at.rows, residual, kDown);
   });
 }
 
 void DitPlan::single_block(const Kernels& k, const Stream& all, const Linear& linear1,
                            const Linear& linear2) {
   const auto blocks = row_blocks({all});
-  parallel(threads_, std::int64_t(blocks.size()), [&](std::int64_t unit, int thread) {
-    front(k, all, blocks[unit], scratch_[thread]);
-  });
+  phase(std::int64_t(blocks.size()),
+        [&](std::int64_t unit, RowScratch& own) { front(k, all, blocks[unit], own); });
   attend(k);
   const Linear up = rows_from(linear1, 3 * hidden_);
   const std::int64_t skip = 3 * hidden_ % kPanel;
-  parallel(threads_, std::int64_t(blocks.size()), [&](std::int64_t unit, int thread) {
+  phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {
     const Rows& at = blocks[unit];
-    RowScratch& own = scratch_[thread];
     const float* modulation = all.modulation + at.batch * all.modulation_stride;
     float* z = tokens_at(at.batch, at.token);
     const float* attention =
         attention_.as<float>() + (at.batch * tokens_ + at.token) * hidden_;
     k.norm_quantize(z, hidden_, modulation, modulation + hidden_, at.rows, hidden_, own.row, own.a,
                     own.stride, own.sx);
+    own.laps.lap(kNorm);
     Epilogue gelu;
     gelu.out = own.wide;
     gelu.stride = own.wide_stride;
     gelu.gelu = true;
-    k.linear(up, 0, up.panel_count(), own.a, own.stride, own.sx, at.rows, gelu, own.panel);
+    linear(k, up, own, at.rows, gelu, kUp);
     k.quantize_pair(attention, hidden_, hidden_, own.wide + skip, own.wide_stride, mlp_, at.rows,
                     own.a, own.stride, own.sx);
+    own.laps.lap(kQuantize);
     Epilogue residual;
     residual.out = z;
     residual.stride = hidden_;
     residual.gate = modulation + 2 * hidden_;
-    k.linear(linear2, 0, linear2.panel_count(), own.a, own.stride, own.sx, at.rows, residual,
-             own.panel);
+    linear(k, linear2, own, at.rows, residual, kLinear2);
   });
 }
 

@@ -2,11 +2,34 @@
 
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <vector>
 
 #include "int8_engine.h"
 
 namespace vitapack {
+
+// Where a thread's time goes, for `benchmarks.cpu --parts breakdown`. Two reads of the clock (50 ns)
+// around calls of 30 us and more: always on.
+enum Operation { kNorm, kQkv, kSplit, kAttend, kQuantize, kProject, kUp, kDown, kLinear2, kOperations };
+constexpr const char* kOperationNames[kOperations] = {
+    "layer norm, modulation, quantization", "linear qkv", "q and k norm, quantization of heads",
+    "attention", "quantization", "linear proj", "linear up, GELU", "linear down", "linear2"};
+
+class Laps {
+ public:
+  void start() { last_ = std::chrono::steady_clock::now(); }
+  void lap(Operation what) {
+    const auto now = std::chrono::steady_clock::now();
+    seconds[what] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+  std::array<double, kOperations> seconds{};
+
+ private:
+  std::chrono::steady_clock::time_point last_;
+};
 
 // What one thread needs for a block of rows.
 class RowScratch {
@@ -20,6 +43,7 @@ class RowScratch {
   float* row = nullptr;          // (widest)
   std::int8_t* panel = nullptr;  // an expanded 4-bit panel
   float* attend = nullptr;
+  Laps laps;
   std::size_t bytes() const { return buffer_.bytes(); }
 
  private:
@@ -59,6 +83,10 @@ class DitPlan {
   void single_block(const Kernels& k, const Stream& all, const Linear& linear1,
                     const Linear& linear2);
   std::size_t bytes() const;
+  // Seconds of all threads together by operation since the plan was made, and of the phases as a
+  // whole (wall), which waiting for one another makes longer.
+  std::array<double, kOperations> seconds() const;
+  double phase_seconds() const { return phases_; }
   float* tokens_at(std::int64_t batch, std::int64_t token) const {
     return z_.as<float>() + (batch * tokens_ + token) * hidden_;
   }
@@ -74,6 +102,7 @@ class DitPlan {
   std::vector<Rows> row_blocks(const std::vector<Stream>& streams) const;
   void front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own);
   void attend(const Kernels& k);
+  template <class F> void phase(std::int64_t units, F&& work);
 
   std::int64_t batch_, tokens_, hidden_, heads_, mlp_;
   int threads_;
@@ -81,6 +110,7 @@ class DitPlan {
   Buffer attention_;  // (batch, tokens, hidden) float32
   HeadBuffers operands_;
   std::vector<RowScratch> scratch_;
+  double phases_ = 0;
 };
 
 // Rows [from, n) of a linear, starting at the whole panel before `from`: its first

@@ -59,7 +59,7 @@ struct Epilogue {
   const float* gate = nullptr;  // (N): out (float) += gate * value instead of out = value
 };
 
-// Rows of q, k and v of one (batch, head), quantized for attention; see int8_attention.h.
+// Rows of q, k and v of one (batch, head), quantized for attention; see int8_heads.h.
 struct Heads {
   std::int64_t tokens = 0;      // keys, and rows of q
   std::int64_t dim = 0;         // of a head
@@ -105,11 +105,12 @@ struct Kernels {
   // Rows of any type to float32, or rounded to bf16; both (rows, stride) padded with zeros to kp.
   void (*widen)(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
                 bool bf16, void* out, std::int64_t stride);
-  // (rows, 3, heads, dim) of qkv to the operands of attention, tokens token.. of a batch entry.
-  // `norm`: two RMSNorm weights (dim) for q and k, or null.
-  void (*split_heads)(const float* qkv, std::int64_t stride, std::int64_t rows, std::int64_t heads,
-                      const float* query_norm, const float* key_norm, const Heads& to,
-                      std::int64_t first_head, std::int64_t token, float* work);
+  // Rows of part 0 (q), 1 (k) or 2 (v) of a head, (rows, dim) float32, to the operands of attention
+  // as tokens token.. of `head` (of batch x heads). `norm`: an RMSNorm weight (dim) or null.
+  // `work`: 4 * dp floats.
+  void (*split_head)(int part, const float* x, std::int64_t stride, std::int64_t rows,
+                     const float* norm, const Heads& to, std::int64_t head, std::int64_t token,
+                     float* work);
   // Rows [row, row + rows) of one head, rows <= kQueries; out (rows, stride) float32.
   void (*attend)(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t rows, float* out,
                  std::int64_t stride, float* work);
@@ -124,7 +125,7 @@ struct Kernels {
 
 // Floats of `work` that attend needs.
 constexpr std::int64_t attend_work(std::int64_t dp) {
-  return (kQueries + kMaxTile) * (dp + 2) + 3 * kMaxTile * kKeys + kMaxTile * kPanel;
+  return (kQueries + kMaxTile) * (dp + 2) + 2 * kMaxTile * kKeys + kMaxTile * kPanel;
 }
 
 const Kernels* kernels_avx512();   // null where the compiler or the system has none

@@ -231,6 +231,7 @@ void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const v
   }
 }
 
+#include "int8_heads.h"
 #include "int8_attention.h"
 
 void expand(const Linear& w, std::int64_t panel, std::int8_t* out) { expand_panel(w, panel, out); }
@@ -243,7 +244,7 @@ void tile(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel, 
 double peak_loop(std::int64_t loops) { return peak(loops); }
 
 const Kernels table = {VP_NAME,       kTile,       VP_BF16,     quantize, quantize_pair,
-                       norm_quantize, linear,      linear_wide, widen,    split_heads,
+                       norm_quantize, linear,      linear_wide, widen,    split_head,
                        attend,        expand,      tile,        peak_loop};
 
 }  // namespace

@@ -81,12 +81,11 @@ struct Bytes {
 inline Bytes load_four(const std::int8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-template <int i> inline F byte_of(Bytes four) {
-  const auto one = [](__m256i v) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24));
-  };
-  return {one(four.a), one(four.b)};
+// Functions, not lambdas: gcc compiles those without the instruction set and calls them.
+template <int i> inline __m256 byte_of(__m256i v) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24));
 }
+template <int i> inline F byte_of(Bytes four) { return {byte_of<i>(four.a), byte_of<i>(four.b)}; }
 inline F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
@@ -220,6 +219,34 @@ inline void store_part(float* p, F a, std::int64_t n) {
   std::memcpy(p, lane, std::size_t(n) * 4);
 }
 #endif
+
+// Of n rows the largest of 16, or their sum, to out[0..n); n is 4 or 6.
+template <bool add> inline F joined(F a, F b) { return add ? a + b : max(a, b); }
+template <bool add, int n> inline void reduce_rows(const F* rows, float* out) {
+#if VP_LEVEL == 512
+  // Shuffles that serve 8 rows at once: 24 operations instead of 9 a row.
+  F two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = rows[2 * i < n ? 2 * i : 0].v, b = rows[2 * i + 1 < n ? 2 * i + 1 : 1].v;
+    two[i] = joined<add>({_mm512_unpacklo_ps(a, b)}, {_mm512_unpackhi_ps(a, b)});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512d a = _mm512_castps_pd(two[2 * i].v), b = _mm512_castps_pd(two[2 * i + 1].v);
+    four[i] = joined<add>({_mm512_castpd_ps(_mm512_unpacklo_pd(a, b))},
+                          {_mm512_castpd_ps(_mm512_unpackhi_pd(a, b))});
+  }
+  F done = joined<add>({_mm512_shuffle_f32x4(four[0].v, four[1].v, 0x44)},
+                       {_mm512_shuffle_f32x4(four[0].v, four[1].v, 0xee)});
+  // Rows 0-3 twice, rows 4-7 twice.
+  done = joined<add>(done, {_mm512_shuffle_f32x4(done.v, done.v, 0xb1)});
+  _mm_storeu_ps(out, _mm512_castps512_ps128(done.v));
+  if (n > 4) _mm_storel_pi((__m64*)(out + 4), _mm512_extractf32x4_ps(done.v, 2));
+#else
+  for (int r = 0; r < n; ++r) out[r] = add ? sum(rows[r]) : largest(rows[r]);
+#endif
+}
 
 // Up to 16 values of any type; missing ones are 0.
 inline F load_any(const void* base, Type type, std::int64_t at, std::int64_t n) {

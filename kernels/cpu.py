@@ -349,6 +349,11 @@ class Plan:
     def nbytes(self) -> int:
         return int(self._plan.bytes())
 
+    def seconds(self) -> tuple[dict[str, float], float]:
+        """Since the plan was made: seconds of all threads together by operation, and the wall
+        seconds of the parallel phases (blocks without Python), waiting included."""
+        return dict(self._plan.seconds()), float(self._plan.phase_seconds())
+
     def double_block(self, streams: Sequence[tuple[int, int, StreamWeights, Tensor]]) -> None:
         """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
         self._plan.double_block([_stream(*stream) for stream in streams])

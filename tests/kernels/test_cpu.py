@@ -196,7 +196,10 @@ def attention_of(qkv, query_norm=None, key_norm=None):
     return out.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 70, 3, 20), (1, 300, 2, 64), (1, 131, 1, 128)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 4), (2, 70, 3, 20), (1, 300, 2, 64), (1, 850, 1, 64), (1, 131, 1, 128)],
+)
 def test_attention(isa, shape):
     batch, tokens, heads, dim = shape
     rng = torch.Generator().manual_seed(tokens)
@@ -225,16 +228,17 @@ def test_attention_with_a_sink_and_zero_values(isa):
     assert not cpu.Attention(1, 200, 1, 64)(qkv).any()
 
 
-def test_attention_of_nan(isa):
-    qkv = torch.randn(1, 40, 3, 2, 16)
+@pytest.mark.parametrize("dim", [16, 64])  # 64: four tokens are quantized together
+def test_attention_of_nan(isa, dim):
+    qkv = torch.randn(1, 40, 3, 2, dim)
     qkv[0, 7, 0, 0, 3] = float("nan")  # a query: its row of that head alone
-    out = cpu.Attention(1, 40, 2, 16)(qkv)
+    out = cpu.Attention(1, 40, 2, dim)(qkv)
     wrong = torch.isnan(out)[0]
-    assert wrong[7, :16].all()
-    assert int(wrong.sum()) == 16
+    assert wrong[7, :dim].all()
+    assert int(wrong.sum()) == dim
     qkv[0, 9, 1, 1, 0] = float("nan")  # a key: all rows of its head
     qkv[0, 9, 2, 0, 0] = float("inf")  # a value
-    assert torch.isnan(cpu.Attention(1, 40, 2, 16)(qkv)).all()
+    assert torch.isnan(cpu.Attention(1, 40, 2, dim)(qkv)).all()
 
 
 def test_results_do_not_depend_on_the_threads(isa):
