@@ -49,8 +49,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each, taken in turn so that a slow phase of the machine hits all.
 
-    `repeats` calls are one measurement: OpenMP's threads spin for a while after a call, on a core
-    that the next one needs.
+    OpenMP's threads spin for some milliseconds after a call, on a core that the next one needs, so
+    that each measurement of `repeats` calls starts after a pause.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     if warm:
@@ -58,6 +58,7 @@ def interleaved(
             run()
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(0.05)
             started = time.perf_counter()
             for _ in range(repeats):
                 run()
@@ -97,7 +98,7 @@ def gemm(rounds: int) -> dict[str, Any]:
                 "w4a8": lambda x=x, w=w4, o=out: cpu.linear_a8(x, w, out=o),
                 "w8a16": lambda x=x, w=w8: cpu.linear_a16(x, w),
             }
-            seconds = interleaved(runs, rounds, repeats=3 + 4096 // m)
+            seconds = interleaved(runs, rounds, repeats=3 + 16384 // m)
             gops = {name: 2e-9 * m * n * k / value for name, value in seconds.items()}
             rows.append({"m": m, "k": k, "n": n, "gops": gops})
     return {"peak_gops": max(peak, cpu.peak_gops()), "n_runs": rounds, "rows": rows}

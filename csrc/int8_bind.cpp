@@ -77,26 +77,43 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   py::gil_scoped_release release;
   if (m == 0 || w.n == 0) return;
   const std::lock_guard<std::mutex> hold(scratch.mutex);
-  const Grid grid(m, w.panel_count(), threads, k.tile);
-  const std::int64_t stride = w.kp + 64, padded = m + kMaxTile;
+  const std::int64_t stride = w.kp + 64, size = std::int64_t(size_of(from));
+  // Every thread quantizes the rows that it multiplies, which stay in its L2. Few rows: as many
+  // blocks as threads, each of all channels, and only where that is less than a tile each are the
+  // channels divided instead, which costs a phase of its own for the quantization.
+  const std::int64_t tiles = (m + k.tile - 1) / k.tile, most = kRowBlock / k.tile;
+  const std::int64_t rounds = (tiles + threads * most - 1) / (threads * most);
+  const std::int64_t blocks = std::min<std::int64_t>(tiles, rounds * threads);
+  const std::int64_t block = (tiles + blocks - 1) / blocks * k.tile;
+  const bool by_rows = tiles >= 2 * threads || w.panel_count() == 1;
+  const std::int64_t rows = (by_rows ? block : m) + kMaxTile, copies = by_rows ? threads : 1;
+  const std::int64_t a_bytes = round_up(rows * stride, 64), sx_bytes = round_up(rows * 4, 64);
   const std::int64_t panel_bytes = kPanel * w.kp;
-  auto* a = scratch.need<std::uint8_t>(std::size_t(padded * stride) + 64 +
-                                       std::size_t(round_up(padded * 4, 64)) +
-                                       std::size_t(panel_bytes * threads));
-  auto* sx = reinterpret_cast<float*>(a + round_up(padded * stride, 64));
-  auto* panels = reinterpret_cast<std::int8_t*>(sx) + round_up(padded * 4, 64);
-  constexpr std::int64_t kPart = 32;
-  parallel(threads, (m + kPart - 1) / kPart, [&](std::int64_t unit, int) {
-    const std::int64_t r = unit * kPart, rows = std::min(kPart, m - r);
-    const char* rows_of_x = at<const char>(x) + r * x_stride * std::int64_t(size_of(from));
-    k.quantize(rows_of_x, from, x_stride, rows, w.k, a + r * stride, stride, sx + r);
-  });
-  parallel(threads, grid.blocks * grid.ranges, [&](std::int64_t unit, int thread) {
-    const std::int64_t r = unit / grid.ranges * grid.block, p = unit % grid.ranges * grid.range;
-    Epilogue own = e;
-    own.out = static_cast<char*>(e.out) + r * e.stride * std::int64_t(size_of(e.type));
-    k.linear(w, p, std::min(p + grid.range, grid.panels), a + r * stride, stride, sx + r,
-             std::min(grid.block, m - r), own, panels + thread * panel_bytes);
+  auto* base = scratch.need<std::uint8_t>(
+      std::size_t(copies * (a_bytes + sx_bytes) + threads * panel_bytes));
+  auto* panels = reinterpret_cast<std::int8_t*>(base + copies * (a_bytes + sx_bytes));
+  const auto quantize = [&](std::int64_t row, std::int64_t count, std::uint8_t* a, float* sx) {
+    k.quantize(at<const char>(x) + row * x_stride * size, from, x_stride, count, w.k, a, stride, sx);
+  };
+  if (by_rows) {
+    parallel(threads, (m + block - 1) / block, [&](std::int64_t unit, int thread) {
+      const std::int64_t row = unit * block, count = std::min(block, m - row);
+      std::uint8_t* a = base + thread * (a_bytes + sx_bytes);
+      float* sx = reinterpret_cast<float*>(a + a_bytes);
+      quantize(row, count, a, sx);
+      Epilogue own = e;
+      own.out = static_cast<char*>(e.out) + row * e.stride * std::int64_t(size_of(e.type));
+      k.linear(w, 0, w.panel_count(), a, stride, sx, count, own, panels + thread * panel_bytes);
+    });
+    return;
+  }
+  const Grid grid(m, w.panel_count(), threads, k.tile);
+  auto* sx = reinterpret_cast<float*>(base + a_bytes);
+  quantize(0, m, base, sx);
+  parallel(threads, grid.ranges, [&](std::int64_t unit, int thread) {
+    const std::int64_t p = unit * grid.range;
+    k.linear(w, p, std::min(p + grid.range, grid.panels), base, stride, sx, m, e,
+             panels + thread * panel_bytes);
   });
 }
 
