@@ -5,11 +5,11 @@
     python -m benchmarks.cpu --page-only                   # docs/cpu.md from the JSON again
 
 Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
-(a whole Hunyuan3D-2mini forward, random weights, batch 2), `breakdown` (where its time goes),
-`memory` (peak RSS and load time of a process that only does that), `peers` (the same forward in
-other libraries that are installed) and `furniture` (V-IoU of int8 activations against weight-only).
-What is compared runs interleaved in one process; times are medians. DIR keeps the random checkpoint
-and its packed files.
+(a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed),
+`breakdown` (where its time goes), `memory` (peak RSS and load time of a process that only does
+that), `peers` (the same forward in other libraries that are installed) and `furniture` (V-IoU of
+int8 activations against weight-only). What is compared runs interleaved in one process; times are
+medians. DIR keeps the random checkpoint and its packed files.
 Run it on an idle machine: parts are separate so that each fits into a quiet minute or two.
 """
 
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cpu_page, cpu_peers
+from benchmarks import cpu_furniture, cpu_int4, cpu_page, cpu_peers
 from vitapack.kernels import cpu
 from vitapack.runtime.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PARTS = ("gemm", "attention", "dit", "breakdown", "memory", "peers", "furniture")
+PARTS = ("gemm", "attention", "dit", "errors", "breakdown", "memory", "peers", "furniture")
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
 ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
 CONDITION = 1370  # tokens of DINOv2 at 518 pixels
@@ -171,15 +171,13 @@ def linear_gops(latents: int) -> dict[str, float]:
 
 
 def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
-    """The whole forward, interleaved with torch's bf16 in one process, and errors to float32."""
+    """The whole forward, interleaved with torch's bf16 in one process."""
     model = prepare(work)
-    args = inputs(latents)
+    args = x, t, cond = inputs(latents)
     with torch.no_grad():
-        exact = float32_output(work, latents)
         eight = load_dit(work / "int8.safetensors", compute="a8")
         four = load_dit(work / "int4.safetensors", compute="a8")
         half = load_dit(model, dtype=torch.bfloat16)
-        x, t, cond = args
         runs: dict[str, Run] = {
             "bf16": lambda: half(x.bfloat16(), t, cond.bfloat16()),
             "w8a8": lambda: eight(*args),
@@ -188,12 +186,6 @@ def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
         peak = cpu.peak_gops()
         seconds = interleaved(runs, rounds, warm=latents <= 512)
         peak = max(peak, cpu.peak_gops())
-        errors = {}
-        if exact is not None:
-            errors = {name: relative(run(), exact) for name, run in runs.items()}
-            for bits in (8, 4):  # the same codes, nothing else quantized
-                plain = load_dit(work / f"int{bits}.safetensors", compute="a16")
-                errors[f"w{bits} alone"] = relative(plain(*args), exact)
         operations = linear_gops(latents)
         return {
             "latents": latents,
@@ -204,8 +196,25 @@ def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
             "peak_gops": peak,
             "share_of_peak": sum(operations.values()) / seconds["w8a8"] / peak,
             "scratch_bytes": eight.scratch_bytes(),  # type: ignore[operator]
-            "error": errors,
         }
+
+
+def errors(work: Path) -> dict[str, float]:
+    """Relative errors to the float32 original at 512 latents (nothing here is timed)."""
+    model = prepare(work)
+    args = x, t, cond = inputs(512)
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        exact = float32_output(work, 512)
+        half = load_dit(model, dtype=torch.bfloat16)
+        found["bf16"] = relative(half(x.bfloat16(), t, cond.bfloat16()), exact)
+        for bits in (8, 4):
+            for compute, name in (("a8", f"w{bits}a8"), ("a16", f"w{bits} alone")):
+                module = load_dit(work / f"int{bits}.safetensors", compute=compute)
+                found[name] = relative(module(*args), exact)
+        module = cpu_int4.float_group_dit(work / "int4.safetensors", model)
+        found["w4 float groups"] = relative(module(*args), exact)
+    return found
 
 
 def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
@@ -248,12 +257,10 @@ def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def float32_output(work: Path, latents: int) -> torch.Tensor | None:
-    """The original in float32 (half a minute at 512 latents, kept; at 3072 it is left out)."""
+def float32_output(work: Path, latents: int) -> torch.Tensor:
+    """The original in float32, kept: half a minute at 512 latents."""
     place = work / f"float32-{latents}.pt"
     if not place.exists():
-        if latents > 512:
-            return None
         torch.save(load_dit(work / "mini")(*inputs(latents)), place)
     return torch.load(place, weights_only=True)
 
@@ -269,47 +276,6 @@ def memory(work: Path) -> dict[str, Any]:
                 [*map(str, command), str(latents)], check=True, capture_output=True, text=True
             ).stdout
             found[f"{plan}, {latents} latents"] = json.loads(out.splitlines()[-1])
-    return found
-
-
-def furniture(work: Path, pictures: int) -> dict[str, Any]:
-    """V-IoU of a8 against a16 on the bundled model's unseen views, from the same noise."""
-    import numpy as np
-
-    from vitapack.compressor.bootstrap import mean_interval
-    from vitapack.compressor.compress import compress
-    from vitapack.compressor.demo import grid_of
-    from vitapack.compressor.metrics import grid_iou
-    from vitapack.compressor.plan import resolve_plan
-    from vitapack.runtime.families import open_checkpoint
-    from vitapack.runtime.families.furniture import held_out
-    from vitapack.runtime.pipeline import Pipeline
-
-    checkpoint = open_checkpoint("furniture")
-    shown = list(held_out("unseen-views"))[:pictures]
-    found = {}
-    for plan in ("int8", "int4"):
-        path = work / f"furniture-{plan}.safetensors"
-        compress(checkpoint, resolve_plan(plan, checkpoint), path)
-        pipelines = {
-            mode: Pipeline.from_packed(path, device="cpu", compute=mode) for mode in ("a16", "a8")
-        }
-        scores: dict[str, list[float]] = {"a8 to a16": [], "a16 to truth": [], "a8 to truth": []}
-        for number, picture in enumerate(shown):
-            grids = {mode: grid_of(p, picture, number) for mode, p in pipelines.items()}
-            scores["a8 to a16"].append(grid_iou(grids["a8"], grids["a16"]))
-            for mode, grid in grids.items():
-                scores[f"{mode} to truth"].append(grid_iou(grid, picture.grid))
-            print(f"{plan} {number + 1}/{len(shown)}", file=sys.stderr, flush=True)
-        rng = np.random.default_rng(0)
-        found[plan] = {
-            name: {
-                "mean": float(np.mean(values)),
-                "interval": [float(v) for v in mean_interval(np.array(values), rng)],
-                "n": len(values),
-            }
-            for name, values in scores.items()
-        }
     return found
 
 
@@ -345,7 +311,10 @@ def main() -> None:
     parts = () if options.page_only else options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    if set(parts) & {"dit", "breakdown", "memory", "peers", "furniture"} and options.work is None:
+    if (
+        set(parts) & {"dit", "errors", "breakdown", "memory", "peers", "furniture"}
+        and options.work is None
+    ):
         parser.error("--work DIR is needed for these parts")
     for part in parts:
         if part == "gemm":
@@ -354,12 +323,14 @@ def main() -> None:
             found = attention(options.rounds)
         elif part == "dit":
             found = {str(n): dit(options.work, n, options.rounds) for n in options.latents}
+        elif part == "errors":
+            found = errors(options.work)
         elif part == "breakdown":
             found = breakdown(options.work, options.latents[0], options.rounds)
         elif part == "memory":
             found = memory(options.work)
         elif part == "furniture":
-            found = furniture(options.work, options.pictures)
+            found = cpu_furniture.measure(options.work, options.pictures)
         else:
             prepare(options.work)
             names = options.peers.split(",")

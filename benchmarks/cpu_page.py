@@ -24,6 +24,7 @@ def figures(results: dict[str, Any]) -> str:
     ]
     writers = {
         "dit": dit_text,
+        "errors": errors_text,
         "breakdown": breakdown_text,
         "peers": peers_text,
         "memory": memory_text,
@@ -42,24 +43,37 @@ def lines(head: str, rows: list[str]) -> str:
 def dit_text(part: dict[str, Any]) -> str:
     rows = []
     for latents, found in sorted(part.items(), key=lambda item: int(item[0])):
-        seconds, errors = found["seconds"], found["error"]
+        seconds = found["seconds"]
         for name in ("bf16", "w8a8", "w4a8"):
             title = {"bf16": "torch bf16, eager, SDPA", "w8a8": "W8A8", "w4a8": "W4A8"}[name]
             share = ""
             if name != "bf16":
                 total = sum(found["operations"].values())
                 share = f"{total / seconds[name] / found['peak_gops']:.0%}"
-            error = f"{errors[name]:.2%}" if name in errors else ""
-            alone = errors.get(f"{name[:2]} alone")
             rows.append(
                 f"| {latents} + {found['condition']} | {title} | {seconds[name]:.2f} "
-                f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {error} "
-                f"| {f'{alone:.2%}' if alone else ''} | {found['n_runs']} |"
+                f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {found['n_runs']} |"
             )
     return "## A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + lines(
-        "| latents + condition | | seconds | of bf16 | of VNNI peak | error to fp32 "
-        "| of which the weights alone | n |",
-        rows,
+        "| latents + condition | | seconds | of bf16 | of VNNI peak | n |", rows
+    )
+
+
+def errors_text(part: dict[str, float]) -> str:
+    names = {
+        "bf16": "torch bf16",
+        "w8a8": "W8A8",
+        "w8 alone": "int8 weights, float activations",
+        "w4a8": "W4A8",
+        "w4 alone": "int4 weights, float activations",
+        "w4 float groups": "the same int4 codes, exact float group scales, float activations",
+    }
+    rows = [f"| {title} | {part[name]:.2%} |" for name, title in names.items()]
+    ratio = part["w4a8"] / part["w4 float groups"]
+    return (
+        "## Error of the forward to float32, 512 latents\n\n"
+        + table("| | relative error |", rows)
+        + f"\n\nW4A8 has {ratio:.3f} of the error of exact float group scales."
     )
 
 
