@@ -451,6 +451,8 @@ def run(device: Any, rehearsal: bool, repeats: int) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The report of one GPU."""
+    from benchmarks.markdown import table
+
     facts, peaks = result["facts"], result["measured_peaks"]
     theory = facts.get("peak_tflops")
     out = [
@@ -468,38 +470,41 @@ def markdown(result: dict[str, Any]) -> str:
     out += ["", f"cuBLAS fp16 reaches {peaks['fp16']:.1f} TFLOP/s at 8192^3, torch._int_mm "
             f"{peaks['int8']:.1f} TOP/s" + (f"; the chip's peaks are {theory['fp16']:.0f} and "
             f"{theory['int8']:.0f}" if theory else "") + ".", "", "## GEMMs", "",
-            "Medians. Fractions are of cuBLAS' own best rate above in the arithmetic used.", "",
-            "| M x N x K | kernel | us | p90 | T(FL)OP/s | of best | x cuBLAS fp16 |",
-            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+            "Medians. Fractions are of cuBLAS' own best rate above in the arithmetic used.",
+            ""]  # fmt: skip
+    rows = []
     for gemm in result["gemms"]:
         for name, row in gemm["times"].items():
             integer = name.endswith("a8") or "int_mm" in name
             share = row["tflops"] / peaks["int8" if integer else "fp16"]
             rate = ("", "") if name == "quantize x" else (f"{row['tflops']:.1f}", f"{share:.0%}")
-            out.append(
+            rows.append(
                 f"| {gemm['m']}x{gemm['n']}x{gemm['k']} | {name} | {row['us']:.1f} | "
                 f"{row['p90_us']:.1f} | {rate[0]} | {rate[1]} | {row['speedup']:.2f} |"
             )
-    out += ["", "## Row kernels", "", "| kernel | us | GB/s | x plain PyTorch |",
-            "| --- | --- | --- | --- |"]  # fmt: skip
-    out += [
+    out += table("| M x N x K | kernel | us | p90 | T(FL)OP/s | of best | x cuBLAS fp16 |", rows)
+    rows = [
         f"| {row['name']} | {row['times']['ours']['us']:.1f} | {row['gb_s']:.0f} | "
         f"{row['speedup']:.2f} |"
         for row in result["rows"]
     ]
-    out += ["", "## Whole network, batch 2, random weights", "",
-            "| tokens | weights | ms | x fp16 | graph ms | x fp16 graph | MB of weights | "
-            "MB beyond | error to fp32 |", "| --- " * 9 + "|"]  # fmt: skip
+    out += ["", "## Row kernels", "", *table("| kernel | us | GB/s | x plain PyTorch |", rows)]
+    rows = []
     for network in result["networks"]:
         for row in network["forms"]:
             graph = row.get("graph_times")
-            out.append(
+            rows.append(
                 f"| {network['latents']} + {network['condition']} | {row['name']} | "
                 f"{row['times']['us'] / 1e3:.2f} | {row['speedup']:.2f} | "
                 + (f"{graph['us'] / 1e3:.2f} | {row['graph_speedup']:.2f} | " if graph else "| | ")
                 + f"{row['weights_bytes'] / 1e6:.0f} | "
                 f"{row.get('activation_bytes', 0) / 1e6:.0f} | {row['error']:.4f} |"
             )
+    head = (
+        "| tokens | weights | ms | x fp16 | graph ms | x fp16 graph | MB of weights | MB beyond "
+        "| error to fp32 |"
+    )
+    out += ["", "## Whole network, batch 2, random weights", "", *table(head, rows)]
     return "\n".join([*out, ""])
 
 
