@@ -2,7 +2,7 @@
 
 Released layout: a folder with pipeline.json, which names the models by their place below it
 (`ckpts/ss_flow_img_dit_L_16l8_fp16` is a pair of .json and .safetensors); a folder means its
-sparse-structure flow. One model's .json or .safetensors is read by itself. Of the SLAT flow the
+sparse-structure flow. One model's .json or weight file is read by itself. Of the SLAT flow the
 transformer blocks are read, for size and analysis; its sparse convolutions are named as ignored.
 """
 
@@ -42,7 +42,7 @@ from vitapack.runtime.trellis import (
     OccupancyDecoder,
     trellis_time,
 )
-from vitapack.runtime.weights import Weights, merged, open_weights
+from vitapack.runtime.weights import PICKLED, Weights, merged, open_weights
 
 NAME = "trellis"
 ENCODER = "dinov2_vitl14_reg4_pretrain"
@@ -94,14 +94,16 @@ class Model:
     weights: Path
 
 
-def open_model(stem: Path) -> Model:
-    """`stem`.json with its .safetensors. UserError, FormatError."""
+def open_model(stem: Path, weights: Path | None = None) -> Model:
+    """`stem`.json with its weights, as released a .safetensors. UserError, FormatError."""
     config = stem.with_name(f"{stem.name}.json")
     data = read_json(config)
     kind, args = data.get("name"), data.get("args")
     if not isinstance(kind, str) or not isinstance(args, dict):
         raise FormatError(f"{config}: expected name and args of a model")
-    return Model(kind, args, config, stem.with_name(f"{stem.name}.safetensors"))
+    places = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".safetensors", *PICKLED)]
+    found = weights or next((place for place in places if place.is_file()), places[0])
+    return Model(kind, args, config, found)
 
 
 def flow_config(
@@ -190,7 +192,7 @@ def sampler_defaults(args: Mapping[str, Any], where: str, slat: bool) -> Sampler
 def _stem(found: Found) -> Path | None:
     """Where the flow model's two files are, if the path looks like this family's."""
     if found.path.is_file():
-        if found.path.suffix not in (".json", ".safetensors"):
+        if found.path.suffix not in (".json", ".safetensors", *PICKLED):
             return None
         stem = found.path.with_suffix("")
         config = stem.with_name(f"{stem.name}.json")
@@ -246,7 +248,8 @@ def read(found: Found) -> Checkpoint:
     """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
     stem = _stem(found)
     assert stem is not None
-    model = open_model(stem)
+    given = found.path.is_file() and found.path.suffix != ".json"
+    model = open_model(stem, found.path if given else None)
     slat = model.kind in SLAT
     unknown: list[str] = []
     config = flow_config(model.args, str(model.config), unknown, slat)

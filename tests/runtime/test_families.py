@@ -1,8 +1,6 @@
 """Detection, hyper-parameters and strictness: one plain line for everything that can be wrong."""
 
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -237,32 +235,6 @@ def test_text_under_a_weight_file_s_name(released, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"text_model.embed.weight": torch.zeros(2, 2)}, other)
     assert "its tensors are model.text_model.embed.weight" in refused(other)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def plain_pickle(content, path):
-    path.write_bytes(pickle.dumps(content, protocol=2))
-
-
-@pytest.mark.parametrize("save", [torch.save, plain_pickle])
-def test_a_pickle_bomb_does_not_go_off(save, released, tmp_path):
-    folder = released().save(tmp_path / "model")
-    (folder / "model.fp16.safetensors").unlink()
-    fuse = tmp_path / "went off"
-    save({"model": {"latent_in.weight": torch.zeros(2)}, "x": Bomb(fuse)}, folder / "model.ckpt")
-    line = refused(folder, FormatError)
-    assert "refused" in line
-    assert not fuse.exists()
-    with (folder / "model.ckpt").open("rb") as file:  # it does go off where pickles are believed
-        torch.load(file, weights_only=False) if save is torch.save else pickle.load(file)
-    assert fuse.exists()
 
 
 def test_shard_index_may_not_point_elsewhere(released, tmp_path):
