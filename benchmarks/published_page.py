@@ -10,6 +10,7 @@ from benchmarks.markdown import table
 from benchmarks.paper_tables import MODELS
 from vitapack.runtime.errors import atomic_path
 
+ENCODERS = {"hunyuan3d-2.0": "DINOv2-giant", "step1x-3d": "DINOv2-large with registers"}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 
 
@@ -48,6 +49,8 @@ def write(data: dict[str, Any]) -> None:
         ),
         "",
     ]
+    if encoders := data.get("encoders"):
+        lines += encoder_lines(encoders)
     if ran := data.get("passes"):
         lines += passes_lines(ran)
     for name, found in data.get("bench", {}).items():
@@ -77,6 +80,40 @@ def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
         "Which blocks the paper pruned is published in part; what was assumed:",
         "",
         *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
+        "",
+    ]
+
+
+def encoder_lines(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in found.items():
+        for form, entry in row["forms"].items():
+            compared = "cosine_mean" in entry
+            cells = (
+                f"{entry['cosine_mean']:.6f} | {entry['cosine_min']:.6f} | "
+                f"{entry['relative_error']:.4f}"
+                if compared
+                else "1 | 1 | 0"
+            )
+            rows.append(
+                f"| {ENCODERS[name]} | {form} | {cells} | {entry['predicted'] / 1e9:.2f} | "
+                f"{entry['peak'] / 1e9:.2f} | {(entry['peak'] - entry['base']) / 1e9:.2f} |"
+            )
+    versions = {e["transformers"] for row in found.values() for e in row["forms"].values()}
+    counts = {row["pictures"] for row in found.values()}
+    return [
+        "## Image encoders in 8 bits",
+        "",
+        "Features of each token against those in fp32, by `python -m benchmarks.encoders run`:",
+        f"transformers {', '.join(sorted(versions))}, pictures: {max(counts)}, 1,370 tokens each.",
+        "Random weights lack the outliers of trained ones. int8: linears packed, activations in",
+        "fp32. GB: weights, and the peak of a process that conditions on a picture, n = 1.",
+        "",
+        *table(
+            "| encoder | form | cosine, mean | lowest | relative error | weights | peak | "
+            "beyond torch |",
+            rows,
+        ),
         "",
     ]
 
