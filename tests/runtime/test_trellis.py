@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import resolve_plan
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.families import checkpoint as checkpoint_module
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
 from vitapack.runtime.families.trellis import flow_config
@@ -215,3 +216,12 @@ def test_other_places(tmp_path):
     assert "cannot read" in refused(folder)
     (folder / "pipeline.json").write_text("{}")
     assert "names a sparse_structure_flow_model (TRELLIS)" in refused(folder)
+
+
+def test_pipeline_json_is_read_once(monkeypatch, tmp_path):
+    read, names = checkpoint_module.read_json, []
+    monkeypatch.setattr(
+        checkpoint_module, "read_json", lambda path: names.append(path.name) or read(path)
+    )
+    open_checkpoint(Trellis().save(tmp_path / "model"))
+    assert names.count("pipeline.json") == 1
