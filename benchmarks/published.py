@@ -4,8 +4,8 @@
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
     python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
     python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
-    python -m benchmarks.published passes --work /tmp/published    # picture to mesh on the CPU
-    python -m benchmarks.published bench --work /tmp/published     # beside the original, grid 384
+    python -m benchmarks.published passes --work /tmp/published [--resolution 384]    # on the CPU
+    python -m benchmarks.published bench --work /tmp/published     # steps beside the original's
     python -m benchmarks.published page                            # docs/published.md from the JSON
 
 Each model is written, measured and deleted in turn: at most 8 GB of disk at a time. Every measured
@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from benchmarks.paper_tables import MODELS
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
 from vitapack.compressor.plan import resolve_plan
-from vitapack.compressor.random_checkpoint import files_of, write
+from vitapack.compressor.random_checkpoint import PARTS, files_of, write
 from vitapack.runtime.container import lay_out
 from vitapack.runtime.errors import atomic_path
 from vitapack.runtime.families import Checkpoint, open_checkpoint
@@ -170,61 +170,57 @@ def maps(work: Path, names: list[str], plans: list[str]) -> None:
         shutil.rmtree(folder)
 
 
-def passes(work: Path, names: list[str], steps: int, resolution: int) -> None:
-    from vitapack.runtime.families.furniture import held_out
+def made(
+    work: Path, name: str, plan: str, options: argparse.Namespace, parts: Sequence[str] = PARTS
+) -> tuple[Path, Path]:
+    """A checkpoint and its packed file; with --keep those that are there already."""
+    folder, out = work / name, work / f"{name}-{plan}.safetensors"
+    if not (options.keep and folder.exists()):
+        write(name, folder, parts=parts)
+    if not (options.keep and out.exists()):
+        child("compress", str(folder), "--plan", plan, "--steps", str(options.steps), "--no-embed",
+              "-o", str(out), "--quiet")  # fmt: skip
+    return folder, out
 
-    picture = next(held_out("unseen-views")).image_path
-    for name in names:
-        folder, out, meshes = work / name, work / f"{name}.safetensors", work / "meshes"
-        write(name, folder)
-        compressed, _ = child(
-            "compress", str(folder), "--plan", "paper", "--steps", str(steps), "--no-embed",
-            "-o", str(out), "--json", "--quiet",
-        )  # fmt: skip
-        extra = () if name == "trellis-ss" else ("--resolution", str(resolution))
-        measured, text = child(
-            "generate", str(out), str(picture), "-o", str(meshes), "--parts", str(folder),
-            "--memory", "lean", "--compute", "a8", "--device", "cpu", "--json", "--quiet", *extra,
-        )  # fmt: skip
-        row = json.loads(text)["written"][0]
-        save("passes", name, {
-            "steps": steps,
-            "resolution": 64 if name == "trellis-ss" else resolution,
-            "compress": compressed,
-            "generate": measured,
-            "seconds": row["seconds"],
-            "bytes": row["bytes"],
-            "mesh": row["mesh"],
-        })  # fmt: skip
-        print(name, json.dumps(measured), json.dumps(row["bytes"]), flush=True)
+
+def remove(options: argparse.Namespace, folder: Path, out: Path) -> None:
+    if not options.keep:
         shutil.rmtree(folder)
         out.unlink()
 
 
-def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
-    """`vitapack bench` of a packed file beside its original, a whole pass at `resolution` with it.
+def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    from vitapack.runtime.families.furniture import held_out
 
-    With --keep the checkpoint and packed file in `work` are used where they are, and stay.
-    """
+    picture = next(held_out("unseen-views")).image_path
     for name in names:
-        plan = options.plans[0]
-        folder, out = work / name, work / f"{name}-{plan}.safetensors"
-        if not (options.keep and folder.exists()):
-            write(name, folder)
-        if not (options.keep and out.exists()):
-            steps = str(options.steps)
-            child("compress", str(folder), "--plan", plan, "--steps", steps, "--no-embed",
-                  "-o", str(out), "--quiet")  # fmt: skip
+        side = 64 if name == "trellis-ss" else options.resolution
+        extra = () if name == "trellis-ss" else ("--resolution", str(side))
+        folder, out = made(work, name, "paper", options)
+        measured, text = child(
+            "generate", str(out), str(picture), "-o", str(work / "meshes"), "--parts", str(folder),
+            "--memory", "lean", "--compute", "a8", "--device", "cpu", "--steps",
+            str(options.steps), "--json", "--quiet", *extra,
+        )  # fmt: skip
+        row = json.loads(text)["written"][0]
+        figures = {"model": name, "steps": options.steps, "resolution": side, "generate": measured}
+        figures |= {key: row[key] for key in ("seconds", "bytes", "mesh", "queries")}
+        save("passes", f"{name}, {side}", figures)
+        print(name, json.dumps(figures), flush=True)
+        remove(options, folder, out)
+
+
+def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """`vitapack bench` of a packed DiT beside its original."""
+    for name in names:
+        folder, out = made(work, name, options.plans[0], options, ("dit",))
         measured, text = child(
             "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
-            "--repeats", str(options.repeats), "--steps", str(options.steps),
-            "--resolution", str(options.resolution), "--json", "--quiet",
+            "--repeats", str(options.repeats), "--no-pass", "--json", "--quiet",
         )  # fmt: skip
-        save("bench", name, json.loads(text) | {"plan": plan, "process": measured})
+        save("bench", name, json.loads(text) | {"plan": options.plans[0], "process": measured})
         print(text, flush=True)
-        if not options.keep:
-            shutil.rmtree(folder)
-            out.unlink()
+        remove(options, folder, out)
 
 
 def page() -> None:
@@ -241,7 +237,9 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--device", default="cuda", help="of `gpu`")
     parser.add_argument("--repeats", type=int, default=5, help="of `gpu` and `bench`")
-    parser.add_argument("--keep", action="store_true", help="`bench`: use and leave what is there")
+    parser.add_argument(
+        "--keep", action="store_true", help="`passes`, `bench`: use what is there, and leave it"
+    )
     options = parser.parse_args()
     if options.what == "sizes":
         sizes(options.work, options.models or list(MODELS))
@@ -254,7 +252,7 @@ def main() -> None:
     elif options.what == "bench":
         bench(options.work, options.models or ["hunyuan3d-2mini"], options)
     elif options.what == "passes":
-        passes(options.work, options.models or list(PASSES), options.steps, options.resolution)
+        passes(options.work, options.models or list(PASSES), options)
     page()
 
 

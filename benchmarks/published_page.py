@@ -11,6 +11,11 @@ from benchmarks.paper_tables import MODELS
 from vitapack.runtime.errors import atomic_path
 
 ENCODERS = {"hunyuan3d-2.0": "DINOv2-giant", "step1x-3d": "DINOv2-large with registers"}
+PHASES = ("condition", "denoise", "decode")
+OLD = (
+    "Rows without a prediction are older: their DINOv2 was our own, in 0.2 GB less than",
+    "transformers', and their random surface filled the grid.",
+)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 
 
@@ -120,27 +125,39 @@ def encoder_lines(found: dict[str, Any]) -> list[str]:
 
 def passes_lines(ran: dict[str, Any]) -> list[str]:
     rows = []
-    for name, row in ran.items():
-        cells = [
-            f"{part['predicted'] / 1e9:.2f} / {part['peak'] / 1e9:.2f}"
-            for part in (row["bytes"][phase] for phase in ("condition", "denoise", "decode"))
-        ]
-        peak = max(part["peak"] for part in row["bytes"].values())
+    for row in ran.values():
+        parts = [row["bytes"][phase] for phase in PHASES]
+        cells = [f"{gigabytes(p['predicted'])} / {gigabytes(p['peak'])}" for p in parts]
+        peak = max(part["peak"] for part in parts)
+        nodes, queries = (row["resolution"] + 1) ** 3, row["queries"]
+        seconds = " + ".join(f"{row['seconds'][phase]:.0f}" for phase in PHASES)
         rows.append(
-            f"| {name} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
-            f"{peak / 1e9:.2f} | {(peak - row['generate']['base']) / 1e9:.2f} |"
+            f"| {row['model']} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
+            f"{gigabytes(peak)} | {gigabytes(peak - row['generate']['base'])} | "
+            f"{f'{queries:,} ({nodes / queries:.1f}x fewer)' if queries else ''} | "
+            f"{seconds} |"
         )
+    old = any(row["bytes"]["decode"]["predicted"] is None for row in ran.values())
     return [
         "## Picture to mesh on the CPU, one network in memory at a time",
         "",
-        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes,",
-        "few steps. GB: predicted / process peak.",
+        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes, few",
+        "steps, n = 1. GB of the whole process: predicted before the run / peak; seconds by phase.",
+        "The random decoder's surface is smooth (`random-checkpoint` damps its high frequencies)",
+        "and about as large as an object's.",
+        *(OLD if old else ()),
         "",
         *table(
-            "| model | steps | grid | condition | denoise | decode | process | beyond torch |", rows
+            "| model | steps | grid | condition | denoise | decode | process | beyond torch "
+            "| queries | s |",
+            rows,
         ),
         "",
     ]
+
+
+def gigabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.2f}"
 
 
 def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
@@ -149,41 +166,17 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
         f"| {row['name']} | {gib(row['bytes'])} | {row['flops']['total'] / 1e12:.3f} | "
         f"{row['median_seconds']:.2f} | {row['p90_seconds']:.2f} | {row['n']} | "
         f"{row['median_seconds'] / base:.2f} | {row['tflops_per_second']:.3f} | "
-        f"{peaks(row['memory'])} |"
+        f"{gigabytes(row['memory']['predicted'])} / {gigabytes(row['memory']['peak'])} |"
         for row in found["steps"]
     ]
-    lines = [
+    return [
         f"## `vitapack bench` on {name}, {found['plan']}, beside its original",
         "",
         f"One process, {found['threads']} threads, one after the other: a guided step (batch "
         f"{found['steps'][0]['batch']}),",
-        f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. GiB of "
-        "the process: predicted before / peak.",
+        f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. GB of "
+        "the process: predicted / peak.",
         "",
-        *table(
-            "| network | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | predicted / peak |", rows
-        ),
+        *table("| network | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows),
         "",
     ]
-    phases = found["phases"]
-    if "skipped" in phases:
-        return [*lines, f"No whole pass: {phases['skipped']}", ""]
-    nodes = (phases["resolution"] + 1) ** 3
-    rows = [
-        f"| {phase} | {seconds:.1f} | {peaks(phases['bytes'][phase])} |"
-        for phase, seconds in phases["seconds"].items()
-    ]
-    return [
-        *lines,
-        f"Picture to mesh by the packed file (n = 1, {phases['steps']} steps, grid "
-        f"{phases['resolution']}, one network in memory at",
-        f"a time): the surface took {phases['queries']:,} queries, {nodes / phases['queries']:.1f} "
-        f"times fewer than all {nodes:,} nodes.",
-        "",
-        *table("| phase | s | predicted / peak, GiB |", rows),
-        "",
-    ]
-
-
-def peaks(memory: dict[str, int]) -> str:
-    return f"{memory['predicted'] / 2**30:.2f} / {memory['peak'] / 2**30:.2f}"

@@ -46,11 +46,13 @@ def bench(
     cond_tokens: int | None = None,
     resolution: int | None = None,
     sampling_steps: int | None = None,
+    whole_pass: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
-    the file holds no decoder; for a MODEL it is the model itself. `sampling_steps`: of the whole
-    pass. `note` is told what is predicted before each part runs. UserError."""
+    the file holds no decoder; for a MODEL it is the model itself. `whole_pass`: also a picture to
+    a mesh, in `sampling_steps`. `note` is told what is predicted before each part runs. UserError.
+    """
     where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
@@ -89,7 +91,9 @@ def bench(
         "latents": list(latents),
         "cond_tokens": tokens,
         "steps": steps,
-        "phases": _phases(path, original, where, compute, resolution, sampling_steps, note),
+        "phases": _phases(path, original, where, compute, resolution, sampling_steps, note)
+        if whole_pass
+        else {"skipped": "not asked for"},
     }
 
 
@@ -178,6 +182,7 @@ def _phases(
     """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be."""
     image = Image.new("RGBA", (256, 256))
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
+    return_memory()
     try:
         pipeline = Pipeline.open(path, device, compute, parts=original, memory="lean")
         if side is not None and hasattr(pipeline.decoder, "resolution"):

@@ -180,6 +180,7 @@ def generate(options: argparse.Namespace) -> None:
                     "mesh": asdict(describe_mesh(mesh)),
                     "seconds": pipeline.seconds,
                     "bytes": pipeline.bytes,
+                    "queries": getattr(pipeline.decoder, "queries", None),
                 }
             )
         report(len(objects), len(objects), "meshes")
@@ -275,7 +276,7 @@ def bench(options: argparse.Namespace) -> None:
     result = runner.bench(
         options.model, original=options.original, device=options.device, compute=options.compute,
         repeats=options.repeats, cond_tokens=options.cond_tokens, resolution=options.resolution,
-        sampling_steps=options.steps,
+        sampling_steps=options.steps, whole_pass=not options.no_pass,
         note=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if options.out:
@@ -459,6 +460,7 @@ def build_parser() -> Parser:
     sub.add_argument("--repeats", type=at_least_one, default=5)
     sub.add_argument("--cond-tokens", type=at_least_one)
     sub.add_argument("--steps", type=at_least_one, help="of the one picture to mesh")
+    sub.add_argument("--no-pass", action="store_true", help="time the network's steps alone")
     sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
 
     sub = command(

@@ -33,6 +33,9 @@ def test_packed_beside_its_original(made):
         assert 0 < row["median_seconds"] <= row["p90_seconds"]
     assert found["steps"][0]["bytes"] == out.stat().st_size
     assert set(found["phases"]["seconds"]) == {"condition", "denoise", "decode"}
+    for part in (*found["phases"]["bytes"].values(), *(row["memory"] for row in found["steps"])):
+        assert part["predicted"] > 0
+    assert 0 < found["phases"]["queries"] <= 9**3
     text = describe(found)
     assert "hunyuan3d-2+2 on cpu" in text
     assert "decode" in text
@@ -47,8 +50,11 @@ def test_a_packed_file_alone_says_what_is_missing(made):
 
 def test_command_line_on_an_original(made, capsys):
     folder, _, _ = made
-    words = ["--repeats", "1", "--cond-tokens", "10", "--device", "cpu", "--resolution", "8"]
+    words = ["--repeats", "1", "--cond-tokens", "10", "--device", "cpu", "--no-pass"]
     cli.main(["bench", str(folder), *words, "--json"])
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "predicted peak" in err  # before each part, on stderr
+    assert "skipped" in found["phases"]
     assert [row["name"] for row in found["steps"]] == ["bfloat16", "float32"]
     assert found["cond_tokens"] == 10
