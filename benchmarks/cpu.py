@@ -47,7 +47,15 @@ Run = Callable[[], Any]
 def interleaved(
     runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that a slow phase of the machine hits all.
+    """Median seconds of each, taken in turn so that a slow phase of the machine hits all."""
+    found = all_times(runs, rounds, warm, repeats)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def all_times(
+    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every round.
 
     OpenMP's threads spin for some milliseconds after a call, on a core that the next one needs, so
     that each measurement of `repeats` calls starts after a pause.
@@ -63,7 +71,7 @@ def interleaved(
             for _ in range(repeats):
                 run()
             times[name].append((time.perf_counter() - started) / repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
 
 
 def packed(n: int, k: int, bits: int) -> cpu.Panels:
@@ -98,7 +106,7 @@ def gemm(rounds: int) -> dict[str, Any]:
                 "w4a8": lambda x=x, w=w4, o=out: cpu.linear_a8(x, w, out=o),
                 "w8a16": lambda x=x, w=w8: cpu.linear_a16(x, w),
             }
-            seconds = interleaved(runs, rounds, repeats=3 + 16384 // m)
+            seconds = interleaved(runs, rounds, repeats=1 + 12288 // m)
             gops = {name: 2e-9 * m * n * k / value for name, value in seconds.items()}
             rows.append({"m": m, "k": k, "n": n, "gops": gops})
     return {"peak_gops": max(peak, cpu.peak_gops()), "n_runs": rounds, "rows": rows}
@@ -170,8 +178,8 @@ def linear_gops(latents: int) -> dict[str, float]:
     }
 
 
-def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
-    """The whole forward, interleaved with torch's bf16 in one process."""
+def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[str, Any]:
+    """The whole forward, interleaved with torch's bf16 in one process; `earlier` rounds count."""
     model = prepare(work)
     args = x, t, cond = inputs(latents)
     with torch.no_grad():
@@ -184,14 +192,17 @@ def dit(work: Path, latents: int, rounds: int) -> dict[str, Any]:
             "w4a8": lambda: four(*args),
         }
         peak = cpu.peak_gops()
-        seconds = interleaved(runs, rounds, warm=latents <= 512)
-        peak = max(peak, cpu.peak_gops())
+        times = all_times(runs, rounds, warm=latents <= 512)
+        times = {name: earlier.get("times", {}).get(name, []) + new for name, new in times.items()}
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        peak = max(peak, cpu.peak_gops(), earlier.get("peak_gops", 0.0))
         operations = linear_gops(latents)
         return {
             "latents": latents,
             "condition": CONDITION,
             "seconds": seconds,
-            "n_runs": rounds,
+            "times": times,
+            "n_runs": len(times["bf16"]),
             "operations": operations,
             "peak_gops": peak,
             "share_of_peak": sum(operations.values()) / seconds["w8a8"] / peak,
@@ -305,6 +316,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default=",".join(cpu_peers.PEERS))
     parser.add_argument("--pictures", type=int, default=48, help="of the bundled model's views")
+    parser.add_argument("--add", action="store_true", help="`dit` adds its rounds to earlier ones")
     parser.add_argument("--page-only", action="store_true")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -322,7 +334,11 @@ def main() -> None:
         elif part == "attention":
             found = attention(options.rounds)
         elif part == "dit":
-            found = {str(n): dit(options.work, n, options.rounds) for n in options.latents}
+            earlier = results.get("dit", {}) if options.add else {}
+            found = {
+                str(n): dit(options.work, n, options.rounds, earlier.get(str(n), {}))
+                for n in options.latents
+            }
         elif part == "errors":
             found = errors(options.work)
         elif part == "breakdown":
