@@ -72,7 +72,7 @@ def errors_text(part: dict[str, float]) -> str:
     ratio = part["w4a8"] / part["w4 float groups"]
     return (
         "## Error of the forward to float32, 512 latents\n\n"
-        + table("| | relative error |", rows)
+        + lines("| | relative error |", rows)
         + f"\n\nW4A8 has {ratio:.3f} of the error of exact float group scales."
     )
 
@@ -92,7 +92,7 @@ def breakdown_text(part: dict[str, Any]) -> str:
         f"## Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads over "
         "their number; waiting is for the other thread at the end of a phase, outside are "
         f"embeddings, final layer and Python. Mean of {part['n_runs']}.\n\n"
-        + table("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
+        + lines("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
     )
 
 
