@@ -1,10 +1,11 @@
 // The engine's one thread pool.
 //
-// Made for cores that are shared: waiting is a bounded spin (about 20 us, the length of the serial
-// parts between two phases of a network) and then a condition variable, units are handed out one
-// by one, and whoever calls never waits for a worker that has not started: once the units are all
-// taken the job is closed, and a thread that the system wakes late finds it so. A spinning barrier
-// instead made oneDNN 60 times slower here when another process had the second core.
+// Made for cores that are shared: waiting is a bounded spin (about 100 us, more than the serial parts
+// between two phases of a network, or the Python between two calls, take) and then a condition
+// variable, units are handed out one by one, and whoever calls never waits for a worker that has
+// not started: once the units are all taken the job is closed, and a thread that the system wakes
+// late finds it so. A spinning barrier instead made oneDNN 60 times slower here when another
+// process had the second core.
 
 #include "int8_engine.h"
 
@@ -32,7 +33,7 @@
 namespace vitapack {
 namespace {
 
-constexpr int kSpins = 500;  // of about 40 ns each
+constexpr int kSpins = 2500;  // of about 40 ns each
 
 void relax() {
 #ifdef VITAPACK_X86
