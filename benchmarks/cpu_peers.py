@@ -96,8 +96,8 @@ def _block_linears(module: nn.Module, name: str) -> bool:
 
 
 def _torchao(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import (
-        Int4WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
         quantize_,
@@ -110,7 +110,7 @@ def _torchao(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[
     elif name == "torchao-int8-dynamic":
         config = Int8DynamicActivationInt8WeightConfig()
     else:
-        config = Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque")
+        config = PrototypeInt4WeightOnlyConfig(group_size=64)  # the one with a CPU kernel
     quantize_(module, config, filter_fn=_block_linears)
     return _called(module, args, torch.bfloat16)
 
