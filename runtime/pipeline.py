@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=_step(packed.dit_config(header), decoder, dtype, engine),
+            step_bytes=partial(_step_bytes, packed.dit_config(header), decoder, dtype, engine),
             on_gpu=where != "cpu",
         )
 
@@ -187,7 +188,7 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=_step(checkpoint.config, decoder, dtype, engine=False),
+            step_bytes=partial(_step_bytes, checkpoint.config, decoder, dtype, False),
             on_gpu=where != "cpu",
         )
 
@@ -345,16 +346,17 @@ class Pipeline:
         return replace(mesh, metadata=metadata)
 
 
-def _step(
-    config: DiTConfig | FlowConfig, decoder: Any, dtype: torch.dtype, engine: bool
-) -> Callable[[int, int], int]:
+def _step_bytes(
+    config: DiTConfig | FlowConfig,
+    decoder: Any,
+    dtype: torch.dtype,
+    engine: bool,
+    tokens: int,
+    batch: int,
+) -> int:
     """Bytes of a step by condition tokens and batch; guidance that is embedded needs no second."""
-
-    def step(tokens: int, batch: int) -> int:
-        batch = 1 if config.guidance_embed else batch
-        return step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
-
-    return step
+    batch = 1 if config.guidance_embed else batch
+    return step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
 
 
 def _known(family: str, source: str) -> str:

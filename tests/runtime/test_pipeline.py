@@ -1,5 +1,6 @@
 """Picture to mesh on the bundled model, original and packed."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,12 @@ def test_a_truncated_packed_file_is_refused(packed_path: Path, tmp_path: Path) -
     (tmp_path / "cut.safetensors").write_bytes(packed_path.read_bytes()[:200_000])
     with pytest.raises(FormatError, match=r"cut\.safetensors"):
         Pipeline.open(tmp_path / "cut.safetensors", device="cpu")
+
+
+def test_it_goes_to_another_process(original: Pipeline) -> None:
+    """The vitality analysis sends the pipeline to its workers."""
+    there = pickle.loads(pickle.dumps(original))
+    cond = there.condition(picture(0))
+    assert there.predicted_bytes() == original.predicted_bytes()
+    here = original.latents(cond, original.noise(0), steps=1)
+    assert torch.equal(there.latents(cond, there.noise(0), steps=1), here)
