@@ -171,6 +171,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         [sys.executable, "-m", "vitapack", "analyze", "furniture", "--images", PICTURE.parent,
          "-o", tmp_path / "v.json", "--quiet"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore SIGINT, and their children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     journal = tmp_path / "v.journal.jsonl"
     deadline = time.monotonic() + 120
