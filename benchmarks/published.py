@@ -218,7 +218,8 @@ def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
             "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
             "--repeats", str(options.repeats), "--no-pass", "--json", "--quiet",
         )  # fmt: skip
-        save("bench", name, json.loads(text) | {"plan": options.plans[0], "process": measured})
+        about = {"model": out.name, "plan": options.plans[0], "process": measured}  # no local path
+        save("bench", name, json.loads(text) | about)
         print(text, flush=True)
         remove(options, folder, out)
 

@@ -179,7 +179,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
     while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that ignores it would go on for the hour of its analysis
     assert process.returncode == 130, err
     assert err.strip().splitlines() == ["vitapack: interrupted; nothing half-written was left"]
     assert not (tmp_path / "v.json").exists()
