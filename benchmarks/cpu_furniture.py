@@ -8,7 +8,6 @@ that was stopped goes on where it was, and another model starts anew.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from vitapack.compressor.demo import grid_of
 from vitapack.compressor.metrics import grid_iou
 from vitapack.compressor.plan import resolve_plan
 from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.furniture import FOLDER, held_out
+from vitapack.runtime.families.furniture import held_out
 from vitapack.runtime.pipeline import Pipeline
 
 PLANS = ("int8", "int4")
@@ -36,8 +35,7 @@ SCORES = ("a8 to a16", "a16 to truth", "a8 to truth")
 def measure(work: Path, pictures: int) -> dict[str, Any]:
     """Mean V-IoU and 95 % interval of each score and plan on the first `pictures` views."""
     checkpoint = open_checkpoint("furniture")
-    files = sorted(FOLDER.glob("model*.safetensors"))
-    weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    weights = checkpoint.source(hashed=True)["sha256"][:12]
     packed = {plan: work / f"furniture-{weights}-{plan}.safetensors" for plan in PLANS}
     for plan, path in packed.items():
         if not path.exists():

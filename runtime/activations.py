@@ -11,6 +11,7 @@ import torch
 
 from vitapack.runtime.dinov2 import Dinov2Config
 from vitapack.runtime.dit import DiTConfig
+from vitapack.runtime.memory import resident
 from vitapack.runtime.shape_decoder import ShapeDecoderConfig
 from vitapack.runtime.trellis import FlowConfig, OccupancyConfig
 
@@ -19,6 +20,12 @@ from vitapack.runtime.trellis import FlowConfig, OccupancyConfig
 LIBRARIES = 110 << 20
 TRANSFORMERS = 220 << 20  # of which no more than its DINOv2 is used
 ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_dit.cpp)
+
+
+def base_bytes(on_gpu: bool) -> int:
+    """What peaks stand on: on a CPU the process as it is now, with its libraries once they work; on
+    a GPU nothing, since torch's own allocations are counted there."""
+    return 0 if on_gpu else (resident() or 0) + LIBRARIES
 
 
 def encoder_bytes(config: Dinov2Config, pixels: int, dtype: torch.dtype) -> int:

@@ -22,14 +22,14 @@ from PIL import Image, ImageDraw
 
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed
-from vitapack.runtime.activations import LIBRARIES, step_bytes
+from vitapack.runtime.activations import base_bytes, step_bytes
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit_engine import EngineDiT
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, Flops, step_flops
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter, resident, return_memory
+from vitapack.runtime.memory import PhaseMeter, return_memory
 from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
 from vitapack.runtime.trellis import FlowTransformer, Network
@@ -127,7 +127,7 @@ def _time(
 ) -> dict[str, Any]:
     """Loads, times guided steps (a batch of two where guidance is no embedding), lets go."""
     return_memory()
-    base = 0 if device != "cpu" else (resident() or 0) + LIBRARIES
+    base = base_bytes(device != "cpu")
     meter = PhaseMeter({})
     with meter("load"):
         network = load()

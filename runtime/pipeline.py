@@ -24,7 +24,7 @@ from torch import Tensor
 import vitapack
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed, sampling
-from vitapack.runtime.activations import LIBRARIES, TRANSFORMERS, step_bytes
+from vitapack.runtime.activations import TRANSFORMERS, base_bytes, step_bytes
 from vitapack.runtime.conditioner import VIEWS, Picture
 from vitapack.runtime.denoise import denoise
 from vitapack.runtime.device import chosen_device
@@ -41,7 +41,7 @@ from vitapack.runtime.families import (
 )
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter, keep_no_holes, resident
+from vitapack.runtime.memory import PhaseMeter, keep_no_holes
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.parts import Part, packed_part, part_of
 from vitapack.runtime.trellis import FlowConfig, Network
@@ -83,7 +83,7 @@ class Pipeline:
         self.family, self.source, self.source_sha256 = family, source, sha256
         self.variant, self.memory = variant, memory
         self._step_bytes = step_bytes
-        self._base = 0 if on_gpu else (resident() or 0) + LIBRARIES
+        self._base = base_bytes(on_gpu)
         if not on_gpu and hasattr(conditioner, "encoder") and "transformers" not in sys.modules:
             self._base += TRANSFORMERS  # its encoder will need them
         self.seconds: dict[str, float] = {}  # of the last call, by phase
