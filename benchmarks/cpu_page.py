@@ -20,7 +20,7 @@ def figures(results: dict[str, Any]) -> str:
     m = results["machine"]
     blocks = [
         f"{m['processor']}, {m['threads']} threads, {m['instruction_set']}, torch {m['torch']}. "
-        "What stands in one table ran interleaved in one process; medians."
+        "What stands in one table ran interleaved, round by round; medians."
     ]
     writers = {
         "dit": dit_text,
