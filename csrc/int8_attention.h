@@ -265,9 +265,10 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
   for (std::int64_t r = 0; r < rows; ++r) m[r] = -3e38f, l[r] = 0;
   std::memset(o, 0, std::size_t(rows * dp) * 4);
   Pending before;
-  for (std::int64_t key = 0; key < h.keys; key += kKeys) {
-    const std::int64_t at = head * h.keys + key;
-    const std::int64_t keys = h.keys - key < kKeys ? h.keys - key : kKeys;
+  std::int64_t keys = 0;
+  for (std::int64_t key = 0; key < h.keys; key += keys) {
+    const std::int64_t at = head * h.keys + key, end = key < h.first ? h.first : h.keys;
+    keys = end - key < kKeys ? end - key : kKeys;
     const std::int8_t* k = h.k + at * dp;
     for (std::int64_t r = 0; r < rows; r += kTile) {
       if (kInterleaved && dp == 64) {

@@ -308,7 +308,8 @@ void bind_int8(py::module_& m) {
       .def("run", &Attention::run);
 
   py::class_<DitPlan>(m, "DitPlan")
-      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>())
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, std::int64_t,
+                    float>())
       .def("bytes", &DitPlan::bytes)
       .def("seconds", [](const DitPlan& p) {
              const auto spent = p.seconds();

@@ -14,6 +14,7 @@
 #include "int8_dit.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace vitapack {
 namespace {
@@ -54,12 +55,14 @@ RowScratch::RowScratch(std::int64_t widest_input, std::int64_t widest_output,
   attend = buffer_.as<float>(at_attend);
 }
 
-HeadBuffers::HeadBuffers(std::int64_t batch_heads, std::int64_t tokens, std::int64_t dim) {
+HeadBuffers::HeadBuffers(std::int64_t batch_heads, std::int64_t tokens, std::int64_t dim,
+                         std::int64_t repeated) {
   heads.tokens = tokens;
   heads.dim = dim;
   heads.dp = round_up(dim, kBlock);
   heads.rows = tokens + kMaxTile;
-  heads.keys = round_up(tokens, kPanel);
+  heads.first = round_up(repeated, kPanel);
+  heads.keys = heads.first + round_up(tokens - repeated, kPanel);
   const std::int64_t queries = batch_heads * heads.rows, keys = batch_heads * heads.keys;
   Carver carve;
   const auto at_q = carve.take<std::uint8_t>(queries * heads.dp);
@@ -96,11 +99,12 @@ Linear rows_from(const Linear& w, std::int64_t from) {
 }
 
 DitPlan::DitPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-                 std::int64_t mlp, int threads)
-    : batch_(batch), tokens_(tokens), hidden_(hidden), heads_(heads), mlp_(mlp), threads_(threads),
+                 std::int64_t mlp, int threads, std::int64_t repeated, float times)
+    : batch_(batch), tokens_(tokens), hidden_(hidden), heads_(heads), mlp_(mlp),
+      repeated_(times == 1 ? 0 : repeated), times_log_(std::log2(times)), threads_(threads),
       z_(std::size_t(batch * tokens * hidden) * 4),
       attention_(std::size_t(batch * tokens * hidden) * 4),
-      operands_(batch * heads, tokens, hidden / heads) {
+      operands_(batch * heads, tokens, hidden / heads, repeated_) {
   for (int t = 0; t < threads; ++t)
     scratch_.emplace_back(hidden + mlp, std::max(3 * hidden, mlp + kPanel), hidden / heads);
 }
@@ -180,15 +184,30 @@ void DitPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScratc
     k.linear(qkv, panel, panel + step, own.a, own.stride, own.sx, at.rows, e, own.panel);
     own.laps.lap(kQkv);
     for (std::int64_t h = first; h < last; ++h)
-      k.split_head(int(h / heads_), own.wide + (h - first) * dim, e.stride, at.rows,
-                   norms[h / heads_], operands_.heads, at.batch * heads_ + h % heads_, at.token,
-                   own.row);
+      split(k, int(h / heads_), at.batch * heads_ + h % heads_, own.wide + (h - first) * dim,
+            e.stride, at, norms[h / heads_], own.row);
     own.laps.lap(kSplit);
   }
 }
 
+// Rows of a part of a head to attention's operands. Keys after the repeated ones start at a panel.
+void DitPlan::split(const Kernels& k, int part, std::int64_t head, const float* x,
+                    std::int64_t stride, const Rows& at, const float* norm, float* work) {
+  const std::int64_t before = std::clamp(repeated_ - at.token, std::int64_t(0), at.rows);
+  const std::int64_t skipped = part ? operands_.heads.first - repeated_ : 0;
+  if (before) k.split_head(part, x, stride, before, norm, operands_.heads, head, at.token, work);
+  if (before < at.rows)
+    k.split_head(part, x + before * stride, stride, at.rows - before, norm, operands_.heads, head,
+                 at.token + before + skipped, work);
+}
+
 void DitPlan::attend(const Kernels& k) {
   const std::int64_t dim = hidden_ / heads_;
+  // n equal terms of a softmax are one whose exponent is log2 n larger. Its contribution may be n
+  // times all others', which 8 bits would round to nothing in a step together.
+  for (std::int64_t head = 0; head < batch_ * heads_; ++head)
+    for (std::int64_t t = 0; t < repeated_; ++t)
+      operands_.heads.v_log[head * operands_.heads.keys + t] += times_log_;
   const std::int64_t blocks = (tokens_ + kQueries - 1) / kQueries;
   phase(batch_ * heads_ * blocks, [&](std::int64_t unit, RowScratch& own) {
     const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;

@@ -53,7 +53,9 @@ class RowScratch {
 // The operands of attention for batch x heads.
 class HeadBuffers {
  public:
-  HeadBuffers(std::int64_t batch_heads, std::int64_t tokens, std::int64_t dim);
+  // The first `repeated` tokens' keys get steps of their own in attention.
+  HeadBuffers(std::int64_t batch_heads, std::int64_t tokens, std::int64_t dim,
+              std::int64_t repeated = 0);
   Heads heads;
   std::size_t bytes() const { return buffer_.bytes(); }
 
@@ -77,8 +79,10 @@ struct Stream {
 // All memory of a forward pass beyond the weights, for one shape.
 class DitPlan {
  public:
+  // Each of the first `repeated` tokens stands for `times` equal ones: as a key of attention it has
+  // `times` its weight.
   DitPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-          std::int64_t mlp, int threads);
+          std::int64_t mlp, int threads, std::int64_t repeated, float times);
   void double_block(const Kernels& k, const std::vector<Stream>& streams);
   void single_block(const Kernels& k, const Stream& all, const Linear& linear1,
                     const Linear& linear2);
@@ -101,10 +105,13 @@ class DitPlan {
   };
   std::vector<Rows> row_blocks(const std::vector<Stream>& streams) const;
   void front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own);
+  void split(const Kernels& k, int part, std::int64_t head, const float* x, std::int64_t stride,
+             const Rows& at, const float* norm, float* work);
   void attend(const Kernels& k);
   template <class F> void phase(std::int64_t units, F&& work);
 
-  std::int64_t batch_, tokens_, hidden_, heads_, mlp_;
+  std::int64_t batch_, tokens_, hidden_, heads_, mlp_, repeated_;
+  float times_log_;
   int threads_;
   Buffer z_;          // (batch, tokens, hidden) float32: the residual stream
   Buffer attention_;  // (batch, tokens, hidden) float32

@@ -65,7 +65,8 @@ struct Heads {
   std::int64_t dim = 0;         // of a head
   std::int64_t dp = 0;          // dim rounded up to 64
   std::int64_t rows = 0;        // tokens + room for a whole tile
-  std::int64_t keys = 0;        // tokens rounded up to 64
+  std::int64_t keys = 0;        // tokens rounded up to 64, and up to 63 after the first ones
+  std::int64_t first = 0;       // keys before this one are a step of attention by themselves
   // Per (batch, head), one after another:
   std::uint8_t* q = nullptr;    // (rows, dp) u8
   float* q_scale = nullptr;     // (rows), log2(e) / sqrt(dim) included

@@ -335,14 +335,23 @@ class Plan:
     """All memory of a DiT's forward beyond its weights, for one shape; nothing is allocated later.
 
     `tokens` is the residual stream (B, T, h) float32, condition first: write the embedded tokens
-    into it, run blocks, read the latents out of it.
+    into it, run blocks, read the latents out of it. Each of the first `repeated` tokens stands for
+    `times` equal ones.
     """
 
     def __init__(
-        self, batch: int, tokens: int, hidden: int, heads: int, mlp: int, threads: int
+        self,
+        batch: int,
+        tokens: int,
+        hidden: int,
+        heads: int,
+        mlp: int,
+        threads: int,
+        repeated: int = 0,
+        times: int = 1,
     ) -> None:
-        self.key = (batch, tokens, hidden, heads, mlp, threads)
-        self._plan = _built().DitPlan(batch, tokens, hidden, heads, mlp, threads)
+        self.key = (batch, tokens, hidden, heads, mlp, threads, repeated, times)
+        self._plan = _built().DitPlan(*self.key)
         self.tokens = _view(self._plan.tokens(), (batch, tokens, hidden))
 
     @property

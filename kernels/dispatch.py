@@ -83,12 +83,15 @@ def _gpu_path(op: str, device: torch.device, rows: int, dtype: torch.dtype) -> t
     return how.get(choice.how, "expand to int8 + Triton w8a8"), why
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, int8: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, H, n, d) on a GPU.
+def attention(q: Tensor, k: Tensor, v: Tensor, int8: bool, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for (B, H, n, d) on a GPU, `bias` (1, n) of the keys.
 
-    torch's SDPA, or SageAttention's int8 kernels where they are installed and `int8` arithmetic is
-    what the model computes in; VITAPACK_ATTENTION=sdpa keeps torch's.
+    torch's SDPA, or SageAttention's int8 kernels where they are installed, `int8` arithmetic is
+    what the model computes in and there is no bias; VITAPACK_ATTENTION=sdpa keeps torch's.
     """
+    if bias is not None:
+        announce("attention with a bias", str(q.device), "torch SDPA", "its kernels take one")
+        return F.scaled_dot_product_attention(q, k, v, bias)
     if int8 and q.device.type == "cuda" and _sage() and q.shape[-1] in (64, 96, 128):
         announce("attention", str(q.device), "SageAttention", "installed, and activations are int8")
         return _sage()(q, k, v, tensor_layout="HND", is_causal=False)

@@ -21,14 +21,17 @@ def denoise(
     cond: Tensor,
     noise: Tensor,
     *,
-    one_batch: bool = True,
+    one_batch: bool = False,
     progress: sampling.Progress | None = None,
 ) -> Tensor:
     """Latents of the noise's shape, float32, on the network's device.
 
-    cond (1, N, D) is what the network is conditioned on, zeros what it is guided away from;
-    `one_batch`: both as one batch of two, or in two passes, which need half the memory. A network
-    that embeds its guidance is called once. UserError for a time without a modulation table.
+    cond (1, N, D) is what the network is conditioned on, zeros what it is guided away from. These
+    are all alike, so a single one stands for them, in a pass of its own: exact, with a third fewer
+    operations a step where latents are few (512 beside 1370 condition tokens), and half the memory
+    of `one_batch`, both as one batch of two with all their tokens, as the references compute it.
+    A network that embeds its guidance is called once. UserError for a time without a modulation
+    table.
     """
     where = next(p for p in network.parameters() if p.is_floating_point())
     cond = cond.to(where)
@@ -37,14 +40,14 @@ def denoise(
     def call(x: Tensor, t: float, tokens: Tensor) -> Tensor:
         # float64, so that a time finds its own row of the modulation tables.
         when = torch.tensor([t], dtype=torch.float64, device=where.device)
-        if network.config.guidance_embed:
-            return network(x.to(where.dtype), when, tokens, embedded).float()
-        return network(x.to(where.dtype), when, tokens).float()
+        repeats = cond.shape[1] // tokens.shape[1]
+        given = embedded if network.config.guidance_embed else None
+        return network(x.to(where.dtype), when, tokens, given, repeats).float()
 
     velocity = sampling.classifier_free(
         call,
         cond,
-        torch.zeros_like(cond),
+        torch.zeros_like(cond if one_batch else cond[:, :1]),
         1.0 if network.config.guidance_embed else settings.guidance,
         one_batch=one_batch,
         only_at=sampling.guided_times(settings),

@@ -99,16 +99,27 @@ def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
     return torch.cat(parts if config.cos_first else parts[::-1], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, H, n, d), returned as (B, n, H*d)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for (B, H, n, d), returned as (B, n, H*d); `bias` (1, n)
+    of the keys."""
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.requires_grad:
         # torch's CPU flash attention has a slow backward at ~100 tokens: 0.273 s a training step
         # with it, 0.154 s with the explicit form (furniture model, 2 cores).
-        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-        out = weights @ v
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        out = torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, bias)
     return out.transpose(1, 2).flatten(2)
+
+
+def multiplicity(repeats: int, tokens: int, latents: int, like: Tensor) -> Tensor | None:
+    """Bias (1, tokens + latents) with which each of the first keys stands for `repeats` equal ones:
+    n equal terms of a softmax are one whose exponent is log n larger. None where that is 0."""
+    if repeats == 1:
+        return None
+    bias = like.new_zeros(1, tokens + latents)
+    bias[:, :tokens] = math.log(repeats)
+    return bias
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -245,14 +256,16 @@ class DoubleBlock(nn.Module):
         self.txt_attn = StreamAttention(config)
         self.txt_mlp = mlp(config)
 
-    def forward(self, x: Tensor, y: Tensor, when: When) -> tuple[Tensor, Tensor]:
-        """Latents x (B, L, h) and condition y (B, C, h)."""
+    def forward(
+        self, x: Tensor, y: Tensor, when: When, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents x (B, L, h), condition y (B, C, h), bias (1, C+L) of the keys in attention."""
         x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = self.img_mod(when)
         y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = self.txt_mod(when)
         x_qkv = self.img_attn(modulate(x, x_shift1, x_scale1))
         y_qkv = self.txt_attn(modulate(y, y_shift1, y_scale1))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
-        joint = attention(q, k, v)
+        joint = attention(q, k, v, bias)
         y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
         x = clipped(x + x_gate1 * self.img_attn.proj(x_out), self.clips)
         x = x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2))
@@ -273,13 +286,13 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden, 3)
 
-    def forward(self, z: Tensor, when: When) -> Tensor:
-        """All tokens z (B, C+L, h), condition first."""
+    def forward(self, z: Tensor, when: When, bias: Tensor | None = None) -> Tensor:
+        """All tokens z (B, C+L, h), condition first; bias (1, C+L) of the keys in attention."""
         shift, scale, gate = self.modulation(when)
         qkv, wide = self.linear1(modulate(z, shift, scale)).split(self.widths, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.norm(q, k)
-        out = torch.cat([attention(q, k, v), F.gelu(wide, approximate="tanh")], dim=-1)
+        out = torch.cat([attention(q, k, v, bias), F.gelu(wide, approximate="tanh")], dim=-1)
         return clipped(z + gate * self.linear2(out), self.clips)
 
 
@@ -346,7 +359,12 @@ class TimeNodes(nn.Module):
 
 
 class DiT(nn.Module):
-    """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C)."""
+    """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C).
+
+    With `repeats` every token of cond stands for so many equal ones. Condition tokens have no
+    places, so equal ones stay equal through all blocks: the unconditional pass, whose tokens are
+    all zeros, is this network on a single one, exactly (see `vitapack.runtime.denoise`).
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -376,14 +394,22 @@ class DiT(nn.Module):
             vector = vector + self.guidance_in(guidance)
         return When(vector=F.silu(vector))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
         when = self.when(t, guidance)
         x, y = self.latent_in(x), self.cond_in(cond)
+        bias = multiplicity(repeats, y.shape[1], x.shape[1], x)
         for block in self.double_blocks.values():
-            x, y = block(x, y, when)
+            x, y = block(x, y, when, bias)
         z = torch.cat([y, x], dim=1)
         for block in self.single_blocks.values():
-            z = block(z, when)
+            z = block(z, when, bias)
         return self.final_layer(z[:, y.shape[1] :], when)
 
     def without(self, *blocks: tuple[str, int]) -> DiT:

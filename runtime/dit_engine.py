@@ -15,26 +15,42 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.kernels import dispatch
-from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, When, layer_norm
+from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, When, layer_norm, multiplicity
 from vitapack.runtime.linear import PackedLinear
 
 FINAL_ROWS = 512  # latents that leave at a time, so that the last layer's temporaries stay small
 
 
 class Scratch:
-    """The one plan of a model and its copies: memory for one shape, for one caller."""
+    """The plans of a model and its copies: memory for two shapes, for one caller.
+
+    Two, because a guided step is a call with the picture's tokens and one with a single token.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.plan: Any = None
+        self.plans: list[Any] = []  # the one used last comes last
 
     def plan_for(self, *key: int) -> Any:
         from vitapack.kernels.cpu import Plan
 
-        if self.plan is None or self.plan.key != key:
-            self.plan = None  # the old shape's memory goes before the new one's comes
-            self.plan = Plan(*key)
-        return self.plan
+        plan = next((plan for plan in self.plans if plan.key == key), None)
+        if plan is None:
+            del self.plans[:-1]  # the old shape's memory goes before the new one's comes
+            plan = Plan(*key)
+        else:
+            self.plans.remove(plan)
+        self.plans.append(plan)
+        return plan
+
+    @property
+    def plan(self) -> Any:
+        """Of the last call; None before the first."""
+        return self.plans[-1] if self.plans else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(plan.nbytes) for plan in self.plans)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
         return Scratch()
@@ -57,23 +73,31 @@ class EngineDiT(DiT):
                 module.prepare()
 
     def scratch_bytes(self) -> int:
-        """Memory of the last call's shape beyond weights, inputs and output."""
-        return 0 if self.scratch.plan is None else int(self.scratch.plan.nbytes)
+        """Memory of the last two calls' shapes beyond weights, inputs and output."""
+        return self.scratch.nbytes
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
         differentiable = torch.is_grad_enabled() and (x.requires_grad or cond.requires_grad)
         if x.device.type != "cpu" or differentiable or not dispatch.cpu_engine("int8 a8 DiT"):
-            return super().forward(x, t, cond, guidance)
+            return super().forward(x, t, cond, guidance, repeats)
         with torch.no_grad(), self.scratch.lock:
-            return self._fused(x, self.when(t, guidance), cond)
+            return self._fused(x, self.when(t, guidance), cond, repeats)
 
-    def _fused(self, x: Tensor, when: When, cond: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
         batch, split = x.shape[0], cond.shape[1]
         config = self.config
         plan = self.scratch.plan_for(
             batch, split + x.shape[1], config.hidden, config.heads, config.mlp_hidden,
-            torch.get_num_threads(),
+            torch.get_num_threads(), split if repeats > 1 else 0, repeats,
         )  # fmt: skip
+        bias = multiplicity(repeats, split, x.shape[1], x)
         z = plan.tokens
         for b in range(batch):
             _embed(self.cond_in, cond[min(b, len(cond) - 1)], z[b, :split])
@@ -89,7 +113,7 @@ class EngineDiT(DiT):
                 plan.double_block(streams)
             else:
                 latents, condition = z[:, split:].to(x.dtype), z[:, :split].to(x.dtype)
-                z[:, split:], z[:, :split] = block(latents, condition, when)
+                z[:, split:], z[:, :split] = block(latents, condition, when, bias)
         for block in self.single_blocks.values():
             if fused(block):
                 plan.single_block(
@@ -98,7 +122,7 @@ class EngineDiT(DiT):
                     _rows(block.modulation, when),
                 )
             else:
-                z.copy_(block(z.to(x.dtype), when))
+                z.copy_(block(z.to(x.dtype), when, bias))
         return self._final(z[:, split:], when, x.dtype)
 
     def _final(self, z: Tensor, when: When, dtype: torch.dtype) -> Tensor:

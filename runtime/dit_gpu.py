@@ -24,6 +24,7 @@ from vitapack.runtime.dit import (
     StreamAttention,
     When,
     clipped,
+    multiplicity,
 )
 from vitapack.runtime.linear import PackedLinear
 
@@ -33,37 +34,47 @@ ops = gpu_ops.ops
 class GpuDiT(DiT):
     """A `DiT` whose blocks run fused on CUDA devices."""
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
         differentiable = torch.is_grad_enabled() and (x.requires_grad or cond.requires_grad)
         if x.device.type != "cuda" or differentiable or not dispatch.gpu_kernels("DiT", x.device):
-            return super().forward(x, t, cond, guidance)
+            return super().forward(x, t, cond, guidance, repeats)
         with torch.no_grad():
-            return self.velocity(x, self.when(t, guidance), cond)
+            return self.velocity(x, self.when(t, guidance), cond, repeats)
 
-    def velocity(self, x: Tensor, when: When, cond: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, when: When, cond: Tensor, repeats: int = 1) -> Tensor:
         """x (B, L, C) and cond (B, N, D) at a step's modulation input to (B, L, C)."""
         x, y = self.latent_in(x), self.cond_in(cond)
         y = y.expand(x.shape[0], -1, -1)
+        bias = multiplicity(repeats, y.shape[1], x.shape[1], x)
         for block in self.double_blocks.values():
             assert isinstance(block, DoubleBlock)
-            x, y = double_block(block, x, y, when)
+            x, y = double_block(block, x, y, when, bias)
         z = torch.cat([y, x], dim=1)
         for block in self.single_blocks.values():
             assert isinstance(block, SingleBlock)
-            z = single_block(block, z, when)
+            z = single_block(block, z, when, bias)
         shift, scale = self.final_layer.shift_scale(when)
         latents, _ = ops.modulate(z[:, y.shape[1] :], shift, scale, False)
         return self.final_layer.linear(latents)
 
 
-def double_block(block: DoubleBlock, x: Tensor, y: Tensor, when: When) -> tuple[Tensor, Tensor]:
+def double_block(
+    block: DoubleBlock, x: Tensor, y: Tensor, when: When, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`DoubleBlock.forward`."""
     x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = block.img_mod(when)
     y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = block.txt_mod(when)
     x_qkv = heads_of(block.img_attn, x, x_shift1, x_scale1)
     y_qkv = heads_of(block.txt_attn, y, y_shift1, y_scale1)
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
-    joint = attend(q, k, v, block.img_attn.qkv)
+    joint = attend(q, k, v, block.img_attn.qkv, bias)
     y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
     x = project(block.img_attn.proj, quantized(block.img_attn.proj, x_out), x, x_gate1)
     x = mlp(block.img_mlp, clipped(x, block.clips), x_shift2, x_scale2, x_gate2)
@@ -72,13 +83,13 @@ def double_block(block: DoubleBlock, x: Tensor, y: Tensor, when: When) -> tuple[
     return clipped(x, block.clips), clipped(y, block.clips)
 
 
-def single_block(block: SingleBlock, z: Tensor, when: When) -> Tensor:
+def single_block(block: SingleBlock, z: Tensor, when: When, bias: Tensor | None = None) -> Tensor:
     """`SingleBlock.forward`."""
     shift, scale, gate = block.modulation(when)
     rows = ops.modulate(z, shift, scale, wants_codes(block.linear1))
     qkv, wide = project(block.linear1, rows, z).split(block.widths, dim=-1)
     q, k = ops.qk_norm(qkv, block.norm.query_norm.scale, block.norm.key_norm.scale, block.heads)
-    out = attend(q, k, values(qkv, block.heads), block.linear1)
+    out = attend(q, k, values(qkv, block.heads), block.linear1, bias)
     rows = ops.join(out, wide, True, wants_codes(block.linear2))
     return clipped(project(block.linear2, rows, z, gate), block.clips)
 
@@ -110,9 +121,9 @@ def values(qkv: Tensor, heads: int) -> Tensor:
     return qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, linear: nn.Module) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, linear: nn.Module, bias: Tensor | None) -> Tensor:
     """Attention (B, H, n, d) to (B, n, H * d), as exact as the block's linears."""
-    return dispatch.attention(q, k, v, wants_codes(linear)).transpose(1, 2).flatten(2)
+    return dispatch.attention(q, k, v, wants_codes(linear), bias).transpose(1, 2).flatten(2)
 
 
 def wants_codes(linear: nn.Module) -> bool:

@@ -50,10 +50,21 @@ class Attached(nn.Module):
                 # hy3dgen evaluates once more at the end and multiplies it by 1 - 1.
                 return torch.zeros_like(x)
         place = self.dit.latent_in.weight
-        given = guidance if self.guidance_embed else None
-        return self.dit(
-            x.to(place), t[:1], cond.to(place), None if given is None else given[:1]
-        ).to(x.dtype)
+        wide, t, tokens = x.to(place), t[:1], cond.to(place)
+        if self.guidance_embed:
+            assert guidance is not None
+            return self.dit(wide, t, tokens, guidance[:1]).to(x.dtype)
+        half = len(x) // 2  # [with the picture, without]: there all tokens are alike
+        if len(tokens) == len(x) == 2 * half and _alike(tokens[half:]):
+            with_image = self.dit(wide[:half], t, tokens[:half])
+            without = self.dit(wide[half:], t, tokens[half:, :1], repeats=tokens.shape[1])
+            return torch.cat([with_image, without]).to(x.dtype)
+        return self.dit(wide, t, tokens).to(x.dtype)
+
+
+def _alike(tokens: Tensor) -> bool:
+    """Whether the tokens (B, N, D) of each entry are all the same."""
+    return bool((tokens == tokens[:, :1]).all())
 
 
 def _on_nodes(t: Tensor, nodes: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ class Pipeline:
             on_gpu=where != "cpu",
         )
 
-    def predicted_bytes(self, *, views: int = 1, one_batch: bool | None = None) -> dict[str, int]:
+    def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
         """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
         on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
         holders = dict(zip(PHASES, (self.conditioner, self._dit, self.decoder), strict=True))
@@ -210,12 +210,11 @@ class Pipeline:
         surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
         return found | {"decode": max(found["decode"], surface)}
 
-    def _denoise_bytes(self, views: int, one_batch: bool | None) -> int:
+    def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
             return 0
-        twice = self.memory != "lean" if one_batch is None else one_batch
         tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
-        return self._step_bytes(tokens, 2 if twice else 1)
+        return self._step_bytes(tokens, 2 if one_batch else 1)
 
     def _free(self, holder: Any) -> None:
         if self.memory == "lean" and hasattr(holder, "free"):
@@ -260,19 +259,19 @@ class Pipeline:
         guidance: float | None = None,
         sampler: str | None = None,
         dit: Network | None = None,
-        one_batch: bool | None = None,
+        one_batch: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents float32 on the CPU, of the noise's shape; `dit` stands in for the model's own
-        network, such as one with a block left out. `one_batch`: guidance as one batch of two or as
-        two passes, which need half the memory (the default where memory is "lean")."""
+        network, such as one with a block left out. `one_batch`: guidance as one batch of two, as
+        the references compute it; see `denoise`."""
         settings = self.settings(steps, guidance, sampler)
         out = denoise(
             self.dit if dit is None else dit,
             settings,
             cond,
             noise,
-            one_batch=self.memory != "lean" if one_batch is None else one_batch,
+            one_batch=one_batch,
             progress=progress,
         )
         if not torch.isfinite(out).all():
@@ -299,7 +298,7 @@ class Pipeline:
         guidance: float | None = None,
         sampler: str | None = None,
         name: str = "image",
-        one_batch: bool | None = None,
+        one_batch: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Mesh:
         """A mesh whose metadata says how it was made. `image`: a picture, or views by name
@@ -356,7 +355,10 @@ def _step_bytes(
 ) -> int:
     """Bytes of a step by condition tokens and batch; guidance that is embedded needs no second."""
     batch = 1 if config.guidance_embed else batch
-    return step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
+    found = step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
+    if engine and batch == 1 and not config.guidance_embed:  # keeps its memory for either pass
+        found += step_bytes(config, decoder.latent_shape, 1, 1, dtype, engine=True)
+    return found
 
 
 def _known(family: str, source: str) -> str:

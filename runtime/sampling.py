@@ -211,13 +211,13 @@ def classifier_free(
     uncond: Tensor,
     scale: float,
     *,
-    one_batch: bool = True,
+    one_batch: bool = False,
     only_at: Collection[float] | None = None,
 ) -> Velocity:
     """Guided velocity u + scale (c - u), c and u the network's outputs with and without the image.
 
     network(x, t, cond) with t a float; cond, uncond (1 or B, n, D). `one_batch` asks for both in
-    one call of twice the batch, [cond, uncond]; otherwise two calls, which need less memory.
+    one call of twice the batch, [cond, uncond], for which they are of one shape; otherwise two.
     A scale of 1 is the conditional output: one call. `only_at` (see `guided_times`) lists the times
     at which guidance is on. TRELLIS' (1 + w) c - w u is scale = 1 + w.
     """

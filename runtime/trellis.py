@@ -125,7 +125,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """To the picture's tokens as they come: not normalised, not gated."""
+    """To the picture's tokens as they come: not normalised, not gated.
+
+    Of a single token attention gives its value, whatever the queries are.
+    """
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -135,6 +138,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        if cond.shape[1] == 1:
+            return self.proj(self.kv(cond).chunk(2, dim=-1)[1])
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(cond).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(attention(q, k, v))
@@ -170,7 +175,8 @@ class FlowTransformer(nn.Module):
     """Velocity of the latents: x (B, C, R, R, R), t (B,) or (1,) in 0..1000, cond (B, N, D).
 
     Without edges (SLAT) x is the blocks' own tokens (B, n, h), places included, and so is the
-    output.
+    output. That each token of cond stands for `repeats` equal ones changes nothing here, where
+    attention to them is to nothing else.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -189,7 +195,14 @@ class FlowTransformer(nn.Module):
             return When(rows=self.time_in(t, None))
         return When(vector=F.silu(self.time_in(t)))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
         when, config = self.when(t), self.config
         if config.in_channels:
             side = config.resolution // config.patch

@@ -153,7 +153,7 @@ def generate(options: argparse.Namespace) -> None:
     if "" not in objects[0]:
         pipeline.check_views(objects[0])
     if not options.quiet:
-        predicted = pipeline.predicted_bytes(views=views)
+        predicted = pipeline.predicted_bytes(views=views, one_batch=options.one_batch)
         print(f"memory: {predicted_line(predicted)}", file=sys.stderr)
     with progress(options.quiet) as report:
         for number, places in enumerate(objects):
@@ -165,6 +165,7 @@ def generate(options: argparse.Namespace) -> None:
                 mesh = pipeline(
                     images.get("", images), name=str(path), seed=options.seed,
                     steps=options.steps, guidance=options.guidance, sampler=options.sampler,
+                    one_batch=options.one_batch,
                 )  # fmt: skip
             except UserError as error:
                 # One bad picture must not cost the folder its other meshes.
@@ -426,8 +427,11 @@ def build_parser() -> Parser:
         "--memory",
         choices=("resident", "lean"),
         default="resident",
-        help="lean: one network in memory at a time, guidance in two passes",
+        help="lean: one network in memory at a time",
     )
+    sub.add_argument("--one-batch", action="store_true",
+                     help="guidance as one batch of two; without it in two passes, of which the "
+                     "unconditional one needs a single token and gives the same")  # fmt: skip
     sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
     sub.add_argument("--format", choices=("glb", "obj", "ply", "stl"), default="glb")
 

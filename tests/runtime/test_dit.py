@@ -29,6 +29,36 @@ def test_one_time_serves_the_whole_batch(golden, released, tmp_path):
     assert torch.allclose(one, many, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("repeats", [1, 2, 1370])
+def test_one_token_stands_for_equal_ones(repeats, dtype, golden, released, relative, tmp_path):
+    x = golden(NAMES[0]).inputs["x"]
+    folder = released().save(tmp_path / "model")
+    dit, t = load_dit(folder), torch.tensor([0.3])
+    few = torch.randn(len(x), 2, dit.config.cond_channels) * torch.tensor([[[0.0], [1.0]]])
+    many = few.repeat_interleave(repeats, dim=1)
+    with torch.no_grad():
+        exact = dit(x, t, many)
+        if dtype == torch.float32:
+            assert relative(dit(x, t, few, repeats=repeats), exact) <= 1e-6
+            return
+        narrow, given = load_dit(folder, dtype=dtype), x.to(dtype)
+        ours = narrow(given, t, few.to(dtype), repeats=repeats)
+        plain = narrow(given, t, many.to(dtype))
+    assert relative(ours.float(), exact) <= 2 * relative(plain.float(), exact)
+
+
+def test_gradients_pass_equal_tokens(golden, released, tmp_path):
+    x = golden(NAMES[0]).inputs["x"][:1].requires_grad_()
+    dit, t = load_dit(released().save(tmp_path / "model")), torch.tensor([0.3])
+    one = torch.randn(1, 1, dit.config.cond_channels)
+    found = [
+        torch.autograd.grad(dit(x, t, tokens, repeats=repeats).square().sum(), x)[0]
+        for tokens, repeats in ((one, 6), (one.expand(1, 6, -1), 1))
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("gone", [[("double", 0)], [("single", 1), ("double", 1)], [("single", 2)]])
 def test_leaving_blocks_out_is_building_without_them(gone, golden, released, tmp_path):
     inputs = golden(NAMES[0]).inputs

@@ -64,6 +64,18 @@ def test_fused_is_as_near_as_the_readable_form(isa, packed):
         assert error(ours, reference) <= 2 * error(readable, reference) + 2e-3
 
 
+def test_one_token_stands_for_equal_ones(isa, packed):
+    path, guidance = packed
+    engine, exact = load_dit(path, compute="a8"), load_dit(path)
+    x, t, cond = inputs(70, 1)
+    many = cond.expand(-1, 333, -1)
+    reference, plain = exact(x, t, many, guidance), engine(x, t, many, guidance)
+    found = engine(x, t, cond, guidance, repeats=333)
+    assert error(found, reference) <= 1.5 * error(plain, reference) + 1e-3
+    assert error(engine(x, t, cond, guidance), reference) > 10 * error(found, reference)
+    torch.testing.assert_close(engine(x, t, many, guidance), plain)  # and it is not left behind
+
+
 def test_a_batch_is_its_entries(packed, monkeypatch):
     path, guidance = packed
     engine = load_dit(path, compute="a8")
@@ -103,6 +115,18 @@ def test_scratch_is_planned_once(packed):
     assert size > 0
     engine(*args)
     assert engine.scratch.plan is plan
+    other = (*inputs(30, 1), guidance)
+    engine(*other)  # a guided step's second call
+    second, both = engine.scratch.plan, engine.scratch_bytes()
+    assert second is not plan
+    assert both == plan.nbytes + second.nbytes
+    engine(*args)
+    assert engine.scratch.plan is plan
+    engine(*other)
+    assert engine.scratch.plan is second
+    engine(*inputs(20, 1), guidance)
+    assert engine.scratch.plans[0] is second
+    assert len(engine.scratch.plans) == 2
     assert engine.without(("double", 1)).scratch is engine.scratch
     assert copy.deepcopy(engine).scratch is not engine.scratch
 

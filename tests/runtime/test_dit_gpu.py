@@ -73,6 +73,20 @@ def test_fused_blocks_equal_the_readable_ones(
         assert (ours - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.parametrize("compute", ["a16", "a8"])
+def test_one_token_stands_for_equal_ones(
+    original: tuple[Checkpoint, DiT], tmp_path: Path, compute: str
+) -> None:
+    compress(original[0], MIXED, tmp_path / "p.safetensors", modulation="int8", steps=(2,))
+    _, fused = both_forms(tmp_path / "p.safetensors", compute)
+    x, t, cond = inputs()
+    when, one = fused.when(t), cond[:, :1]
+    many = fused.velocity(x, when, one.expand(-1, 500, -1))
+    found = fused.velocity(x, when, one, repeats=500)
+    assert (found - many).norm() <= (1e-5 if compute == "a16" else 1e-2) * many.norm()
+    assert (found - fused.velocity(x, when, one)).norm() > 0.05 * many.norm()
+
+
 def test_one_condition_serves_the_whole_batch(
     original: tuple[Checkpoint, DiT], tmp_path: Path
 ) -> None:

@@ -102,6 +102,25 @@ def test_it_runs_as_our_own_sampler_does(name, dtype, made, relative):
     assert relative(found, wanted) <= 2 * relative(theirs, wanted)
 
 
+def test_the_unconditional_half_is_one_token(made, monkeypatch):
+    folder, out = made("hunyuan3d-2mini")
+    pipeline = attach(StandIn(Original(load_dit(folder))), out)
+    model, x = pipeline.model, torch.randn(4, 24, 64)
+    cond = torch.cat([torch.randn(2, 10, 64), torch.zeros(2, 10, 64)])
+    calls = []
+    whole = model.dit.forward
+    monkeypatch.setattr(
+        model.dit, "forward", lambda *a, **k: calls.append(a[2].shape) or whole(*a, **k)
+    )
+    with torch.no_grad():
+        both = model(x, torch.zeros(4), {"main": cond})
+        assert calls == [(2, 10, 64), (2, 1, 64)]
+        torch.testing.assert_close(both, whole(x, torch.zeros(1), cond), rtol=1e-4, atol=1e-5)
+        cond[3, 4] = 1
+        model(x, torch.zeros(4), {"main": cond})
+    assert calls[2:] == [(4, 10, 64)]
+
+
 def test_steps_without_tables_are_refused(made):
     folder, out = made("hunyuan3d-2mini")
     pipeline = attach(StandIn(Original(load_dit(folder)), torch.float16), out)

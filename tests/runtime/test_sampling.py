@@ -187,8 +187,8 @@ def test_classifier_free_guidance():
         calls.append(len(x))
         return x * t + cond
 
-    one = classifier_free(network, cond, torch.zeros_like(cond), 5.0)
-    two = classifier_free(network, cond, torch.zeros_like(cond), 5.0, one_batch=False)
+    one = classifier_free(network, cond, torch.zeros_like(cond), 5.0, one_batch=True)
+    two = classifier_free(network, cond, torch.zeros_like(cond), 5.0)
     assert torch.allclose(one(x, 0.5), x * 0.5 + 5 * cond, atol=1e-5)
     assert torch.equal(one(x, 0.5), two(x, 0.5))
     assert calls == [6, 6, 3, 3]
@@ -199,6 +199,8 @@ def test_classifier_free_guidance():
     some = classifier_free(network, cond, torch.zeros_like(cond), 5.0, only_at={0.25})
     assert torch.equal(some(x, 0.5), x * 0.5 + cond)
     assert calls == [3, 3]
+    short = classifier_free(network, cond, torch.zeros(1, 1, 2), 5.0)
+    assert torch.equal(short(x, 0.5), two(x, 0.5))
 
 
 def test_progress_counts_evaluations():

@@ -32,6 +32,15 @@ def test_reference_output(golden, relative, tmp_path):
             assert relative(flow(**reference.inputs), reference.output) <= 1e-5
 
 
+def test_one_token_stands_for_equal_ones(golden, relative, tmp_path):
+    inputs = golden("trellis_ss_tiny").inputs
+    flow = load_dit(Trellis().save(tmp_path / "model"))
+    one = torch.randn(1, 1, inputs["cond"].shape[2]).expand(len(inputs["x"]), -1, -1)
+    with torch.no_grad():
+        many = flow(inputs["x"], inputs["t"], one.expand(-1, 1374, -1))
+        assert relative(flow(inputs["x"], inputs["t"], one, repeats=1374), many) <= 5e-6
+
+
 def test_computed_places_are_the_stored_ones(golden, relative):
     from vitapack.runtime.trellis import place_embedding
 

@@ -68,8 +68,9 @@ def test_picture_to_mesh(name, folders, relative, tmp_path):
     assert beyond > predicted["decode"] - packed._base  # nothing is given back there
 
 
-def test_guidance_in_two_passes_is_one_batch(folders):
-    pipeline = Pipeline.from_model(folders("hunyuan3d-2mini"), device="cpu")
+@pytest.mark.parametrize("name", ["hunyuan3d-2mini", "step1x-3d-label", "trellis-ss"])
+def test_guidance_in_two_passes_is_one_batch(name, folders):
+    pipeline = Pipeline.from_model(folders(name), device="cpu")
     cond, noise = pipeline.condition(chair()), pipeline.noise(0)
     one, two = (pipeline.latents(cond, noise, steps=3, one_batch=b) for b in (True, False))
     assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
