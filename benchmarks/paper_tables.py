@@ -99,7 +99,8 @@ NOTES = """\
 - Operations: attention included, guidance as a batch of two (TRELLIS: one forward pass). The paper
   counts Step1X-3D without attention; ours so is in brackets. Its TFLOP of the smaller 2mini are
   those of 22 blocks, its 0.954 GiB are 21, as here.
-- A run makes no evaluation that the sampler multiplies by zero, and TRELLIS guides in an interval.
+- A run makes no evaluation that the sampler multiplies by zero, TRELLIS guides in an interval, and
+  the unconditional pass needs a single token, since all of them are equal there.
 - The released Hunyuan3D 2.0 network has 1,113,274,432 parameters, 2.074 GiB in fp16, not 2.704;
   TRELLIS' has 1.035, not 1.078.
 - Latency and memory of the paper: RTX A6000. Ours: the denoising loop of one shape, from noise to
@@ -190,7 +191,7 @@ def denoise_times(
     latents: Sequence[int] | None = None,
     tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Seconds and bytes of whole denoising loops: guidance in one batch, random condition.
+    """Seconds and bytes of whole denoising loops: guidance in two passes, random condition.
 
     `latents` and `tokens` as in the tables unless they are given.
     """

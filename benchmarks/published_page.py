@@ -163,7 +163,8 @@ def gigabytes(count: int | None) -> str:
 def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
     base = found["steps"][0]["median_seconds"]
     rows = [
-        f"| {row['name']} | {gib(row['bytes'])} | {row['flops']['total'] / 1e12:.3f} | "
+        f"| {row['name']} | {row['guidance']} | {gib(row['bytes'])} | "
+        f"{row['flops']['total'] / 1e12:.3f} | "
         f"{row['median_seconds']:.2f} | {row['p90_seconds']:.2f} | {row['n']} | "
         f"{row['median_seconds'] / base:.2f} | {row['tflops_per_second']:.3f} | "
         f"{gigabytes(row['memory']['predicted'])} / {gigabytes(row['memory']['peak'])} |"
@@ -172,11 +173,14 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
     return [
         f"## `vitapack bench` on {name}, {found['plan']}, beside its original",
         "",
-        f"One process, {found['threads']} threads, one after the other: a guided step (batch "
-        f"{found['steps'][0]['batch']}),",
-        f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. GB of "
-        "the process: predicted / peak.",
+        f"One process, {found['threads']} threads, one after the other: a guided step,",
+        f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. As one "
+        "batch of two, as the references",
+        "compute it, or in two passes, the unconditional one on a single token that stands for all",
+        "(exact). GB of the process: predicted / peak.",
         "",
-        *table("| network | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows),
+        *table(
+            "| network | guidance | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows
+        ),
         "",
     ]

@@ -4,8 +4,9 @@
     print(describe(result))
 
 The packed network and the original in 16 bits (on CPUs also in float32) are timed in the same run,
-one after the other, on the same random latents; both phases beside the step are timed once where
-the image encoder and the shape decoder are at hand.
+one after the other, on the same random latents, each with guidance as one batch of two and in two
+passes (`denoise.velocity_of`); both phases beside the step are timed once where the image encoder
+and the shape decoder are at hand.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from PIL import Image, ImageDraw
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed
 from vitapack.runtime.activations import base_bytes, step_bytes
+from vitapack.runtime.denoise import velocity_of
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit_engine import EngineDiT
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
-from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, Flops, step_flops
+from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
 from vitapack.runtime.load import dit_of
 from vitapack.runtime.memory import PhaseMeter, return_memory
 from vitapack.runtime.pipeline import Pipeline
-from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
-from vitapack.runtime.trellis import FlowTransformer, Network
+from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, guided_times
+from vitapack.runtime.trellis import Network
 from vitapack.runtime.weights import is_packed
 
 
@@ -79,8 +81,9 @@ def bench(
     latents = _latents(place if is_file else None, checkpoint, where)
     tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
     steps = [
-        _time(name, load, size, held, sampler, latents, tokens, where, repeats, note)
+        row
         for name, load, size, held, sampler in rows
+        for row in _time(name, load, size, held, sampler, latents, tokens, where, repeats, note)
     ]
     return {
         "model": str(path),
@@ -124,8 +127,8 @@ def _time(
     device: str,
     repeats: int,
     note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Loads, times guided steps (a batch of two where guidance is no embedding), lets go."""
+) -> list[dict[str, Any]]:
+    """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
     return_memory()
     base = base_bytes(device != "cpu")
     meter = PhaseMeter({})
@@ -133,41 +136,49 @@ def _time(
         network = load()
     config = network.config
     place = next(p for p in network.parameters() if p.is_floating_point())
-    batch = 1 if config.guidance_embed else 2
     engine = isinstance(network, EngineDiT) and dispatch.cpu_engine("int8 a8 DiT")
-    working = step_bytes(config, tuple(latents), tokens, batch, place.dtype, engine=engine)
-    meter.predicted = {"step": base + held + working}
-    note(f"{name}: {repeats + 1} steps, predicted peak {meter.predicted['step'] / 2**30:.2f} GiB")
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *latents, generator=rng).to(place)
-    cond = torch.randn(batch, tokens, config.cond_channels, generator=rng).to(place)
-    t = torch.tensor([evaluation_times(sampler)[0]], dtype=torch.float64, device=place.device)
-    guidance = torch.tensor([sampler.guidance], device=place.device)
-    seconds = []
-    with meter("step"), torch.inference_mode():
-        for _ in range(repeats + 1):  # the first warms up
-            start = time.perf_counter()
-            if isinstance(network, FlowTransformer) or not config.guidance_embed:
-                network(x, t, cond)
-            else:
-                network(x, t, cond, guidance)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    flops: Flops = step_flops(config, tuple(latents), tokens, batch)
-    median = statistics.median(seconds[1:])
-    return {
-        "name": name,
-        "bytes": size,
-        "flops": flops.to_json(),
-        "batch": batch,
-        "n": repeats,
-        "median_seconds": median,
-        "p90_seconds": sorted(seconds[1:])[math.ceil(0.9 * (repeats - 1))],
-        "tflops_per_second": flops.total / median / 1e12,
-        "load_seconds": meter.seconds["load"],
-        "memory": meter.bytes["step"],
-    }
+    x = torch.randn(1, *latents, generator=rng).to(place.device)
+    cond = torch.randn(1, tokens, config.cond_channels, generator=rng)
+    guided = guided_times(sampler)
+    t = next(t for t in evaluation_times(sampler) if guided is None or t in guided)
+    found = []
+    for batch in (1,) if config.guidance_embed else (1, 2):  # the larger peak comes last
+        how = {1: "two passes", 2: "one batch"}[batch]
+        how = "embedded" if config.guidance_embed else how
+        return_memory()
+        working = step_bytes(config, tuple(latents), tokens, batch, place.dtype, engine=engine)
+        meter.predicted = {"step": base + held + working}
+        note(
+            f"{name}, guidance {how}: {repeats + 1} steps, "
+            f"predicted peak {meter.predicted['step'] / 2**30:.2f} GiB"
+        )
+        velocity = velocity_of(network, sampler, cond, one_batch=batch == 2)
+        seconds = []
+        with meter("step"), torch.inference_mode():
+            for _ in range(repeats + 1):  # the first warms up
+                start = time.perf_counter()
+                velocity(x, t)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        flops = guided_flops(config, tuple(latents), tokens, batch == 2)
+        median = statistics.median(seconds[1:])
+        found.append(
+            {
+                "name": name,
+                "bytes": size,
+                "flops": flops.to_json(),
+                "guidance": how,
+                "n": repeats,
+                "median_seconds": median,
+                "p90_seconds": sorted(seconds[1:])[math.ceil(0.9 * (repeats - 1))],
+                "tflops_per_second": flops.total / median / 1e12,
+                "load_seconds": meter.seconds["load"],
+                "memory": meter.bytes["step"],
+            }
+        )
+    return found
 
 
 def _phases(
@@ -212,7 +223,7 @@ def describe(result: dict[str, Any]) -> str:
         memory = _memory(row["memory"])
         speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
         lines.append(
-            f"{row['name']:14} {row['bytes'] / 2**30:7.3f} GiB  "
+            f"{row['name'] + ', ' + row['guidance']:24} {row['bytes'] / 2**30:7.3f} GiB  "
             f"{row['flops']['total'] / 1e12:7.3f} TFLOP a step  {speed}  "
             f"{row['tflops_per_second']:.3f} TFLOP/s{memory}"
         )

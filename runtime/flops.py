@@ -65,16 +65,29 @@ def step_flops(
     return Flops(total, total - linear)
 
 
+def guided_flops(
+    config: DiTConfig | FlowConfig, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
+) -> Flops:
+    """A guided step of one shape: a batch of two, or a pass with the picture's tokens and one with
+    a single token. Where guidance is embedded: one call."""
+    if config.guidance_embed:
+        return step_flops(config, latents, cond_tokens, 1)
+    if one_batch:
+        return step_flops(config, latents, cond_tokens, 2)
+    both = [step_flops(config, latents, tokens, 1) for tokens in (cond_tokens, 1)]
+    return Flops(sum(f.total for f in both), sum(f.attention for f in both))
+
+
 def run_flops(
     config: DiTConfig | FlowConfig,
     latents: tuple[int, ...],
     cond_tokens: int,
     sampler: SamplerDefaults,
 ) -> int:
-    """A whole run: the evaluations that are made, guidance where it is on."""
+    """A whole run: the evaluations that are made; guidance where it is on, as in `guided_flops`."""
     times, guided = evaluation_times(sampler), guided_times(sampler)
     one = step_flops(config, latents, cond_tokens, 1).total
     if config.guidance_embed or sampler.guidance == 1:
         return one * len(times)
     twice = len(times) if guided is None else sum(t in guided for t in times)
-    return one * (len(times) + twice)
+    return one * len(times) + step_flops(config, latents, 1, 1).total * twice

@@ -3,7 +3,7 @@
 import pytest
 
 from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
-from vitapack.runtime.flops import run_flops, step_flops
+from vitapack.runtime.flops import guided_flops, run_flops, step_flops
 from vitapack.runtime.sampling import SamplerDefaults
 
 
@@ -45,9 +45,18 @@ def test_the_paper_s_figures():
 
 def test_a_run_counts_what_is_evaluated():
     config = trellis.flow_config({"num_blocks": 2}, "x", [], slat=False)
-    one = step_flops(config, (8, 16, 16, 16), 1374, 1).total
+    one, short = (step_flops(config, (8, 16, 16, 16), tokens, 1).total for tokens in (1374, 1))
     sampler = SamplerDefaults("euler", 25, 6.0, 3.0, "trellis", guidance_interval=(0.5, 1.0))
-    assert run_flops(config, (8, 16, 16, 16), 1374, sampler) == one * (25 + 19)
+    assert run_flops(config, (8, 16, 16, 16), 1374, sampler) == 25 * one + 19 * short
     config = hunyuan3d.dit_config({"depth": 1, "depth_single_blocks": 1}, "x")
-    one = step_flops(config, (512, 64), 1370, 1).total
-    assert run_flops(config, (512, 64), 1370, SamplerDefaults("euler", 20, 5.0)) == one * 38
+    one, short = (step_flops(config, (512, 64), tokens, 1).total for tokens in (1370, 1))
+    sampler = SamplerDefaults("euler", 20, 5.0)
+    assert run_flops(config, (512, 64), 1370, sampler) == 19 * (one + short)
+    assert short == pytest.approx(closed_form(2, 1024, 513, batch=1), rel=0.02)
+    step = guided_flops(config, (512, 64), 1370, one_batch=False)
+    assert step.total == one + short
+    assert guided_flops(config, (512, 64), 1370, one_batch=True).total == 2 * one
+    embedded = hunyuan3d.dit_config({"depth": 1, "guidance_embed": True}, "x")
+    assert guided_flops(embedded, (512, 64), 1370, one_batch=True) == step_flops(
+        embedded, (512, 64), 1370, 1
+    )
