@@ -5,7 +5,8 @@
     python -m benchmarks.cpu --page-only                   # docs/cpu.md from the JSON again
 
 Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
-(a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed),
+(a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed), `guided` (a
+guided step as the pipeline makes it, beside one batch of two),
 `breakdown` (where its time goes), `memory` (peak RSS and load time of a process that only does
 that), `peers` (the same forward in other libraries that are installed) and `furniture` (V-IoU of
 int8 activations against weight-only). What is compared runs interleaved in one process; times are
@@ -30,13 +31,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cpu_furniture, cpu_int4, cpu_page, cpu_peers
+from benchmarks import cpu_furniture, cpu_guided, cpu_int4, cpu_page, cpu_peers
 from vitapack.kernels import cpu
 from vitapack.runtime.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PARTS = ("gemm", "attention", "dit", "errors", "breakdown", "memory", "peers", "furniture")
+PARTS = (
+    "gemm", "attention", "dit", "guided", "errors", "breakdown", "memory", "peers", "furniture",
+)  # fmt: skip
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
 ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
 CONDITION = 1370  # tokens of DINOv2 at 518 pixels
@@ -210,6 +213,11 @@ def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[
         }
 
 
+def guided(work: Path, latents: int, rounds: int) -> dict[str, Any]:
+    x, _, cond = inputs(latents)
+    return cpu_guided.measure(work, prepare(work), (x[:1], cond[:1]), all_times, rounds)
+
+
 def errors(work: Path) -> dict[str, float]:
     """Relative errors to the float32 original at 512 latents (nothing here is timed)."""
     model = prepare(work)
@@ -324,7 +332,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     if (
-        set(parts) & {"dit", "errors", "breakdown", "memory", "peers", "furniture"}
+        set(parts) & {"dit", "guided", "errors", "breakdown", "memory", "peers", "furniture"}
         and options.work is None
     ):
         parser.error("--work DIR is needed for these parts")
@@ -339,6 +347,8 @@ def main() -> None:
                 str(n): dit(options.work, n, options.rounds, earlier.get(str(n), {}))
                 for n in options.latents
             }
+        elif part == "guided":
+            found = {str(n): guided(options.work, n, options.rounds) for n in options.latents}
         elif part == "errors":
             found = errors(options.work)
         elif part == "breakdown":
@@ -354,7 +364,7 @@ def main() -> None:
         # Read again: another part may have been measured meanwhile.
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         results["machine"] = machine()
-        kept = results.get(part, {}) if part in ("dit", "peers") else {}
+        kept = results.get(part, {}) if part in ("dit", "guided", "peers") else {}
         results[part] = kept | found
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     cpu_page.write(results)

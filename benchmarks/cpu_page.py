@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cpu_guided
 from benchmarks.markdown import between, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cpu.md"
@@ -24,6 +25,7 @@ def figures(results: dict[str, Any]) -> str:
     ]
     writers = {
         "dit": dit_text,
+        "guided": cpu_guided.text,
         "errors": errors_text,
         "breakdown": breakdown_text,
         "peers": peers_text,
