@@ -7,66 +7,67 @@
 // small v but a large p ("attention sink") takes no range from others. The denominator
 // sum_j p_j = sum_j p'_j / sv_j is summed in float from values that are not rounded.
 
-constexpr float kLargest = 7.99435344f;  // log2(255): a row's largest contribution becomes 255
-
 // 2^(x - shift) of 64 floats x <= shift + 8, to 64 bytes in the order of key_group, and the sum of
-// weight * 2^(x - shift). In stages, so that other work can go between them.
+// weight * 2^(x - shift). A pair of 16 at a time and in stages, so that other work can go between.
 #if VP_LEVEL == 512
+// With y = w + f, w in sixteenths and |f| <= 1/32, 2^y is 2^w times a line in f. As a multiple of
+// c + f, with c = 23/16 near the best 1 / ln 2, it takes one multiplication, for which dot products
+// wait, and one look-up in a register; it is exact to 1.6e-4, less than 8 bits show, and the
+// denominator sums the same numbers.
+constexpr float kTangent = 1.4375f;
+constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to sixteenths, whose
+                                          // number is in the sum's low bits
+alignas(64) constexpr float kPower[16] = {
+    1.02751736f, 1.07300944f, 1.12051563f, 1.17012509f, 1.22193095f, 1.27603046f,
+    1.33252515f, 0.69576054f, 0.72656449f, 0.75873225f, 0.79232420f, 0.82740339f,
+    0.86403566f, 0.90228979f, 0.94223757f, 0.98395399f};
+
 struct Powers {
-  F y[4], r[4];
-  __m512i t[4];
-  // Adding 1.5 * 2^23 rounds to a whole number, which ends up in the sum's low bits; integers bound
-  // it at -126 for less than floats do. Degree 2 is exact to 1.7e-3, less than the half step of 8
-  // bits that follows, and the denominator sums the same numbers.
-  void take(const float* x, F shift) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+  F y[2], t[2];
+  __m512i words[2];
+  void begin(const float* x, F shift) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
       y[i] = load(x + 16 * i) - shift;
-      t[i] = _mm512_castps_si512((y[i] + all(12582912.0f)).v);
+      t[i] = y[i] + all(kSixteenths);
     }
   }
-  void split() {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm512_max_epi32(t[i], _mm512_set1_epi32(0x4b400000 - 126));
-      y[i] = y[i] - (F{_mm512_castsi512_ps(t[i])} - all(12582912.0f));
-      t[i] = _mm512_slli_epi32(t[i], 23);
+  template <int pair> void end(const float* weight, F& total) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const F power = {
+          _mm512_permutexvar_ps(_mm512_castps_si512(t[i].v), _mm512_load_ps(kPower))};
+      const F whole = t[i] - all(kSixteenths + kTangent);
+      t[i] = times_power((y[i] - whole) * power, whole);  // which takes the floor of `whole`
+      total = fma(t[i], load(weight + 16 * i), total);
     }
+    words[pair] = _mm512_packs_epi32(_mm512_cvtps_epi32(t[0].v), _mm512_cvtps_epi32(t[1].v));
   }
-  void polynomial() {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      r[i] = fma(y[i], all(2.3842894e-1f), all(7.0344801e-1f));
-      r[i] = fma(y[i], r[i], all(1.00044314f));
-      r[i].v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(r[i].v), t[i]));
-    }
-  }
-  void give(const float* weight, F& total, std::uint8_t* p) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      total = fma(r[i], load(weight + 16 * i), total);
-      t[i] = _mm512_cvtps_epi32(r[i].v);
-    }
-    _mm512_storeu_si512(p, _mm512_packus_epi16(_mm512_packs_epi32(t[0], t[1]),
-                                               _mm512_packs_epi32(t[2], t[3])));
-  }
+  void give(std::uint8_t* p) { store_words(p, _mm512_packus_epi16(words[0], words[1])); }
 };
 #else
+constexpr float kTangent = 0;
+
 struct Powers {
   F r[4];
-  void take(const float* x, F shift) {
-    for (int i = 0; i < 4; ++i) r[i] = power_of_two<4>(load(x + 16 * i) - shift);
-  }
-  void split() {}
-  void polynomial() {}
-  void give(const float* weight, F& total, std::uint8_t* p) {
-    for (int i = 0; i < 4; ++i) {
-      total = fma(r[i], load(weight + 16 * i), total);
-      store_bytes(p + 16 * i, r[i]);
+  const float* from;
+  F by;
+  void begin(const float* x, F shift) { from = x, by = shift; }
+  template <int pair> void end(const float* weight, F& total) {
+    for (int i = 0; i < 2; ++i) {
+      r[2 * pair + i] = power_of_two<4>(load(from + 16 * i) - by);
+      total = fma(r[2 * pair + i], load(weight + 16 * i), total);
     }
+  }
+  void give(std::uint8_t* p) {
+    for (int i = 0; i < 4; ++i) store_bytes(p + 16 * i, r[i]);
   }
 };
 #endif
+
+// What is subtracted from scores is the row's largest less this: log2(255), so that its largest
+// contribution becomes 255, and the tangent's offset.
+constexpr float kRaise = 7.99435344f + kTangent;
 
 constexpr int kRowsAtOnce = kTile % 6 ? 4 : 6;  // of a tile: as many as registers hold
 
@@ -161,32 +162,34 @@ inline void values_and_powers(const Pending& before, std::int32_t* product, cons
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) c[i] = _mm512_setzero_si512();
     F part[3] = {all(0.0f), all(0.0f), all(0.0f)};
-    const F shift[3] = {all(top[3 * half] - kLargest), all(top[3 * half + 1] - kLargest),
-                        all(top[3 * half + 2] - kLargest)};
     for (std::int64_t key = 0; key < keys; key += kPanel) {
       const std::uint8_t* a = before.p + key;
       const std::int8_t* b = before.v + key * kPanel + 128 * half;
       const float* x = s + 3 * half * kKeys + key;
       std::uint8_t* to = p + 3 * half * kKeys + key;
-      Powers one;
-#define VP_ROW(r)                                       \
-  dots<5 * r, kKeys>(c, a, b);                                 \
-  one.take(x + r * kKeys, shift[r]);                    \
-  dots<5 * r + 1, kKeys>(c, a, b);                             \
-  one.split();                                          \
-  dots<5 * r + 2, kKeys>(c, a, b);                             \
-  one.polynomial();                                     \
-  dots<5 * r + 3, kKeys>(c, a, b);                             \
-  one.give(weight + key, part[r], to + r * kKeys);      \
-  dots<5 * r + 4, kKeys>(c, a, b);
+#define VP_ROW(r)                                            \
+  {                                                          \
+    Powers one;                                              \
+    const F shift = all(top[3 * half + r] - kRaise);         \
+    dots<5 * r, kKeys>(c, a, b);                             \
+    one.begin(x + r * kKeys, shift);                         \
+    dots<5 * r + 1, kKeys>(c, a, b);                         \
+    one.end<0>(weight + key, part[r]);                       \
+    dots<5 * r + 2, kKeys>(c, a, b);                         \
+    one.begin(x + r * kKeys + 32, shift);                    \
+    dots<5 * r + 3, kKeys>(c, a, b);                         \
+    one.end<1>(weight + key + 32, part[r]);                  \
+    dots<5 * r + 4, kKeys>(c, a, b);                         \
+    one.give(to + r * kKeys);                                \
+  }
       VP_ROW(0) VP_ROW(1) VP_ROW(2)
 #undef VP_ROW
       dots<15, kKeys>(c, a, b);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < 6; ++r) {
-      _mm512_storeu_si512(product + r * kPanel + 32 * half, c[2 * r]);
-      _mm512_storeu_si512(product + r * kPanel + 32 * half + 16, c[2 * r + 1]);
+      store_words(product + r * kPanel + 32 * half, c[2 * r]);
+      store_words(product + r * kPanel + 32 * half + 16, c[2 * r + 1]);
     }
 #pragma GCC unroll 3
     for (int r = 0; r < 3; ++r) sum_of[3 * half + r] = part[r];
@@ -215,11 +218,13 @@ inline void powers(const float* s, const float* top, const float* weight, std::i
 #pragma GCC unroll 6
       for (int r = 0; r < kRowsAtOnce; ++r) {
         const std::int64_t at = (first + r) * kKeys + i;
+        const F shift = all(top[first + r] - kRaise);
         Powers one;
-        one.take(s + at, all(top[first + r] - kLargest));
-        one.split();
-        one.polynomial();
-        one.give(weight + i, sum_of[r], p + at);
+        one.begin(s + at, shift);
+        one.end<0>(weight + i, sum_of[r]);
+        one.begin(s + at + 32, shift);
+        one.end<1>(weight + i + 32, sum_of[r]);
+        one.give(p + at);
       }
     reduce_rows<true, kRowsAtOnce>(sum_of, total + first);
   }
