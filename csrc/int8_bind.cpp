@@ -327,10 +327,11 @@ void bind_int8(py::module_& m) {
         py::gil_scoped_release release;
         p.double_block(k, all);
       })
-      .def("single_block", [](DitPlan& p, const py::dict& all, const Linear& linear2) {
+      .def("single_block", [](DitPlan& p, const py::dict& all, const Linear& linear2,
+                               std::int64_t first) {
         const Stream s = stream_of(all);
         const Kernels& k = kernels();
         py::gil_scoped_release release;
-        p.single_block(k, s, *s.qkv, linear2);
+        p.single_block(k, s, *s.qkv, linear2, first);
       });
 }

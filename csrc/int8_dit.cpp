@@ -164,7 +164,8 @@ void linear(const Kernels& k, const Linear& w, RowScratch& own, std::int64_t row
 }  // namespace
 
 // Modulated norm, then q, k and v in the form that attention takes.
-void DitPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own) {
+void DitPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own,
+                    bool queries) {
   const float* modulation = s.modulation + at.batch * s.modulation_stride;
   k.norm_quantize(tokens_at(at.batch, at.token), hidden_, modulation, modulation + hidden_, at.rows,
                   hidden_, own.row, own.a, own.stride, own.sx);
@@ -175,7 +176,8 @@ void DitPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScratc
   const float* norms[3] = {s.query_norm, s.key_norm, nullptr};
   // Some whole heads at a time, so that their rows stay in L2: one where a head is a panel.
   const std::int64_t step = dim % kPanel == 0 ? dim / kPanel : qkv.panel_count();
-  for (std::int64_t panel = 0; panel < qkv.panel_count(); panel += step) {
+  const std::int64_t begin = queries || dim % kPanel != 0 ? 0 : hidden_ / kPanel;
+  for (std::int64_t panel = begin; panel < qkv.panel_count(); panel += step) {
     const std::int64_t first = panel * kPanel / dim;
     const std::int64_t last = std::min((panel + step) * kPanel / dim, 3 * heads_);
     Epilogue e;
@@ -201,16 +203,16 @@ void DitPlan::split(const Kernels& k, int part, std::int64_t head, const float* 
                  at.token + before + skipped, work);
 }
 
-void DitPlan::attend(const Kernels& k) {
+void DitPlan::attend(const Kernels& k, std::int64_t first) {
   const std::int64_t dim = hidden_ / heads_;
   // n equal terms of a softmax are one whose exponent is log2 n larger. Its contribution may be n
   // times all others', which 8 bits would round to nothing in a step together.
   for (std::int64_t head = 0; head < batch_ * heads_; ++head)
     for (std::int64_t t = 0; t < repeated_; ++t)
       operands_.heads.v_log[head * operands_.heads.keys + t] += times_log_;
-  const std::int64_t blocks = (tokens_ + kQueries - 1) / kQueries;
+  const std::int64_t blocks = (tokens_ - first + kQueries - 1) / kQueries;
   phase(batch_ * heads_ * blocks, [&](std::int64_t unit, RowScratch& own) {
-    const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;
+    const std::int64_t head = unit / blocks, row = first + unit % blocks * kQueries;
     const std::int64_t rows = std::min<std::int64_t>(kQueries, tokens_ - row);
     float* out = attention_.as<float>() + (head / heads_ * tokens_ + row) * hidden_ +
                  head % heads_ * dim;
@@ -256,11 +258,17 @@ void DitPlan::double_block(const Kernels& k, const std::vector<Stream>& streams)
 }
 
 void DitPlan::single_block(const Kernels& k, const Stream& all, const Linear& linear1,
-                           const Linear& linear2) {
-  const auto blocks = row_blocks({all});
-  phase(std::int64_t(blocks.size()),
-        [&](std::int64_t unit, RowScratch& own) { front(k, all, blocks[unit], own); });
-  attend(k);
+                           const Linear& linear2, std::int64_t first) {
+  Stream before = all, read = all;
+  before.tokens = first;
+  read.token = first;
+  read.tokens = tokens_ - first;
+  const auto fronts = row_blocks({before, read});
+  phase(std::int64_t(fronts.size()), [&](std::int64_t unit, RowScratch& own) {
+    front(k, all, fronts[unit], own, fronts[unit].stream == 1);
+  });
+  attend(k, first);
+  const auto blocks = row_blocks({read});
   const Linear up = rows_from(linear1, 3 * hidden_);
   const std::int64_t skip = 3 * hidden_ % kPanel;
   phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {

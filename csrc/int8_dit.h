@@ -84,8 +84,9 @@ class DitPlan {
   DitPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
           std::int64_t mlp, int threads, std::int64_t repeated, float times);
   void double_block(const Kernels& k, const std::vector<Stream>& streams);
+  // Tokens before `first` give only their keys and values: nothing reads them after the last block.
   void single_block(const Kernels& k, const Stream& all, const Linear& linear1,
-                    const Linear& linear2);
+                    const Linear& linear2, std::int64_t first = 0);
   std::size_t bytes() const;
   // Seconds of all threads together by operation since the plan was made, and of the phases as a
   // whole (wall), which waiting for one another makes longer.
@@ -104,10 +105,11 @@ class DitPlan {
     std::int64_t batch, token, rows;
   };
   std::vector<Rows> row_blocks(const std::vector<Stream>& streams) const;
-  void front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own);
+  void front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own,
+             bool queries = true);
   void split(const Kernels& k, int part, std::int64_t head, const float* x, std::int64_t stride,
              const Rows& at, const float* norm, float* work);
-  void attend(const Kernels& k);
+  void attend(const Kernels& k, std::int64_t first = 0);
   template <class F> void phase(std::int64_t units, F&& work);
 
   std::int64_t batch_, tokens_, hidden_, heads_, mlp_, repeated_;

@@ -367,10 +367,17 @@ class Plan:
         """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
         self._plan.double_block([_stream(*stream) for stream in streams])
 
-    def single_block(self, weights: StreamWeights, linear2: Panels, modulation: Tensor) -> None:
-        """All tokens through a single block; modulation (B or 1, 3h) float32."""
+    def single_block(
+        self, weights: StreamWeights, linear2: Panels, modulation: Tensor, first: int = 0
+    ) -> None:
+        """All tokens through a single block; modulation (B or 1, 3h) float32.
+
+        Tokens before `first` only serve as keys and values and keep their old content.
+        """
+        if not 0 <= first <= self.tokens.shape[1]:
+            raise ValueError(f"first token {first} of {self.tokens.shape[1]}")
         whole = _stream(0, self.tokens.shape[1], weights, modulation)
-        self._plan.single_block(whole, linear2.handle)
+        self._plan.single_block(whole, linear2.handle, first)
 
 
 def _stream(token: int, tokens: int, weights: StreamWeights, modulation: Tensor) -> dict[str, Any]:

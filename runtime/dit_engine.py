@@ -114,12 +114,14 @@ class EngineDiT(DiT):
             else:
                 latents, condition = z[:, split:].to(x.dtype), z[:, :split].to(x.dtype)
                 z[:, split:], z[:, :split] = block(latents, condition, when, bias)
+        last = next(reversed(self.single_blocks.values()), None)
         for block in self.single_blocks.values():
             if fused(block):
                 plan.single_block(
                     _weights(block.linear1, block.norm),
                     block.linear2.prepare(),
                     _rows(block.modulation, when),
+                    split if block is last else 0,  # the final layer reads latents only
                 )
             else:
                 z.copy_(block(z.to(x.dtype), when, bias))

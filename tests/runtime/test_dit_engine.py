@@ -76,6 +76,33 @@ def test_one_token_stands_for_equal_ones(isa, packed):
     torch.testing.assert_close(engine(x, t, many, guidance), plain)  # and it is not left behind
 
 
+@pytest.mark.parametrize("hidden", [128, 40])  # two heads of a whole panel, and of less
+def test_the_last_block_computes_only_what_is_read(isa, hidden):
+    rng = torch.Generator().manual_seed(hidden)
+    mlp, tokens = 2 * hidden, 211
+
+    def panels(n, k):
+        codes = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
+        return cpu.pack(q8=codes, scale=torch.full((n,), 1e-3), in_features=k)
+
+    norm = torch.ones(hidden // 2)
+    weights = cpu.StreamWeights(panels(3 * hidden + mlp, hidden), norm, norm)
+    linear2 = panels(hidden, hidden + mlp)
+    modulation = torch.randn(2, 3 * hidden, generator=rng)
+    z = torch.randn(2, tokens, hidden, generator=rng)
+    whole, part = (cpu.Plan(2, tokens, hidden, 2, mlp, threads) for threads in (1, 2))
+    whole.tokens.copy_(z)
+    whole.single_block(weights, linear2, modulation)
+    assert not torch.equal(whole.tokens, z)
+    for first in (1, 100, 210, 211):
+        part.tokens.copy_(z)
+        part.single_block(weights, linear2, modulation, first)
+        assert torch.equal(part.tokens[:, first:], whole.tokens[:, first:])
+        assert torch.equal(part.tokens[:, :first], z[:, :first])
+    with pytest.raises(ValueError, match="first token"):
+        part.single_block(weights, linear2, modulation, 212)
+
+
 def test_a_batch_is_its_entries(packed, monkeypatch):
     path, guidance = packed
     engine = load_dit(path, compute="a8")
