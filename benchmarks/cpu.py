@@ -173,11 +173,12 @@ def inputs(latents: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def linear_gops(latents: int) -> dict[str, float]:
-    """1e9 operations of 2mini's blocks: 24 layers of 12 h^2 a token, and attention."""
+    """1e9 operations of 2mini's blocks: 24 layers of 12 h^2 a token, and attention; less what
+    nobody reads, 10 h^2 and the queries of the condition's tokens in the last layer."""
     tokens, hidden = latents + CONDITION, HEADS * HEAD
     return {
-        "linears": 24 * 2 * 2 * 12e-9 * hidden**2 * tokens,
-        "attention": 24 * 2 * 4e-9 * tokens**2 * hidden,
+        "linears": 2 * 2e-9 * hidden**2 * (24 * 12 * tokens - 10 * CONDITION),
+        "attention": 2 * 4e-9 * tokens * hidden * (24 * tokens - CONDITION),
     }
 
 
@@ -246,12 +247,13 @@ def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
     args = inputs(latents)
     tokens, hidden = 2 * (latents + CONDITION), HEADS * HEAD
     square = 2e-9 * tokens * hidden**2  # of 8 double and 16 single blocks
+    unread = 2e-9 * 2 * CONDITION * hidden**2  # see linear_gops
     operations = {
-        "linear qkv": 24 * 3 * square,
+        "linear qkv": 24 * 3 * square - unread,
         "linear proj": 8 * square,
-        "linear up, GELU": 24 * 4 * square,
+        "linear up, GELU": 24 * 4 * square - 4 * unread,
         "linear down": 8 * 4 * square,
-        "linear2": 16 * 5 * square,
+        "linear2": 16 * 5 * square - 5 * unread,
         "attention": linear_gops(latents)["attention"],
     }
     found: dict[str, Any] = {"latents": latents, "n_runs": rounds, "operations": operations}
