@@ -114,7 +114,7 @@ class EngineDiT(DiT):
             else:
                 latents, condition = z[:, split:].to(x.dtype), z[:, :split].to(x.dtype)
                 z[:, split:], z[:, :split] = block(latents, condition, when, bias)
-        last = next(reversed(self.single_blocks.values()), None)
+        *_, last = (None, *self.single_blocks.values())
         for block in self.single_blocks.values():
             if fused(block):
                 plan.single_block(
