@@ -2,11 +2,14 @@
 
     python -m benchmarks.published tables --work /tmp/published    # sizes and operations, exact
     python -m benchmarks.published gpu --work /tmp/published       # on a GPU: latency and memory
+    python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # a rehearsal
 
 The second command is for owners of a card (A6000, A100, ...): for every model it writes random
 weights in the released layout (up to 5 GB of disk at a time), packs each row of the tables, runs
 the whole denoising loop in a fresh process and puts seconds and bytes into the same results and
-page under the card's name. Their values change neither; packing takes most of the time.
+page under the card's name. Their values change neither; packing takes most of the time. The third
+takes the same way with narrow networks of the same depth; its figures mean nothing and stay in the
+work folder.
 """
 
 from __future__ import annotations
@@ -148,31 +151,58 @@ def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
 # --- On a GPU ------------------------------------------------------------------------------------
 
 
+TINY_TOKENS = 5  # of a rehearsal's condition
+
+
+def tiny_latents(name: str) -> tuple[int, ...]:
+    return (8, 4, 4, 4) if name == "trellis-ss" else (6, 64)
+
+
+def tiny_sizes(name: str) -> Any:
+    """A network of the model's own depth, since the rows keep the paper's blocks, and narrow."""
+    from vitapack.compressor.random_checkpoint import Sizes
+    from vitapack.runtime.dinov2 import Dinov2Config
+
+    return Sizes(
+        hidden=32, heads=1, depth=tuple(plan_paper(name).totals.values()),
+        latents=tiny_latents(name)[1 if name == "trellis-ss" else 0],
+        encoder=Dinov2Config(64, 1, 1, 14, 3, 0, 4, swiglu=True),
+    )  # fmt: skip
+
+
 def measured(
-    work: Path, name: str, device: str, repeats: int
+    work: Path,
+    name: str,
+    device: str,
+    repeats: int,
+    rows: Sequence[str] = ROWS,
+    tiny: bool = False,
 ) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """(row, how, figures) as they come; "how" is fp16, a16 or a8."""
+    """(row, how, figures) as they come; "how" is the original's dtype, a16 or a8."""
     from vitapack.compressor.compress import compress
     from vitapack.compressor.random_checkpoint import write
     from vitapack.runtime.families import open_checkpoint
 
     folder, out = work / name, work / f"{name}.safetensors"
-    write(name, folder, parts=("dit",))
+    write(name, folder, parts=("dit",), sizes=tiny_sizes(name) if tiny else None)
     checkpoint = open_checkpoint(folder)
-    for row in ROWS:
+    for row in rows:
         if row == "original":
-            yield row, "fp16", run(folder, name, device, "a16", repeats)
+            figures = run(folder, name, device, "a16", repeats, tiny)
+            yield row, figures["dtype"], figures
             continue
         kept, steps = layer_map(name, row, checkpoint.family), [MODELS[name].steps]
         compress(checkpoint, kept, out, quantizer="rtn", steps=steps, embed=False)
         for compute in ("a16",) if BITS.get(row) == 16 else ("a16", "a8"):
-            yield row, compute, run(out, name, device, compute, repeats)
+            yield row, compute, run(out, name, device, compute, repeats, tiny)
         out.unlink()
 
 
-def run(path: Path, name: str, device: str, compute: str, repeats: int) -> dict[str, Any]:
+def run(
+    path: Path, name: str, device: str, compute: str, repeats: int, tiny: bool
+) -> dict[str, Any]:
     """`denoise_times` in a process of its own, whose memory holds nothing else."""
-    words = [str(path.resolve()), name, device, compute, str(repeats)]
+    words = [str(path.resolve()), name, device, compute, str(repeats), "tiny" if tiny else "full"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.paper_tables", *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -230,6 +260,7 @@ def denoise_times(
         seconds.append(time.perf_counter() - start)
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "dtype": "fp16" if gpu else "fp32",
         "torch": torch.__version__,
         "seconds": statistics.median(seconds[1:] or seconds),
         "n": repeats,
@@ -304,5 +335,6 @@ def memory(count: int | None) -> str:
 
 
 if __name__ == "__main__":
-    place, model, where, kind, count = sys.argv[1:]
-    print(json.dumps(denoise_times(place, model, where, kind, int(count))))
+    place, model, where, kind, count, size = sys.argv[1:]
+    small = (tiny_latents(model), TINY_TOKENS) if size == "tiny" else ()
+    print(json.dumps(denoise_times(place, model, where, kind, int(count), *small)))

@@ -4,6 +4,7 @@
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
     python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
     python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
+    python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # its rehearsal
     python -m benchmarks.published passes --work /tmp/published [--resolution 384]    # on the CPU
     python -m benchmarks.published bench --work /tmp/published     # steps beside the original's
     python -m benchmarks.published page                            # docs/published.md from the JSON
@@ -75,16 +76,17 @@ def child(*arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(done.stderr.strip().splitlines()[-1]), done.stdout
 
 
-def save(section: str, name: str, figures: dict[str, Any]) -> None:
+def save(section: str, name: str, figures: dict[str, Any], results: Path | None = None) -> None:
     """Into the results file at once, so that an interrupted run keeps what it has."""
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = results or RESULTS
+    data = json.loads(results.read_text()) if results.exists() else {}
     data["machine"] = {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
     data.setdefault(section, {})[name] = figures
-    with atomic_path(RESULTS) as part:
+    with atomic_path(results) as part:
         part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
@@ -125,16 +127,24 @@ def tables(work: Path, names: list[str]) -> None:
             save("tables", name, paper_tables.counted(name, checkpoint, work / "x.safetensors"))
 
 
-def gpu(work: Path, names: list[str], device: str, repeats: int) -> None:
-    """Latency and memory of the tables' rows, into the results under the card's name."""
+def gpu(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """Latency and memory of the tables' rows, into the results under the card's name.
+
+    A rehearsal with tiny models leaves results and page of its own in the work folder.
+    """
+    results = work / "rehearsal.json" if options.tiny else RESULTS
     for name in names:
-        for row, how, figures in paper_tables.measured(work, name, device, repeats):
-            data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        for row, how, figures in paper_tables.measured(
+            work, name, options.device, options.repeats, options.rows, options.tiny
+        ):
+            data = json.loads(results.read_text()) if results.exists() else {}
             card = data.get("gpu", {}).get(figures["device"], {})
             card.setdefault(name, {}).setdefault(row, {})[how] = figures
-            save("gpu", figures["device"], card)
+            save("gpu", figures["device"], card, results)
             print(name, row, how, json.dumps(figures), flush=True)
         shutil.rmtree(work / name)
+    if options.tiny:
+        published_page.write(json.loads(results.read_text()), work / "rehearsal.md")
 
 
 def maps(work: Path, names: list[str], plans: list[str]) -> None:
@@ -237,6 +247,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--device", default="cuda", help="of `gpu`")
+    parser.add_argument("--rows", nargs="+", default=list(paper_tables.ROWS),
+                        choices=paper_tables.ROWS, help="of `gpu`")  # fmt: skip
+    parser.add_argument(
+        "--tiny", action="store_true", help="`gpu`: a rehearsal with narrow networks, not recorded"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of `gpu` and `bench`")
     parser.add_argument(
         "--keep", action="store_true", help="`passes`, `bench`: use what is there, and leave it"
@@ -247,7 +262,7 @@ def main() -> None:
     elif options.what == "tables":
         tables(options.work, options.models or list(MODELS))
     elif options.what == "gpu":
-        gpu(options.work, options.models or list(MODELS), options.device, options.repeats)
+        gpu(options.work, options.models or list(MODELS), options)
     elif options.what == "maps":
         maps(options.work, options.models or list(MODELS), options.plans)
     elif options.what == "bench":

@@ -23,8 +23,8 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.3f}"
 
 
-def write(data: dict[str, Any]) -> None:
-    """The whole page."""
+def write(data: dict[str, Any], page: Path | None = None) -> None:
+    """The whole page, docs/published.md unless `page` is another."""
     machine = data["machine"]
     found = data.get("maps", {})
     lines = [
@@ -58,9 +58,11 @@ def write(data: dict[str, Any]) -> None:
         lines += encoder_lines(encoders)
     if ran := data.get("passes"):
         lines += passes_lines(ran)
+    if grids := data.get("grids"):
+        lines += grid_lines(grids)
     for name, found in data.get("bench", {}).items():
         lines += bench_lines(name, found)
-    with atomic_path(PAGE) as part:
+    with atomic_path(page or PAGE) as part:
         part.write_text("\n".join(lines))
 
 
@@ -150,6 +152,42 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
         *table(
             "| model | steps | grid | condition | denoise | decode | process | beyond torch "
             "| queries | s |",
+            rows,
+        ),
+        "",
+    ]
+
+
+def sameness(row: dict[str, Any]) -> str:
+    if row["identical"]:
+        return "identical"
+    if row["same_faces"]:
+        return f"same faces, vertices within {row['farthest_vertex']:.0e}"
+    return "not the same"
+
+
+def grid_lines(grids: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in grids.values():
+        full, part = row["ways"]["dense"], row["ways"]["coarse to fine"]
+        rows.append(
+            f"| {row['kind']}, {row['name']} | {row['resolution']} | {full['queries']:,} | "
+            f"{part['queries']:,} ({full['queries'] / part['queries']:.1f}x fewer) | "
+            f"{full['seconds']:.1f} | {part['seconds']:.1f} | {row['signs_that_differ']} | "
+            f"{sameness(row)} | {row['pieces']} | "
+            f"{row['faces']:,} |"
+        )
+    return [
+        "## The surface found coarse to fine, beside the dense grid's",
+        "",
+        "By `python -m benchmarks.grids`: the bundled model's shapes of unseen pictures, read",
+        "between their nodes (`interpolated`), or as a small ShapeVAE decoder fitted to each",
+        "(`fitted`). Meshes before cleaning. What coarse to fine can miss is a whole piece smaller",
+        "than a coarse cell, between that grid's nodes.",
+        "",
+        *table(
+            "| field | grid | queries, dense | coarse to fine | s | s | nodes whose sign differs "
+            "| meshes | pieces | faces |",
             rows,
         ),
         "",

@@ -59,3 +59,18 @@ def test_whole_loops_of_an_original_and_a_packed_network(tmp_path: Path):
         assert found["seconds"] > 0
         assert found["n"] == 1
         assert found["allocated"] is None
+
+
+def test_a_rehearsal_of_the_gpu_command_on_a_cpu(tmp_path: Path, monkeypatch):
+    """The whole command, each network in a process of its own; nothing of it is recorded."""
+    before = published.RESULTS.read_bytes(), published_page.PAGE.read_bytes()
+    words = ["gpu", "--tiny", "--device", "cpu", "--models", "trellis-ss", "--rows", "adaptive"]
+    words += ["--repeats", "1", "--work", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["published", *words])
+    published.main()
+    found = json.loads((tmp_path / "rehearsal.json").read_text())["gpu"]["cpu"]["trellis-ss"]
+    assert set(found) == {"adaptive"}
+    assert set(found["adaptive"]) == {"a16", "a8"}
+    assert all(figures["seconds"] > 0 for figures in found["adaptive"].values())
+    assert "| cpu | trellis-ss | adaptive | a8 |" in (tmp_path / "rehearsal.md").read_text()
+    assert (published.RESULTS.read_bytes(), published_page.PAGE.read_bytes()) == before
