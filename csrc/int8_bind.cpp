@@ -252,6 +252,7 @@ void bind_int8(py::module_& m) {
         "Chooses an instruction set for all that follows; '' is the best.");
   m.def("int8_set", [] { return std::string(kernels().name); });
   m.def("int8_has_bf16", [] { return kernels().bf16; });
+  m.def("int8_bf16_pays", [] { return bf16_pays(kernels()); });
   m.def("int8_peak", [](std::int64_t loops, int threads) {
     const Kernels& k = kernels();
     std::vector<double> done(std::size_t(threads), 0.0);

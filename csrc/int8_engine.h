@@ -121,6 +121,8 @@ struct Kernels {
   void (*tile_i8)(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel,
                   std::int64_t steps, const std::int32_t* start, std::int32_t* acc,
                   std::int64_t acc_stride);
+  // A tile of linear_wide: acc (tile, 64) = a (tile, k) * panel; what bf16_pays compares.
+  void (*tile_wide)(const char* a, const char* panel, std::int64_t k, bool bf16, float* acc);
   double (*peak)(std::int64_t loops);  // operations done by register-only dot products
 };
 
@@ -139,6 +141,7 @@ const Kernels* kernels_amx();
 // int8_dispatch.cpp
 const Kernels& kernels_for(const std::string& name);
 std::vector<std::string> instruction_sets();
+bool bf16_pays(const Kernels& k);
 
 // int8_pool.cpp: job(context, unit, thread) for every unit, thread < threads. The same results for
 // any number of threads, as long as units are independent. Never throws once it runs.

@@ -155,14 +155,18 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
             std::int64_t stride, const float* sx, std::int64_t rows, const Epilogue& e,
             std::int8_t* work) {
   alignas(64) std::int32_t acc[kTile * kPanel];
+  const std::int64_t bytes = w.bits * kPanel * w.kp / 8, tiles = (rows + kTile - 1) / kTile;
+  const std::int64_t pace = bytes / (tiles * w.kp / 8) + 1;
   for (std::int64_t p = first; p < last; ++p) {
     const std::int8_t* panel = work;
     if (w.bits == 4)
       expand_panel(w, p, work);
     else
-      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
+      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * bytes;
+    Ahead ahead{w.panels + (p + 1 < last ? p + 1 : p) * bytes, pace};
     for (std::int64_t r = 0; r < rows; r += kTile) {
-      tile_i8(a + r * stride, stride, panel, w.kp / 4, w.start + p * kPanel, acc, kPanel);
+      tile_i8(a + r * stride, stride, panel, w.kp / 4, w.start + p * kPanel, acc, kPanel, ahead);
+      ahead.next = static_cast<const std::uint8_t*>(ahead.next) + pace * (w.kp / 8);
       finish_tile(acc, w, p, sx, r, rows - r < kTile ? rows - r : kTile, e);
     }
   }
@@ -200,6 +204,21 @@ inline void widen_panel(const std::int8_t* panel, std::int64_t kp, bool bf16, vo
   }
 }
 
+// acc (kTile, 64) in float32: a sum per 128 inputs and the sum of those, since one chain's error grows
+// with K (beyond twice torch's at 600 inputs).
+inline void tile_f32_by_parts(const char* a, std::int64_t stride, const char* panel, std::int64_t k,
+                              float* acc) {
+  constexpr std::int64_t kPart = 128;
+  alignas(64) float part[kTile * kPanel];
+  tile_f32(a, stride, panel, k < kPart ? k : kPart, acc, kPanel);
+  for (std::int64_t done = kPart; done < k; done += kPart) {
+    const std::int64_t left = k - done;
+    tile_f32(a + 4 * done, stride, panel + 4 * kPanel * done, left < kPart ? left : kPart, part,
+             kPanel);
+    for (int i = 0; i < kTile * kPanel; i += 16) store(acc + i, load(acc + i) + load(part + i));
+  }
+}
+
 void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const void* a,
                  std::int64_t stride, bool bf16, std::int64_t rows, const Epilogue& e, void* work) {
   alignas(64) float acc[kTile * kPanel];
@@ -218,7 +237,7 @@ void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const v
       if (bf16)
         tile_bf16(from, stride * 2, static_cast<const char*>(work), w.kp / 2, acc, kPanel);
       else
-        tile_f32(from, stride * 4, static_cast<const char*>(work), w.kp, acc, kPanel);
+        tile_f32_by_parts(from, stride * 4, static_cast<const char*>(work), w.kp, acc);
       const std::int64_t base = p * kPanel, count = rows - r < kTile ? rows - r : kTile;
       for (int c = 0; c < kPanel && base + c < w.n; c += 16) {
         const F scale = load(w.scale + base + c);
@@ -243,9 +262,13 @@ void tile(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel, 
 
 double peak_loop(std::int64_t loops) { return peak(loops); }
 
+void tile_wide(const char* a, const char* panel, std::int64_t k, bool bf16, float* acc) {
+  bf16 ? tile_bf16(a, k * 2, panel, k / 2, acc, kPanel) : tile_f32(a, k * 4, panel, k, acc, kPanel);
+}
+
 const Kernels table = {VP_NAME,       kTile,       VP_BF16,     quantize, quantize_pair,
                        norm_quantize, linear,      linear_wide, widen,    split_head,
-                       attend,        expand,      tile,        peak_loop};
+                       attend,        expand,      tile,        tile_wide,   peak_loop};
 
 }  // namespace
 

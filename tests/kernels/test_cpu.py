@@ -141,9 +141,20 @@ def test_weight_only_is_as_exact_as_torch(isa, dtype):
     x = activations(13, 600).to(dtype)
     panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=600)
     exact = x.double() @ (q8.double() * scale.double()[:, None]).t() + bias.double()
-    ours = (cpu.linear_a16(x, panels).double() - exact).norm()
     theirs = (reference.linear_a16_ref(x, q8, scale, bias.to(dtype)).double() - exact).norm()
-    assert ours <= 2 * theirs
+    for bf16 in (False, True) if dtype == torch.bfloat16 and cpu.has_bf16() else (False,):
+        ours = (cpu.linear_a16(x, panels, bf16=bf16).double() - exact).norm()
+        assert ours <= 2 * theirs
+
+
+def test_bf16_products_only_where_there_are_some(isa):
+    panels = cpu.pack(q8=torch.ones(2, 64, dtype=torch.int8), scale=torch.ones(2), in_features=64)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    assert cpu.linear_a16(x, panels).tolist() == [[64.0, 64.0]]
+    if not cpu.has_bf16():
+        assert not cpu.bf16_pays()
+        with pytest.raises(ValueError, match="no bf16 products"):
+            cpu.linear_a16(x, panels, bf16=True)
 
 
 def test_strides_and_gelu(isa):
