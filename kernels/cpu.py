@@ -257,7 +257,7 @@ def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = Non
 def linear_a16(x: Tensor, w: Panels, bf16: bool | None = None) -> Tensor:
     """Weight-only: exact integers times float activations, the scale at the end.
 
-    bf16 activations are multiplied in bf16 where the hardware gains by it (`bf16` says it for a test),
+    bf16 activations are multiplied in bf16 where the hardware gains by it (a test may say `bf16`),
     all others in float32 (float16 would lose bits in bf16).
     """
     if bf16 is None:
