@@ -112,17 +112,14 @@ def test_a_batch_is_its_entries(packed, monkeypatch):
     when = engine.when(t[:1], None if guidance is None else guidance[:1])
     monkeypatch.setattr(engine, "when", lambda t, guidance: when)
     whole = engine(x, t, cond)
-    blocks = (*engine.double_blocks.values(), *engine.single_blocks.values())
     for i in range(3):
         alone = engine(x[i : i + 1], t, cond[i : i + 1])
-        if all(fused(block) for block in blocks):
-            torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-5, atol=1e-5)
-        else:  # torch's products of a block that is kept in float differ in the last bit as above
-            assert error(alone, whole[i : i + 1]) < 0.05
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-5, atol=1e-5)
     rows = [None if part is None else part.expand(3, *part.shape[1:]).contiguous()
             for part in (when.vector, when.rows)]  # fmt: skip
     monkeypatch.setattr(engine, "when", lambda t, guidance: When(*rows))
-    torch.testing.assert_close(engine(x, t, cond), whole, rtol=1e-5, atol=1e-5)
+    # A modulation that is kept (no table) is a product of torch's too, now of 3 rows.
+    assert error(engine(x, t, cond), whole) < 0.02
 
 
 def test_threads_do_not_change_a_bit(packed, monkeypatch):
