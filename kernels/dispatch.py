@@ -87,12 +87,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, int8: bool, bias: Tensor | None =
     """softmax(q k^T / sqrt(d) + bias) v for (B, H, n, d) on a GPU, `bias` (1, n) of the keys.
 
     torch's SDPA, or SageAttention's int8 kernels where they are installed, `int8` arithmetic is
-    what the model computes in and there is no bias; VITAPACK_ATTENTION=sdpa keeps torch's.
+    what the model computes in and there is no bias; VITAPACK_ATTENTION=sdpa keeps torch's. Of the
+    latter's kernels most run on the device's default stream whatever torch's is (2.2.0), so other
+    streams, and with them CUDA graphs, have SDPA.
     """
     if bias is not None:
         announce("attention with a bias", str(q.device), "torch SDPA", "its kernels take one")
         return F.scaled_dot_product_attention(q, k, v, bias)
-    if int8 and q.device.type == "cuda" and _sage() and q.shape[-1] in (64, 96, 128):
+    ready = int8 and q.device.type == "cuda" and _sage() and q.shape[-1] in (64, 96, 128)
+    if ready and torch.cuda.current_stream(q.device) == torch.cuda.default_stream(q.device):
         announce("attention", str(q.device), "SageAttention", "installed, and activations are int8")
         return _sage()(q, k, v, tensor_layout="HND", is_causal=False)
     why = "SageAttention does not serve it" if int8 else "the model computes in 16 bits"

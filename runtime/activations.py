@@ -19,13 +19,14 @@ from vitapack.runtime.trellis import FlowConfig, OccupancyConfig
 # was made: code and buffers of oneDNN and MKL, scipy, scikit-image. 90 to 120 MB (torch 2.13).
 LIBRARIES = 110 << 20
 TRANSFORMERS = 220 << 20  # of which no more than its DINOv2 is used
+CUBLAS = 32 << 20  # torch's workspace for it, a stream: 32 MiB on sm_90, 8 on others
 ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_dit.cpp)
 
 
-def base_bytes(on_gpu: bool) -> int:
+def base_bytes(device: str) -> int:
     """What peaks stand on: on a CPU the process as it is now, with its libraries once they work; on
-    a GPU nothing, since torch's own allocations are counted there."""
-    return 0 if on_gpu else (resident() or 0) + LIBRARIES
+    a GPU cuBLAS' workspace, since torch's own allocations are counted there."""
+    return (resident() or 0) + LIBRARIES if device == "cpu" else CUBLAS
 
 
 def encoder_bytes(config: Dinov2Config, pixels: int, dtype: torch.dtype) -> int:

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed
 from vitapack.runtime.activations import base_bytes, step_bytes
+from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import velocity_of
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit_engine import EngineDiT
@@ -49,16 +50,20 @@ def bench(
     resolution: int | None = None,
     sampling_steps: int | None = None,
     whole_pass: bool = True,
+    cuda_graphs: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
     the file holds no decoder; for a MODEL it is the model itself. `whole_pass`: also a picture to
-    a mesh, in `sampling_steps`. `note` is told what is predicted before each part runs. UserError.
+    a mesh, in `sampling_steps`. `cuda_graphs`: all networks through graphs (cuda_graph.py). `note`
+    is told what is predicted before each part runs. UserError.
     """
     where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
     checkpoint = None if is_file and original is None else open_checkpoint(original or path)
+    if cuda_graphs:
+        expect_gpu(where)
     rows: list[tuple[str, Callable[[], Network], int, int, SamplerDefaults]] = []
     if is_file:
         header = packed.read_header(place)
@@ -83,18 +88,22 @@ def bench(
     steps = [
         row
         for name, load, size, held, sampler in rows
-        for row in _time(name, load, size, held, sampler, latents, tokens, where, repeats, note)
+        for row in _time(
+            name, load, size, held, sampler, latents, tokens, where, repeats, cuda_graphs, note
+        )
     ]
     return {
         "model": str(path),
         "variant": variant,
-        "device": torch.cuda.get_device_name() if where != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name(where) if where != "cpu" else "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "latents": list(latents),
         "cond_tokens": tokens,
         "steps": steps,
-        "phases": _phases(path, original, where, compute, resolution, sampling_steps, note)
+        "phases": _phases(
+            path, original, where, compute, resolution, sampling_steps, cuda_graphs, note
+        )
         if whole_pass
         else {"skipped": "not asked for"},
     }
@@ -126,12 +135,13 @@ def _time(
     tokens: int,
     device: str,
     repeats: int,
+    cuda_graphs: bool,
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
     return_memory()
-    base = base_bytes(device != "cpu")
-    meter = PhaseMeter({})
+    base = base_bytes(device)
+    meter = PhaseMeter({}, device)
     with meter("load"):
         network = load()
     config = network.config
@@ -145,7 +155,7 @@ def _time(
     found = []
     for batch in (1,) if config.guidance_embed else (1, 2):  # the larger peak comes last
         how = {1: "two passes", 2: "one batch"}[batch]
-        how = "embedded" if config.guidance_embed else how
+        how = ("embedded" if config.guidance_embed else how) + ", graphs" * cuda_graphs
         return_memory()
         working = step_bytes(config, tuple(latents), tokens, batch, place.dtype, engine=engine)
         meter.predicted = {"step": base + held + working}
@@ -153,14 +163,15 @@ def _time(
             f"{name}, guidance {how}: {repeats + 1} steps, "
             f"predicted peak {meter.predicted['step'] / 2**30:.2f} GiB"
         )
-        velocity = velocity_of(network, sampler, cond, one_batch=batch == 2)
+        stepper = GraphedNetwork(network) if cuda_graphs else network
+        velocity = velocity_of(stepper, sampler, cond, one_batch=batch == 2)
         seconds = []
         with meter("step"), torch.inference_mode():
             for _ in range(repeats + 1):  # the first warms up
                 start = time.perf_counter()
                 velocity(x, t)
                 if device != "cpu":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - start)
         flops = guided_flops(config, tuple(latents), tokens, batch == 2)
         median = statistics.median(seconds[1:])
@@ -188,6 +199,7 @@ def _phases(
     compute: str,
     side: int | None,
     steps: int | None,
+    cuda_graphs: bool,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be."""
@@ -195,7 +207,9 @@ def _phases(
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
     return_memory()
     try:
-        pipeline = Pipeline.open(path, device, compute, parts=original, memory="lean")
+        pipeline = Pipeline.open(
+            path, device, compute, parts=original, memory="lean", cuda_graphs=cuda_graphs
+        )
         if side is not None and hasattr(pipeline.decoder, "resolution"):
             pipeline.decoder.resolution = side
         for phase, count in pipeline.predicted_bytes().items():
@@ -239,6 +253,7 @@ def describe(result: dict[str, Any]) -> str:
 def _memory(found: dict[str, int | None]) -> str:
     if not found["peak"]:
         return ""
-    predicted = found["predicted"]
+    predicted, reserved = found["predicted"], found["reserved"]
     words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
+    words += f", reserved {reserved / 2**30:.2f}" if reserved else ""
     return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

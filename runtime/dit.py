@@ -118,7 +118,7 @@ def multiplicity(repeats: int, tokens: int, latents: int, like: Tensor) -> Tenso
     if repeats == 1:
         return None
     bias = like.new_zeros(1, tokens + latents)
-    bias[:, :tokens] = math.log(repeats)
+    bias[:, :tokens].fill_(math.log(repeats))
     return bias
 
 
@@ -361,6 +361,8 @@ class TimeNodes(nn.Module):
 class DiT(nn.Module):
     """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C).
 
+    t may also be what `when` made of it: then a call never looks at values, as CUDA graphs need it.
+
     With `repeats` every token of cond stands for so many equal ones. Condition tokens have no
     places, so equal ones stay equal through all blocks: the unconditional pass, whose tokens are
     all zeros, is this network on a single one, exactly (see `vitapack.runtime.denoise`).
@@ -382,9 +384,12 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
 
-    def when(self, t: Tensor, guidance: Tensor | None = None) -> When:
-        """The step's modulation input. Raises ValueError for a guidance-embedded model without a
-        guidance value, and for a time that the modulation tables do not hold."""
+    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
+        """The step's modulation input; one that was made before stays as it is. Raises ValueError
+        for a guidance-embedded model without a guidance value, and for a time that the modulation
+        tables do not hold, for which it looks at the times on the host."""
+        if isinstance(t, When):
+            return t
         if self.config.guidance_embed and guidance is None:
             raise ValueError("this model embeds its guidance: pass guidance as a (B,) tensor")
         if isinstance(self.time_in, TimeNodes):
@@ -397,7 +402,7 @@ class DiT(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | When,
         cond: Tensor,
         guidance: Tensor | None = None,
         repeats: int = 1,

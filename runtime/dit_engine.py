@@ -79,7 +79,7 @@ class EngineDiT(DiT):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | When,
         cond: Tensor,
         guidance: Tensor | None = None,
         repeats: int = 1,

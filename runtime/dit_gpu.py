@@ -37,7 +37,7 @@ class GpuDiT(DiT):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | When,
         cond: Tensor,
         guidance: Tensor | None = None,
         repeats: int = 1,
@@ -56,13 +56,18 @@ class GpuDiT(DiT):
         for block in self.double_blocks.values():
             assert isinstance(block, DoubleBlock)
             x, y = double_block(block, x, y, when, bias)
-        z = torch.cat([y, x], dim=1)
+        z, split = torch.cat([y, x], dim=1), y.shape[1]
+        del x, y
         for block in self.single_blocks.values():
             assert isinstance(block, SingleBlock)
             z = single_block(block, z, when, bias)
         shift, scale = self.final_layer.shift_scale(when)
-        latents, _ = ops.modulate(z[:, y.shape[1] :], shift, scale, False)
+        latents, _ = ops.modulate(z[:, split:], shift, scale, False)
         return self.final_layer.linear(latents)
+
+
+# What a step holds at most is counted in `activations.fused_step_bytes`: parts are functions of
+# their own so that what they made is gone when they return.
 
 
 def double_block(
@@ -71,10 +76,14 @@ def double_block(
     """`DoubleBlock.forward`."""
     x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = block.img_mod(when)
     y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = block.txt_mod(when)
-    x_qkv = heads_of(block.img_attn, x, x_shift1, x_scale1)
-    y_qkv = heads_of(block.txt_attn, y, y_shift1, y_scale1)
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
-    joint = attend(q, k, v, block.img_attn.qkv, bias)
+    joint = attend(
+        *both(
+            heads_of(block.txt_attn, y, y_shift1, y_scale1),
+            heads_of(block.img_attn, x, x_shift1, x_scale1),
+        ),
+        block.img_attn.qkv,
+        bias,
+    )
     y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
     x = project(block.img_attn.proj, quantized(block.img_attn.proj, x_out), x, x_gate1)
     x = mlp(block.img_mlp, clipped(x, block.clips), x_shift2, x_scale2, x_gate2)
@@ -86,23 +95,40 @@ def double_block(
 def single_block(block: SingleBlock, z: Tensor, when: When, bias: Tensor | None = None) -> Tensor:
     """`SingleBlock.forward`."""
     shift, scale, gate = block.modulation(when)
-    rows = ops.modulate(z, shift, scale, wants_codes(block.linear1))
-    qkv, wide = project(block.linear1, rows, z).split(block.widths, dim=-1)
-    q, k = ops.qk_norm(qkv, block.norm.query_norm.scale, block.norm.key_norm.scale, block.heads)
-    out = attend(q, k, values(qkv, block.heads), block.linear1, bias)
-    rows = ops.join(out, wide, True, wants_codes(block.linear2))
+    rows = attended(block, z, shift, scale, bias)
     return clipped(project(block.linear2, rows, z, gate), block.clips)
+
+
+def attended(
+    block: SingleBlock, z: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a single block's second linear reads: attention and the wide part, joined."""
+    wants = wants_codes(block.linear1)
+    fused = project(block.linear1, ops.modulate(z, shift, scale, wants), z)
+    qkv, wide = fused.split(block.widths, dim=-1)
+    norm = block.norm
+    q, k = ops.qk_norm(qkv, norm.query_norm.scale, norm.key_norm.scale, block.heads)
+    out = attend(q, k, values(qkv, block.heads), block.linear1, bias)
+    del q, k
+    return ops.join(out, wide, True, wants_codes(block.linear2))
 
 
 def heads_of(
     attention: StreamAttention, x: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one stream, (B, H, n, d) each."""
-    rows = ops.modulate(x, shift, scale, wants_codes(attention.qkv))
-    qkv = project(attention.qkv, rows, x)
+    qkv = project(attention.qkv, ops.modulate(x, shift, scale, wants_codes(attention.qkv)), x)
     norm = attention.norm
     q, k = ops.qk_norm(qkv, norm.query_norm.scale, norm.key_norm.scale, attention.heads)
     return q, k, values(qkv, attention.heads)
+
+
+def both(
+    y_qkv: tuple[Tensor, Tensor, Tensor], x_qkv: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of both streams, condition first."""
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
+    return q, k, v
 
 
 def mlp(layers: nn.Sequential, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:

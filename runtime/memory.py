@@ -1,12 +1,12 @@
 """What a phase takes: seconds, and the peak of memory while it ran.
 
-    meter = PhaseMeter({"decode": 900_000_000})
+    meter = PhaseMeter({"decode": 900_000_000}, "cuda:0")
     with meter("decode"): ...
     meter.bytes["decode"]    # {"predicted": ..., "peak": ..., "reserved": None}
 
 On Linux the kernel's own high-water mark of the process is reset at the start of each phase, so the
-figure holds everything: weights, activations, the allocator's holes. With CUDA it is torch's peak
-of allocated and of reserved memory instead.
+figure holds everything: weights, activations, the allocator's holes. On a CUDA device it is torch's
+peak of memory allocated there, and of memory reserved for it, instead.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _glibc() -> ctypes.CDLL | None:
 class PhaseMeter:
     """Seconds and bytes by phase: predicted, peak, and what torch reserved on a GPU."""
 
-    def __init__(self, predicted: Mapping[str, int]) -> None:
-        self.predicted = predicted
+    def __init__(self, predicted: Mapping[str, int], device: str = "cpu") -> None:
+        self.predicted, self.device = predicted, device
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, dict[str, int | None]] = {}
 
@@ -82,15 +82,16 @@ class PhaseMeter:
     def __call__(self, phase: str) -> Iterator[None]:
         import torch
 
-        gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        gpu = torch.device(self.device).type == "cuda"
         if gpu:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.init()  # the first phase comes before any tensor, and without statistics
+            torch.cuda.reset_peak_memory_stats(self.device)
         reset_peak()
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
         self.bytes[phase] = {
             "predicted": self.predicted.get(phase),
-            "peak": torch.cuda.max_memory_allocated() if gpu else resident(peak=True),
-            "reserved": torch.cuda.max_memory_reserved() if gpu else None,
+            "peak": torch.cuda.max_memory_allocated(self.device) if gpu else resident(peak=True),
+            "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
         }

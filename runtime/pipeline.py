@@ -26,6 +26,7 @@ from vitapack.kernels import dispatch
 from vitapack.runtime import packed, sampling
 from vitapack.runtime.activations import TRANSFORMERS, base_bytes, step_bytes
 from vitapack.runtime.conditioner import VIEWS, Picture
+from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import denoise
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit import DiTConfig
@@ -69,11 +70,15 @@ class Pipeline:
         variant: str = "",
         memory: str = "resident",
         step_bytes: Callable[[int, int], int] | None = None,
-        on_gpu: bool = False,
+        device: str = "cpu",
+        cuda_graphs: bool = False,
     ) -> None:
         """Whatever has a `free` method (a Part, the families' conditioners and decoders) is loaded
         when its phase begins, and freed after it where `memory` is "lean". `step_bytes`: of a call
-        of the DiT beside its weights, by condition tokens and batch."""
+        of the DiT beside its weights, by condition tokens and batch. `cuda_graphs`: its calls are
+        recorded and replayed as long as it is loaded; UserError unless `device` is a GPU."""
+        if cuda_graphs:
+            expect_gpu(device)
         if memory not in MEMORY:
             raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
         if memory == "lean":
@@ -83,8 +88,11 @@ class Pipeline:
         self.family, self.source, self.source_sha256 = family, source, sha256
         self.variant, self.memory = variant, memory
         self._step_bytes = step_bytes
-        self._base = base_bytes(on_gpu)
-        if not on_gpu and hasattr(conditioner, "encoder") and "transformers" not in sys.modules:
+        self.device, self.cuda_graphs = device, cuda_graphs
+        self._graphs: GraphedNetwork | None = None
+        self._base = base_bytes(device)
+        lacks_transformers = hasattr(conditioner, "encoder") and "transformers" not in sys.modules
+        if device == "cpu" and lacks_transformers:
             self._base += TRANSFORMERS  # its encoder will need them
         self.seconds: dict[str, float] = {}  # of the last call, by phase
         self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
@@ -106,12 +114,15 @@ class Pipeline:
         *,
         parts: str | Path | None = None,
         memory: str = "resident",
+        cuda_graphs: bool = False,
     ) -> Pipeline:
         """A packed file, an original checkpoint (folder or file), or a bundled model's name."""
         place = Path(path)
         if str(path) not in BUNDLED and is_packed(place):
-            return cls.from_packed(place, device, compute, parts=parts, memory=memory)
-        return cls.from_model(path, device, memory=memory)
+            return cls.from_packed(
+                place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
+            )
+        return cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
 
     @classmethod
     def from_packed(
@@ -123,17 +134,21 @@ class Pipeline:
         parts: str | Path | None = None,
         memory: str = "resident",
         encoder_bits: int = 8,
+        cuda_graphs: bool = False,
     ) -> Pipeline:
         """Opens a packed file; the fp16 network is never in memory.
 
         `parts` is the original checkpoint of a file that refers to its image encoder and shape
         decoder: only these are read from it, the encoder's linears into 8 bits (`encoder_bits` 16:
-        as they are). UserError where it is another model than the packed one.
+        as they are). UserError where it is another model than the packed one. `cuda_graphs`: the
+        network's calls are recorded and replayed (cuda_graph.py); UserError without a GPU.
         """
         header = packed.read_header(path)
         if header.size <= packed.VERIFY_BELOW:  # now, not when the network is first needed
             packed.verify(path)
         where = chosen_device(device)
+        if cuda_graphs:
+            expect_gpu(where)  # before the original is looked at
         dtype = torch.float32 if where == "cpu" else torch.float16
         family = FAMILIES[_known(header.family, str(path))]
         original = None if parts is None else _original(header, parts)
@@ -156,7 +171,8 @@ class Pipeline:
             variant=header.variant,
             memory=memory,
             step_bytes=partial(_step_bytes, packed.dit_config(header), decoder, dtype, engine),
-            on_gpu=where != "cpu",
+            device=where,
+            cuda_graphs=cuda_graphs,
         )
 
     @classmethod
@@ -167,11 +183,14 @@ class Pipeline:
         *,
         memory: str = "resident",
         encoder_bits: int = 16,
+        cuda_graphs: bool = False,
     ) -> Pipeline:
         """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
         family = FAMILIES[_known(checkpoint.family, str(model))]
         where = chosen_device(device)
+        if cuda_graphs:
+            expect_gpu(where)  # before its files are hashed
         dtype = torch.float32 if where == "cpu" else torch.float16
         conditioner = part_of(checkpoint, "conditioner")
         decoder = family.shape_decoder(part_of(checkpoint, "shape_decoder"), dtype, where)
@@ -189,7 +208,8 @@ class Pipeline:
             variant=checkpoint.variant,
             memory=memory,
             step_bytes=partial(_step_bytes, checkpoint.config, decoder, dtype, False),
-            on_gpu=where != "cpu",
+            device=where,
+            cuda_graphs=cuda_graphs,
         )
 
     def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
@@ -218,7 +238,18 @@ class Pipeline:
 
     def _free(self, holder: Any) -> None:
         if self.memory == "lean" and hasattr(holder, "free"):
+            if holder is self._dit:
+                self._graphs = None  # they hold addresses of its weights
             holder.free()
+
+    def _stepper(self) -> Network | GraphedNetwork:
+        """What the sampler calls: the network, or the graphs of its calls."""
+        network = self.dit
+        if not self.cuda_graphs:
+            return network
+        if self._graphs is None or self._graphs.network is not network:
+            self._graphs = GraphedNetwork(network)
+        return self._graphs
 
     # The sampler's own times (and so the tables' rows) never depend on the picture or the seed.
     def settings(
@@ -267,7 +298,7 @@ class Pipeline:
         the references compute it; see `denoise`."""
         settings = self.settings(steps, guidance, sampler)
         out = denoise(
-            self.dit if dit is None else dit,
+            self._stepper() if dit is None else dit,
             settings,
             cond,
             noise,
@@ -311,7 +342,8 @@ class Pipeline:
             views = len(image)
             if not getattr(self.conditioner, "views", False):
                 image = image[VIEWS[0]]
-        meter = PhaseMeter(self.predicted_bytes(views=views, one_batch=one_batch))
+        predicted = self.predicted_bytes(views=views, one_batch=one_batch)
+        meter = PhaseMeter(predicted, self.device)
         with meter("condition"):
             cond = self.condition(image, name)
             self._free(self.conditioner)

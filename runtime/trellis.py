@@ -77,10 +77,16 @@ def trellis_time(hidden: int) -> TimeEmbedding:
 
 
 @functools.lru_cache(maxsize=4)
-def place_embedding(side: int, channels: int) -> Tensor:
-    """(side^3, channels) float32: [sin | cos] of each coordinate, padded with zeros.
+def place_embedding(
+    side: int,
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """(side^3, channels): [sin | cos] of each coordinate, padded with zeros.
 
-    What the released files hold as the buffer `pos_emb`; 16.8 MB there, so it is computed.
+    What the released files hold as the buffer `pos_emb`; 16.8 MB there, so it is computed, and
+    kept where it is used: no step copies it to a GPU.
     """
     count = channels // 6
     frequencies = 1.0 / 10_000.0 ** (torch.arange(count, dtype=torch.float64) / count)
@@ -88,7 +94,7 @@ def place_embedding(side: int, channels: int) -> Tensor:
     cells = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
     angles = cells[..., None] * frequencies
     table = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-    return F.pad(table, (0, channels - table.shape[1])).float()
+    return F.pad(table, (0, channels - table.shape[1])).float().to(device, dtype)
 
 
 class HeadNorm(nn.Module):
@@ -189,8 +195,10 @@ class FlowTransformer(nn.Module):
         if config.in_channels:
             self.final_layer = OutLayer(config)
 
-    def when(self, t: Tensor) -> When:
-        """The step's modulation input; MissingTime where the tables do not hold it."""
+    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
+        """The step's modulation input, as in `DiT`; there is no guidance to embed."""
+        if isinstance(t, When):
+            return t
         if isinstance(self.time_in, TimeNodes):
             return When(rows=self.time_in(t, None))
         return When(vector=F.silu(self.time_in(t)))
@@ -198,7 +206,7 @@ class FlowTransformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | When,
         cond: Tensor,
         guidance: Tensor | None = None,
         repeats: int = 1,
@@ -207,7 +215,7 @@ class FlowTransformer(nn.Module):
         if config.in_channels:
             side = config.resolution // config.patch
             x = self.latent_in(patches(x, config.patch))
-            x = x + place_embedding(side, config.hidden).to(x)
+            x = x + place_embedding(side, config.hidden, x.dtype, x.device)
         for block in self.blocks.values():
             x = block(x, cond, when)
         return cube(self.final_layer(x), side, config.patch) if config.in_channels else x

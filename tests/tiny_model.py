@@ -42,6 +42,21 @@ PRUNED = LayerMap(
     group=64,
 )
 
+# Every block, in every width.
+MIXED = LayerMap(
+    "hunyuan3d",
+    TOTALS,
+    (
+        BlockEntry("double", 0, 4, 0.4),
+        BlockEntry("double", 1, 16, 0.3),
+        BlockEntry("single", 0, 8, 0.2),
+        BlockEntry("single", 1, 4, 0.2),
+        BlockEntry("single", 2, 16, 0.9),
+    ),
+    how="by hand",
+    group=32,
+)
+
 
 def tiny_map(bits: int = 8, group: int = 32) -> LayerMap:
     return LayerMap.uniform("hunyuan3d", TOTALS, bits, group)

@@ -142,7 +142,7 @@ def generate(options: argparse.Namespace) -> None:
     objects = pictures_of(options)
     pipeline = Pipeline.open(
         options.packed, device=options.device, compute=options.compute, parts=options.parts,
-        memory=options.memory,
+        memory=options.memory, cuda_graphs=options.cuda_graphs,
     )  # fmt: skip
     if options.resolution is not None:
         if not hasattr(pipeline.decoder, "resolution"):
@@ -230,11 +230,15 @@ def mesh_line(row: dict[str, Any]) -> str:
     """One line for people: what the mesh is like, what it took."""
     shape = row["mesh"]
     words = "watertight" if shape["watertight"] else "not watertight"
-    peaks = [part["peak"] for part in row["bytes"].values() if part["peak"] is not None]
-    predicted = max(part["predicted"] or 0 for part in row["bytes"].values())
-    memory = f", peak {max(peaks) / 2**30:.2f} GiB" if peaks else ""
-    if peaks and predicted:
-        memory += f" (predicted {predicted / 2**30:.2f})"
+    peak, predicted, reserved = (
+        max(part[what] or 0 for part in row["bytes"].values()) / 2**30
+        for what in ("peak", "predicted", "reserved")
+    )
+    memory = f", peak {peak:.2f} GiB" if peak else ""
+    if peak and predicted:
+        memory += f" (predicted {predicted:.2f})"
+    if reserved:  # by torch, on a GPU
+        memory += f", reserved {reserved:.2f}"
     return (
         f"{row['file']}  {sum(row['seconds'].values()):.1f} s{memory}; {shape['faces']} faces, "
         f"{words}, components {shape['components']}, Euler number {shape['euler_number']}, "
@@ -278,6 +282,7 @@ def bench(options: argparse.Namespace) -> None:
         options.model, original=options.original, device=options.device, compute=options.compute,
         repeats=options.repeats, cond_tokens=options.cond_tokens, resolution=options.resolution,
         sampling_steps=options.steps, whole_pass=not options.no_pass,
+        cuda_graphs=options.cuda_graphs,
         note=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if options.out:
@@ -432,6 +437,8 @@ def build_parser() -> Parser:
     sub.add_argument("--one-batch", action="store_true",
                      help="guidance as one batch of two; without it in two passes, of which the "
                      "unconditional one needs a single token and gives the same")  # fmt: skip
+    sub.add_argument("--cuda-graphs", action="store_true",
+                     help="on a GPU: record the network's calls, then replay them")  # fmt: skip
     sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
     sub.add_argument("--format", choices=("glb", "obj", "ply", "stl"), default="glb")
 
@@ -465,6 +472,7 @@ def build_parser() -> Parser:
     sub.add_argument("--cond-tokens", type=at_least_one)
     sub.add_argument("--steps", type=at_least_one, help="of the one picture to mesh")
     sub.add_argument("--no-pass", action="store_true", help="time the network's steps alone")
+    sub.add_argument("--cuda-graphs", action="store_true", help="on a GPU: steps as CUDA graphs")
     sub.add_argument("--resolution", type=at_least_one, help="cells a side of the decoded grid")
 
     sub = command(

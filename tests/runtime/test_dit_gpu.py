@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import TOTALS, tiny_checkpoint, tiny_map
+from tiny_model import MIXED, tiny_checkpoint, tiny_map
 from torch import Tensor
 
 from vitapack.compressor.compress import compress
@@ -16,22 +16,8 @@ from vitapack.kernels import cpu, dispatch
 from vitapack.runtime.dit import DiT
 from vitapack.runtime.dit_gpu import GpuDiT
 from vitapack.runtime.families import Checkpoint
-from vitapack.runtime.layermap import BlockEntry, LayerMap
+from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.packed import load_packed_dit, network_of
-
-MIXED = LayerMap(
-    "hunyuan3d",
-    TOTALS,
-    (
-        BlockEntry("double", 0, 4, 0.4),
-        BlockEntry("double", 1, 16, 0.3),
-        BlockEntry("single", 0, 8, 0.2),
-        BlockEntry("single", 1, 4, 0.2),
-        BlockEntry("single", 2, 16, 0.9),
-    ),
-    how="by hand",
-    group=32,
-)
 
 
 @pytest.fixture(scope="module")
