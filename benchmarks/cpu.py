@@ -1,8 +1,11 @@
-"""The CPU engine against torch and other libraries: JSON first, docs/cpu.md's tables from it.
+"""The CPU engine against torch and other libraries: JSON first, the pages' tables from it.
+
+One JSON a processor in benchmarks/results/cpu; docs/cpu.md compares them, docs/cpu_figures.md
+has them all.
 
     python -m benchmarks.cpu --work DIR                    # all parts, about 20 minutes
     python -m benchmarks.cpu --work DIR --parts gemm,dit   # some again
-    python -m benchmarks.cpu --page-only                   # docs/cpu.md from the JSON again
+    python -m benchmarks.cpu --page-only                   # both pages from the JSON again
 
 Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
 (a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed), `guided` (a
@@ -36,7 +39,12 @@ from vitapack.kernels import cpu
 from vitapack.runtime.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+# CPU family and model, as /proc/cpuinfo numbers them, to a file's name and a title.
+PROCESSORS = {
+    "6 207": ("emerald-rapids", "Intel Xeon, Emerald Rapids"),
+    "25 17": ("zen4", "AMD EPYC, Zen 4"),
+}
 PARTS = (
     "gemm", "attention", "dit", "guided", "errors", "breakdown", "memory", "peers", "furniture",
 )  # fmt: skip
@@ -301,19 +309,23 @@ def memory(work: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    model = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith(("model name", "cpu family", "model\t"))
-    ]
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if line]
+    told = {name.strip(): value.strip() for name, value in lines}
+    number = f"{told['cpu family']} {told['model']}"
+    file, title = PROCESSORS.get(number, (number.replace(" ", "-"), told["model name"]))
     return {
-        "processor": " ".join(model[:3]),
+        "file": file,
+        "processor": title,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> None:
@@ -329,7 +341,8 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="`dit` adds its rounds to earlier ones")
     parser.add_argument("--page-only", action="store_true")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    here = machine()
+    path = RESULTS / f"{here['file']}.json"
     parts = () if options.page_only else options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
@@ -344,7 +357,7 @@ def main() -> None:
         elif part == "attention":
             found = attention(options.rounds)
         elif part == "dit":
-            earlier = results.get("dit", {}) if options.add else {}
+            earlier = read(path).get("dit", {}) if options.add else {}
             found = {
                 str(n): dit(options.work, n, options.rounds, earlier.get(str(n), {}))
                 for n in options.latents
@@ -364,12 +377,12 @@ def main() -> None:
             names = options.peers.split(",")
             found = {name: cpu_peers.measure(name, options.work, options.rounds) for name in names}
         # Read again: another part may have been measured meanwhile.
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results["machine"] = machine()
+        results = read(path)
+        results["machine"] = here
         kept = results.get(part, {}) if part in ("dit", "guided", "peers") else {}
         results[part] = kept | found
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    cpu_page.write(results)
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    cpu_page.write([read(path) for path in sorted(RESULTS.glob("*.json"))])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def measure(
 
 
 def text(part: dict[str, Any]) -> str:
-    """The section of docs/cpu.md."""
+    """The section of docs/cpu_figures.md."""
     rows = [
         f"| {found['latents']} + {found['condition']} | {title} | {found['seconds'][name]:.2f} "
         f"| {found['seconds'][name] / found['seconds']['bf16']:.3f} "
@@ -78,7 +78,7 @@ def text(part: dict[str, Any]) -> str:
     ]
     guidance = next(iter(part.values()))["guidance"]
     return (
-        "## A guided step of Hunyuan3D-2mini\n\nWithout a picture all condition tokens are equal "
+        "### A guided step of Hunyuan3D-2mini\n\nWithout a picture all condition tokens are equal "
         "and stay so, so that pass runs on one that stands for all, exactly. Guidance "
         f"{guidance:g}, which amplifies errors; relative to float32.\n\n"
         + "\n".join(table("| latents + condition | | seconds | of bf16 | error | n |", rows))

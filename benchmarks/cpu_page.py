@@ -1,4 +1,7 @@
-"""docs/cpu.md's figures from benchmarks/results/cpu.json; `python -m benchmarks.cpu` calls it."""
+"""docs/cpu.md's and docs/cpu_figures.md's tables from benchmarks/results/cpu/*.json.
+
+`python -m benchmarks.cpu` calls it.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,95 @@ from typing import Any
 from benchmarks import cpu_guided
 from benchmarks.markdown import between, table
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "cpu.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, ALL = DOCS / "cpu.md", DOCS / "cpu_figures.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.cpu -->", "<!-- end of figures -->"
+Results = dict[str, Any]
 
 
-def write(results: dict[str, Any]) -> None:
-    """Replaces what stands between the page's two marks."""
-    PAGE.write_text(between(PAGE.read_text(), BEGIN, END, f"\n\n{figures(results)}\n\n"))
+def write(processors: list[Results]) -> None:
+    """Replaces what stands between both pages' marks."""
+    for page, text in ((PAGE, glance(processors)), (ALL, figures(processors))):
+        page.write_text(between(page.read_text(), BEGIN, END, f"\n\n{text}\n\n"))
 
 
-def figures(results: dict[str, Any]) -> str:
+def glance(processors: list[Results]) -> str:
+    """What was aimed at, for each processor: ratios of one run each."""
+    rows: dict[str, list[str]] = {}
+    for results in processors:
+        for title, value in ratios(results).items():
+            rows.setdefault(title, []).append(value)
+    names = " | ".join(f"{r['machine']['processor']}, {r['machine']['threads']} cores"
+                       for r in processors)  # fmt: skip
+    return lines(
+        f"| | aim | {names} |",
+        [f"| {title} | {AIMS[title]} | {' | '.join(values)} |" for title, values in rows.items()],
+    )
+
+
+AIMS = {
+    "2mini forward, 512 latents: W8A8 / torch bf16": "0.30",
+    "W4A8 / torch bf16": "0.30",
+    "3072 latents: W8A8 / torch bf16": "",
+    "a guided step, 512 latents: W8A8 / torch bf16 as its reference runs it": "",
+    "W8A8 / the best other library": "0.60",
+    "linears of the forward, least share of VNNI peak": "70%",
+    "linears alone, least share": "70%",
+    "attention alone, share": "40%",
+    "linears alone: least W8A8 x torch bf16": "1.8",
+    "error of the forward to float32: W8A8": "2%",
+    "W4A8 / exact float group scales": "1.05",
+    "peak memory / counted on paper": "1.35",
+    "loading, seconds": "1",
+}
+
+
+def ratios(results: Results) -> dict[str, str]:
+    dit, rows = results["dit"], results["gemm"]["rows"]
+    short = dit["512"]["seconds"]
+    steps = results["guided"]["512"]["seconds"]
+    peers = {
+        name: found["seconds"]["ours"] / found["seconds"]["peer"]
+        for name, found in results["peers"].items()
+        if "seconds" in found
+    }
+    best = max(peers, key=lambda name: peers[name])
+    breakdown, peak = results["breakdown"], results["breakdown"]["peak_gops"]
+    inside = [
+        work / breakdown["w8a8"]["seconds"][name] / peak
+        for name, work in breakdown["operations"].items()
+        if name != "attention"
+    ]
+    alone = results["gemm"]["peak_gops"]
+    attention = results["attention"]
+    errors, memory = results["errors"], results["memory"].values()
+    values = (
+        f"{short['w8a8'] / short['bf16']:.3f}",
+        f"{short['w4a8'] / short['bf16']:.3f}",
+        f"{dit['3072']['seconds']['w8a8'] / dit['3072']['seconds']['bf16']:.3f}",
+        f"{steps['w8a8'] / steps['bf16']:.3f}",
+        f"{peers[best]:.2f} ({best})",
+        f"{min(inside):.0%}",
+        f"{min(row['gops']['w8a8'] for row in rows) / alone:.0%}",
+        f"{min(row['gops'] for row in attention['rows']) / attention['peak_gops']:.0%}",
+        f"{min(row['gops']['w8a8'] / row['gops']['bf16'] for row in rows):.2f}",
+        f"{errors['w8a8']:.2%}",
+        f"{errors['w4a8'] / errors['w4 float groups']:.3f}",
+        f"{max(part['ratio'] for part in memory):.2f}",
+        f"{max(part['load_seconds'] for part in memory):.2f}",
+    )
+    return dict(zip(AIMS, values, strict=True))
+
+
+def figures(processors: list[Results]) -> str:
+    return "\n\n".join(map(section, processors))
+
+
+def section(results: Results) -> str:
     m = results["machine"]
     blocks = [
-        f"{m['processor']}, {m['threads']} threads, {m['instruction_set']}, torch {m['torch']}. "
-        "What stands in one table ran interleaved, round by round; medians."
+        f"## {m['processor']}, {m['threads']} threads\n\n{m['instruction_set']}, torch "
+        f"{m['torch']}. What stands in one table ran interleaved, round by round; medians."
     ]
     writers = {
         "dit": dit_text,
@@ -56,7 +134,7 @@ def dit_text(part: dict[str, Any]) -> str:
                 f"| {latents} + {found['condition']} | {title} | {seconds[name]:.2f} "
                 f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {found['n_runs']} |"
             )
-    return "## A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + lines(
+    return "### A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + lines(
         "| latents + condition | | seconds | of bf16 | of VNNI peak | n |", rows
     )
 
@@ -73,7 +151,7 @@ def errors_text(part: dict[str, float]) -> str:
     rows = [f"| {title} | {part[name]:.2%} |" for name, title in names.items()]
     ratio = part["w4a8"] / part["w4 float groups"]
     return (
-        "## Error of the forward to float32, 512 latents\n\n"
+        "### Error of the forward to float32, 512 latents\n\n"
         + lines("| | relative error |", rows)
         + f"\n\nW4A8 has {ratio:.3f} of the error of exact float group scales."
     )
@@ -91,8 +169,8 @@ def breakdown_text(part: dict[str, Any]) -> str:
         )
     rows.append(f"| whole | {eight['whole']:.3f} | | | {four['whole']:.3f} |")
     return (
-        f"## Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads over "
-        "their number; waiting is for the other thread at the end of a phase, outside are "
+        f"### Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads "
+        "over their number; waiting is for the other thread at the end of a phase, outside are "
         f"embeddings, final layer and Python. Mean of {part['n_runs']}.\n\n"
         + lines("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
     )
@@ -109,7 +187,7 @@ def peers_text(part: dict[str, Any]) -> str:
             f"| {name} | {peer:.2f} | {ours:.2f} | {ours / peer:.2f} | {found['error']:.2%} "
             f"| {found['n_runs']} |"
         )
-    return "## Other libraries, 512 + 1370 tokens\n\n" + lines(
+    return "### Other libraries, 512 + 1370 tokens\n\n" + lines(
         "| | seconds | our W8A8 beside it | ours / theirs | error to fp32 | n |", rows
     )
 
@@ -122,7 +200,7 @@ def memory_text(part: dict[str, Any]) -> str:
         for name, f in part.items()
     ]
     return (
-        "## Memory and loading\n\nMB above the interpreter with torch and the inputs; counted is "
+        "### Memory and loading\n\nMB above the interpreter with torch and the inputs; counted is "
         "weights + scratch + output.\n\n"
         + lines("| | file | weights | scratch | peak | peak / counted | load, s |", rows)
     )
@@ -139,8 +217,8 @@ def gemm_text(part: dict[str, Any]) -> str:
             f"| {gops['w4a8']:.0f} | {gops['w4a8'] / peak:.0%} | {gops['w8a16']:.0f} |"
         )
     return (
-        f"## Linears, GOP/s\n\nbf16 in and out, quantization included; VNNI peak {peak:.0f} GOP/s, "
-        f"n = {part['n_runs']}.\n\n"
+        f"### Linears, GOP/s\n\nbf16 in and out, quantization included; VNNI peak {peak:.0f} "
+        f"GOP/s, n = {part['n_runs']}.\n\n"
         + lines(
             "| M | K x N | torch bf16 | W8A8 | of peak | x bf16 | W4A8 | of peak | W8A16 |", rows
         )
@@ -155,7 +233,7 @@ def attention_text(part: dict[str, Any]) -> str:
         f"| {r['error']['bf16']:.2%} |"
         for r in part["rows"]
     ]
-    return f"## Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
+    return f"### Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
         "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of VNNI peak | error | error of bf16 |",
         rows,
     )
@@ -174,6 +252,6 @@ def furniture_text(part: dict[str, Any]) -> str:
     ]
     count = next(iter(part.values()))["a8 to a16"]["n"]
     return (
-        f"## The bundled model\n\nV-IoU from the same noise on {count} unseen views, mean and 95 % "
-        "interval.\n\n" + lines("| plan | " + " | ".join(names) + " |", rows)
+        f"### The bundled model\n\nV-IoU from the same noise on {count} unseen views, mean and "
+        "95 % interval.\n\n" + lines("| plan | " + " | ".join(names) + " |", rows)
     )

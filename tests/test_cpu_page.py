@@ -1,13 +1,20 @@
-"""docs/cpu.md is what its JSON says, and a stopped furniture run is taken up again."""
+"""The CPU's pages are what their JSON says, and a stopped furniture run is taken up again."""
 
 import json
 
 from benchmarks import cpu, cpu_furniture, cpu_page
 
 
-def test_the_page_shows_the_results():
-    results = json.loads(cpu.RESULTS.read_text())
-    assert cpu_page.figures(results) in cpu_page.PAGE.read_text()
+def test_the_pages_show_the_results():
+    processors = [cpu.read(path) for path in sorted(cpu.RESULTS.glob("*.json"))]
+    assert cpu_page.glance(processors) in cpu_page.PAGE.read_text()
+    assert cpu_page.figures(processors) in cpu_page.ALL.read_text()
+
+
+def test_each_processor_has_a_file_of_its_name():
+    for path in cpu.RESULTS.glob("*.json"):
+        assert cpu.read(path)["machine"]["file"] == path.stem
+    assert cpu.machine()["file"]
 
 
 def test_a_journal_is_read_up_to_where_it_was_cut(tmp_path):
