@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,11 +230,8 @@ def _network(config: Dinov2Config) -> Any:
 
 
 def as_installed(source: Source, wanted: Set[str]) -> Source:
-    """The released tensors under the names of the installed transformers, packed ones too.
-
-    A tensor that it keeps as two is read once for each: one tensor in memory at a time.
-    """
-    origin: dict[str, tuple[str, int, int]] = {}  # name -> released one, which part of how many
+    """The released tensors under the names of the installed transformers, packed ones too."""
+    reads: dict[str, Callable[[], Tensor]] = {}
     shapes = {}
     for name, shape in source.shapes.items():
         names = [name]
@@ -242,16 +240,12 @@ def as_installed(source: Source, wanted: Set[str]) -> Source:
             owners = RENAMED.get(owner, ())
             if all(f"{start}{new}.weight" in wanted for new in owners):
                 names = [f"{start}{new}.{leaf}" for new in owners] or names
-        for index, new in enumerate(names):
-            origin[new] = (name, index, len(names))
-            shapes[new] = (shape[0] // len(names), *shape[1:]) if len(names) > 1 else shape
-
-    def read(name: str) -> Tensor:
-        released, index, count = origin[name]
-        tensor = source.read(released)
-        return tensor if count == 1 else tensor.chunk(count)[index].clone()
-
-    return Source(source.where, source.config, shapes, read)
+        whole: Callable[[], Tensor] = partial(source.read, name)
+        each = [whole] if len(names) == 1 else in_parts(whole, len(names))
+        for new, read in zip(names, each, strict=True):
+            reads[new] = read
+            shapes[new] = shape if len(names) == 1 else (shape[0] // len(names), *shape[1:])
+    return Source(source.where, source.config, shapes, lambda name: reads[name]())
 
 
 def from_hub(weights: Weights) -> Weights:
@@ -277,9 +271,10 @@ def from_hub(weights: Weights) -> Weights:
             start = f"{LAYER}{index}."
         owner, _, leaf = inner.rpartition(".")
         if owner == "attn.qkv":
-            for place, which in enumerate(("query", "key", "value")):
+            shape = (entry.shape[0] // 3, *entry.shape[1:])
+            for which, read in zip(("query", "key", "value"), in_parts(entry.read, 3), strict=True):
                 full = f"{start}attention.attention.{which}.{leaf}"
-                stored[full] = _third(entry, place)
+                stored[full] = Stored(shape, entry.dtype, read, entry.file)
         elif inner in names:
             stored[start + names[inner]] = entry
         else:
@@ -287,6 +282,14 @@ def from_hub(weights: Weights) -> Weights:
     return Weights(weights.files, stored)
 
 
-def _third(entry: Stored, place: int) -> Stored:
-    shape = (entry.shape[0] // 3, *entry.shape[1:])
-    return Stored(shape, entry.dtype, lambda: entry.read().chunk(3)[place].clone(), entry.file)
+def in_parts(read: Callable[[], Tensor], count: int) -> list[Callable[[], Tensor]]:
+    """Readers of a tensor's rows in so many equal parts, from one read for all of them: what is not
+    asked for yet waits in memory. A part that is asked for again is read again."""
+    waiting: dict[int, Tensor] = {}
+
+    def part(index: int) -> Tensor:
+        if index not in waiting:
+            waiting.update(enumerate(rows.clone() for rows in read().chunk(count)))
+        return waiting.pop(index)
+
+    return [partial(part, index) for index in range(count)]
