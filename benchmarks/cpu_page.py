@@ -24,7 +24,8 @@ def write(processors: list[Results]) -> None:
 
 
 def glance(processors: list[Results]) -> str:
-    """What was aimed at, for each processor: ratios of one run each."""
+    """What was aimed at, for each processor that was measured wholly; ratios of one run each."""
+    processors = [results for results in processors if set(WRITERS) <= set(results)]
     rows: dict[str, list[str]] = {}
     for results in processors:
         for title, value in ratios(results).items():
@@ -101,18 +102,7 @@ def section(results: Results) -> str:
         f"## {m['processor']}, {m['threads']} threads\n\n{m['instruction_set']}, torch "
         f"{m['torch']}. What stands in one table ran interleaved, round by round; medians."
     ]
-    writers = {
-        "dit": dit_text,
-        "guided": cpu_guided.text,
-        "errors": errors_text,
-        "breakdown": breakdown_text,
-        "peers": peers_text,
-        "memory": memory_text,
-        "gemm": gemm_text,
-        "attention": attention_text,
-        "furniture": furniture_text,
-    }
-    blocks += [writer(results[part]) for part, writer in writers.items() if part in results]
+    blocks += [writer(results[part]) for part, writer in WRITERS.items() if part in results]
     return "\n\n".join(blocks)
 
 
@@ -255,3 +245,16 @@ def furniture_text(part: dict[str, Any]) -> str:
         f"### The bundled model\n\nV-IoU from the same noise on {count} unseen views, mean and "
         "95 % interval.\n\n" + lines("| plan | " + " | ".join(names) + " |", rows)
     )
+
+
+WRITERS = {
+    "dit": dit_text,
+    "guided": cpu_guided.text,
+    "errors": errors_text,
+    "breakdown": breakdown_text,
+    "peers": peers_text,
+    "memory": memory_text,
+    "gemm": gemm_text,
+    "attention": attention_text,
+    "furniture": furniture_text,
+}

@@ -79,13 +79,15 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   const std::lock_guard<std::mutex> hold(scratch.mutex);
   const std::int64_t stride = w.kp + 64, size = std::int64_t(size_of(from));
   // Every thread quantizes the rows that it multiplies, which stay in its L2. Few rows: as many
-  // blocks as threads, each of all channels, and only where that is less than a tile each are the
-  // channels divided instead, which costs a phase of its own for the quantization.
+  // blocks as threads, each of all channels. Where that is less than two tiles each, and where all
+  // rows of a 4-bit layer fit into L2, so that a panel is expanded once, the channels are divided
+  // instead, which costs a phase of its own for the quantization.
   const std::int64_t tiles = (m + k.tile - 1) / k.tile, most = kRowBlock / k.tile;
   const std::int64_t rounds = (tiles + threads * most - 1) / (threads * most);
   const std::int64_t blocks = std::min<std::int64_t>(tiles, rounds * threads);
   const std::int64_t block = (tiles + blocks - 1) / blocks * k.tile;
-  const bool by_rows = tiles >= 2 * threads || w.panel_count() == 1;
+  const bool expanded_once = w.bits == 4 && threads > 1 && m * w.kp <= 1 << 20;
+  const bool by_rows = (tiles >= 2 * threads && !expanded_once) || w.panel_count() == 1;
   const std::int64_t rows = (by_rows ? block : m) + kMaxTile, copies = by_rows ? threads : 1;
   const std::int64_t a_bytes = round_up(rows * stride, 64), sx_bytes = round_up(rows * 4, 64);
   const std::int64_t panel_bytes = kPanel * w.kp;
@@ -109,7 +111,10 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   }
   const Grid grid(m, w.panel_count(), threads, k.tile);
   auto* sx = reinterpret_cast<float*>(base + a_bytes);
-  quantize(0, m, base, sx);
+  parallel(threads, tiles, [&](std::int64_t unit, int) {
+    const std::int64_t row = unit * k.tile;
+    quantize(row, std::min<std::int64_t>(k.tile, m - row), base + row * stride, sx + row);
+  });
   parallel(threads, grid.ranges, [&](std::int64_t unit, int thread) {
     const std::int64_t p = unit * grid.range;
     k.linear(w, p, std::min(p + grid.range, grid.panels), base, stride, sx, m, e,

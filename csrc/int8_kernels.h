@@ -36,9 +36,10 @@ inline float quantize_row(const float* x, std::int64_t k, float peak, float chec
   const F bottom = all(-kInt8Max);
   std::int64_t i = 0;
   if (VP_LEVEL && sx > 1e-30f && sx < 1e30f) {  // beyond, inverse or remainder may leave the normal
-    const F inverse = all(1.0f / sx);
+    // Added to 1.5 * 2^23, a number is rounded half to even, and its low byte is what is wanted.
+    const F inverse = all(1.0f / sx), zero_there = all(12582912.0f + 128.0f);
     for (; i + 16 <= k; i += 16)
-      store_bytes(out + i, max(bottom, min(top, round(divided(load(x + i), by, inverse)))) + zero);
+      store_low_bytes(out + i, divided(load(x + i), by, inverse) + zero_there);
   }
   for (; i + 16 <= k; i += 16)
     store_bytes(out + i, max(bottom, min(top, round(load(x + i) / by))) + zero);
@@ -58,35 +59,48 @@ struct Peak {
   }
 };
 
-void quantize(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
-              std::uint8_t* out, std::int64_t stride, float* sx) {
-  constexpr std::int64_t kChunk = 1024;  // other types are widened piece by piece, twice
-  float piece[kChunk];
-  for (std::int64_t r = 0; r < rows; ++r, out += stride) {
-    Peak peak;
-    for (std::int64_t i = 0; i < k; i += 16)
-      peak.add(load_any(x, type, r * x_stride + i, k - i < 16 ? k - i : 16));
-    const float top = largest(peak.top), check = sum(peak.check);
-    if (type == Type::f32) {
-      sx[r] = quantize_row(static_cast<const float*>(x) + r * x_stride, k, top, check, out);
-      continue;
-    }
-    sx[r] = 0;
-    for (std::int64_t at = 0; at < k; at += kChunk) {
-      const std::int64_t n = k - at < kChunk ? k - at : kChunk;
-      for (std::int64_t i = 0; i < n; i += 16) {
-        const std::int64_t lanes_left = n - i < 16 ? n - i : 16;
-        store_part(piece + i, load_any(x, type, r * x_stride + at + i, lanes_left), lanes_left);
-      }
-      sx[r] = quantize_row(piece, n, top, check, out + at);
-    }
-  }
-}
-
 inline void peak_of(const float* x, std::int64_t k, Peak& peak) {
   std::int64_t i = 0;
+  Peak other[3];  // four chains: one would wait four cycles for every step
+  for (; i + 64 <= k; i += 64) {
+    peak.add(load(x + i));
+    for (int j = 0; j < 3; ++j) other[j].add(load(x + i + 16 * (j + 1)));
+  }
+  for (const Peak& one : other) {
+    peak.top = max(peak.top, one.top);
+    peak.check = peak.check + one.check;
+  }
   for (; i + 16 <= k; i += 16) peak.add(load(x + i));
   if (i < k) peak.add(load_part(x + i, k - i));
+}
+
+void quantize(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
+              std::uint8_t* out, std::int64_t stride, float* sx) {
+  constexpr std::int64_t kChunk = 4096;  // other types are widened so many at a time
+  float piece[kChunk];
+  for (std::int64_t r = 0; r < rows; ++r, out += stride) {
+    const auto widened = [&](std::int64_t at) -> const float* {
+      if (type == Type::f32) return static_cast<const float*>(x) + r * x_stride + at;
+      for (std::int64_t i = 0; i < kChunk && at + i < k; i += 16) {
+        const std::int64_t n = k - at - i < 16 ? k - at - i : 16;
+        store_part(piece + i, load_any(x, type, r * x_stride + at + i, n), n);
+      }
+      return piece;
+    };
+    const std::int64_t whole = type == Type::f32 ? k : kChunk;
+    Peak peak;
+    const float* from = nullptr;
+    for (std::int64_t at = 0; at < k; at += whole) {
+      from = widened(at);
+      peak_of(from, k - at < whole ? k - at : whole, peak);
+    }
+    const float top = largest(peak.top), check = sum(peak.check);
+    sx[r] = 0;
+    for (std::int64_t at = 0; at < k; at += whole) {
+      if (k > whole) from = widened(at);
+      sx[r] = quantize_row(from, k - at < whole ? k - at : whole, top, check, out + at);
+    }
+  }
 }
 
 void quantize_pair(const float* a, std::int64_t a_stride, std::int64_t ka, const float* b,
@@ -108,17 +122,27 @@ void norm_quantize(const float* x, std::int64_t x_stride, const float* shift, co
                    std::int64_t stride, float* sx) {
   const std::int64_t whole = k / 16 * 16, rest = k - whole;
   for (std::int64_t r = 0; r < rows; ++r, x += x_stride, out += stride) {
-    F total = all(0.0f);
-    for (std::int64_t i = 0; i < whole; i += 16) total = total + load(x + i);
+    F total = all(0.0f), second = total;  // two chains, see peak_of
+    std::int64_t even = 0;
+    for (; even + 32 <= whole; even += 32) {
+      total = total + load(x + even);
+      second = second + load(x + even + 16);
+    }
+    if (even < whole) total = total + load(x + even);
+    total = total + second;
     if (rest) total = total + load_part(x + whole, rest);
     const float mean = sum(total) / float(k);
     const F middle = all(mean);
     F square = all(0.0f);
-    for (std::int64_t i = 0; i < whole; i += 16) {
+    second = square;
+    for (std::int64_t i = 0; i < whole; i += 32) {
       const F d = load(x + i) - middle;
       square = fma(d, d, square);
+      if (i + 16 == whole) break;
+      const F e = load(x + i + 16) - middle;
+      second = fma(e, e, second);
     }
-    float squares = sum(square);
+    float squares = sum(square + second);
     for (std::int64_t i = whole; i < k; ++i) squares += (x[i] - mean) * (x[i] - mean);
     const F by = all(1.0f / std::sqrt(squares / float(k) + 1e-6f)), one = all(1.0f);
     Peak peak;

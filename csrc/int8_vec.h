@@ -51,6 +51,9 @@ inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline void store_bytes(std::uint8_t* p, F a) {  // whole numbers -128..255, the low byte
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
+inline void store_low_bytes(std::uint8_t* p, F a) {  // of the floats' bits
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(a.v)));
+}
 inline F load_bf16(const std::uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -129,15 +132,20 @@ inline float sum(F x) {
   for (int i = 0; i < 8; ++i) total += lane[i];
   return total;
 }
-inline void store_bytes(std::uint8_t* p, F x) {
+inline void store_low_bytes(std::uint8_t* p, __m256i x, __m256i y) {
   const __m256i low = _mm256_set1_epi32(255);
-  const __m256i a = _mm256_and_si256(_mm256_cvtps_epi32(x.a), low);
-  const __m256i b = _mm256_and_si256(_mm256_cvtps_epi32(x.b), low);
+  const __m256i a = _mm256_and_si256(x, low), b = _mm256_and_si256(y, low);
   // Words in the order a0-3 b0-3 a4-7 b4-7, then put right.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
   const __m128i bytes =
       _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128((__m128i*)p, bytes);
+}
+inline void store_bytes(std::uint8_t* p, F x) {
+  store_low_bytes(p, _mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+}
+inline void store_low_bytes(std::uint8_t* p, F x) {
+  store_low_bytes(p, _mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
 }
 inline F load_bf16(const std::uint16_t* p) {
   const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -198,6 +206,13 @@ inline float sum(F a) {
 }
 inline void store_bytes(std::uint8_t* p, F a) {
   for (int i = 0; i < 16; ++i) p[i] = std::uint8_t(whole_number(a.v[i]));
+}
+inline void store_low_bytes(std::uint8_t* p, F a) {
+  for (int i = 0; i < 16; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, a.v + i, 4);
+    p[i] = std::uint8_t(bits);
+  }
 }
 inline F load_bf16(const std::uint16_t* p) { VP_EACH(float_of_bf16(p[i])); }
 inline void store_bf16(std::uint16_t* p, F a) {
