@@ -29,14 +29,18 @@ def base_bytes(device: str) -> int:
     return (resident() or 0) + LIBRARIES if device == "cpu" else CUBLAS
 
 
-def encoder_bytes(config: Dinov2Config, pixels: int, dtype: torch.dtype) -> int:
+def encoder_bytes(
+    config: Dinov2Config, pixels: int, dtype: torch.dtype, *, expands: bool = False
+) -> int:
     """One square picture through DINOv2: the MLP of a layer, with x held three times around it.
 
     A gated MLP's first two projections may be one or two tensors, after transformers' version.
+    `expands`: a packed weight becomes floats for its product, as on GPUs.
     """
     tokens = 1 + config.registers + (pixels // config.patch) ** 2
     wide = (4 if config.swiglu else 2) * config.wide
-    return dtype.itemsize * (tokens * (3 * config.hidden + wide) + 3 * pixels**2)
+    weight = config.hidden * config.wide if expands else 0
+    return dtype.itemsize * (tokens * (3 * config.hidden + wide) + weight + 3 * pixels**2)
 
 
 def step_bytes(
@@ -47,23 +51,43 @@ def step_bytes(
     dtype: torch.dtype,
     *,
     engine: bool = False,
+    fused: str = "",
 ) -> int:
-    """One call of the network on `batch` items; `engine`: by the CPU's fused int8 blocks."""
+    """One call of the network on `batch` items; `engine`: by the CPU's fused int8 blocks; `fused`:
+    by the GPU's operators on packed weights, "a16" or "a8"."""
     h, m, size = config.hidden, config.mlp_hidden, dtype.itemsize
     if isinstance(config, FlowConfig):
         tokens = (config.resolution // config.patch) ** 3
         channels = config.token_channels
         given = batch * (2 * tokens * channels + cond_tokens * config.cond_channels) * size
         # x of the caller and of the block, the MLP's input, its two wide tensors.
-        return given + batch * tokens * (3 * h + 2 * m) * size
+        weight = h * m * size if fused == "a16" else 0  # a packed one as floats
+        return given + batch * tokens * (3 * h + 2 * m) * size + weight
     count = latents[0]
     tokens = count + cond_tokens
     given = batch * (2 * count * config.in_channels + cond_tokens * config.cond_channels) * size
     if engine:
         # Two float32 streams; q, k and v in bytes, with 28 bytes a head of scales and sums.
-        fused = batch * tokens * (2 * 4 * h + 3 * h + 28 * config.heads)
+        streams = batch * tokens * (2 * 4 * h + 3 * h + 28 * config.heads)
         rows = torch.get_num_threads() * ENGINE_ROWS * 5 * (h + m)
-        return given + fused + rows
+        return given + streams + rows
+    if fused:
+        # What a linear reads, and the scratch that a packed weight is expanded to where tokens are
+        # many: int8 in a8 (on sm_90, from int4). A single block holds z, linear1's output and then
+        # either its input and scratch, or q, k and attention twice, or attention and the join. A
+        # double block holds both streams and q, k and v twice, once with the room that v's view
+        # keeps; later the joint attention and, of the longer stream, the MLP's two sides.
+        code = 1 if fused == "a8" else size
+        first = tokens * ((4 * h + m) * size + h * code)
+        join = tokens * ((5 * h + m) * size + (h + m) * code)
+        attention = tokens * (8 * h + m) * size
+        mlp = tokens * 2 * h * size + max(count, cond_tokens) * (h + m) * (size + code)
+        peaks = [0]
+        if config.single_blocks:
+            peaks += [batch * max(join, attention), batch * first + h * (3 * h + m) * code]
+        if config.double_blocks:
+            peaks += [batch * tokens * 9 * h * size, batch * mlp + h * m * code]
+        return given + max(peaks)
     # Single block: x and its halves outside, linear1's 3h + m, q and k, attention, the wide part,
     # and both joined. Double block: both streams outside and inside, q, k and v twice, attention,
     # then the MLP of the longer stream.

@@ -31,6 +31,7 @@ from vitapack.runtime.dit_engine import EngineDiT
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
+from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.load import dit_of
 from vitapack.runtime.memory import PhaseMeter, return_memory
 from vitapack.runtime.pipeline import Pipeline
@@ -147,6 +148,9 @@ def _time(
     config = network.config
     place = next(p for p in network.parameters() if p.is_floating_point())
     engine = isinstance(network, EngineDiT) and dispatch.cpu_engine("int8 a8 DiT")
+    computes = {part.compute for part in network.modules() if isinstance(part, PackedLinear)}
+    served = place.is_cuda and computes and dispatch.gpu_kernels("DiT", place.device)
+    fused = max(computes) if served else ""  # "a8" before the modulation's "a16"
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(1, *latents, generator=rng).to(place.device)
     cond = torch.randn(1, tokens, config.cond_channels, generator=rng)
@@ -157,7 +161,9 @@ def _time(
         how = {1: "two passes", 2: "one batch"}[batch]
         how = ("embedded" if config.guidance_embed else how) + ", graphs" * cuda_graphs
         return_memory()
-        working = step_bytes(config, tuple(latents), tokens, batch, place.dtype, engine=engine)
+        working = step_bytes(
+            config, tuple(latents), tokens, batch, place.dtype, engine=engine, fused=fused
+        )
         meter.predicted = {"step": base + held + working}
         note(
             f"{name}, guidance {how}: {repeats + 1} steps, "

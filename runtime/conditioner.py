@@ -23,7 +23,7 @@ from vitapack.runtime.activations import encoder_bytes
 from vitapack.runtime.dinov2 import MEAN, STD, config_of, is_linear, load
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.images import separate
-from vitapack.runtime.parts import Part, Source, filled_bytes
+from vitapack.runtime.parts import Q8, Part, Source, filled_bytes
 
 Prepare = Callable[[Image.Image, str], Tensor]  # picture, its name -> (3, H, W) in 0..1
 VIEWS = ("front", "left", "back", "right")  # of a multi-view model, by index
@@ -128,7 +128,13 @@ def encoder_part(
             network.layernorm = nn.LayerNorm(config.hidden, eps=1e-5, elementwise_affine=False)
         return network
 
-    working = encoder_bytes(config, pixels or config.places * config.patch, dtype)
+    packed = bits == 8 or any(name.endswith(Q8) for name in inner.shapes)
+    working = encoder_bytes(
+        config,
+        pixels or config.places * config.patch,
+        dtype,
+        expands=packed and torch.device(device).type == "cuda",
+    )
     return Part(loaded, filled_bytes(inner, dtype, bits, is_linear), working)
 
 

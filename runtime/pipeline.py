@@ -155,6 +155,8 @@ class Pipeline:
         conditioner = packed_part(header, "conditioner", original)
         decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
         engine = compute == "a8" and where == "cpu" and dispatch.cpu_engine("int8 a8 DiT")
+        served = where != "cpu" and dispatch.gpu_kernels("DiT", torch.device(where))
+        fused = compute if served else ""
         return cls(
             Part(
                 lambda: packed.load_packed_dit(
@@ -170,7 +172,9 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=partial(_step_bytes, packed.dit_config(header), decoder, dtype, engine),
+            step_bytes=partial(
+                _step_bytes, packed.dit_config(header), decoder, dtype, engine, fused
+            ),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -207,7 +211,7 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=partial(_step_bytes, checkpoint.config, decoder, dtype, False),
+            step_bytes=partial(_step_bytes, checkpoint.config, decoder, dtype, False, ""),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -382,14 +386,16 @@ def _step_bytes(
     decoder: Any,
     dtype: torch.dtype,
     engine: bool,
+    fused: str,
     tokens: int,
     batch: int,
 ) -> int:
     """Bytes of a step by condition tokens and batch; guidance that is embedded needs no second."""
     batch = 1 if config.guidance_embed else batch
-    found = step_bytes(config, decoder.latent_shape, tokens, batch, dtype, engine=engine)
+    shape = decoder.latent_shape
+    found = step_bytes(config, shape, tokens, batch, dtype, engine=engine, fused=fused)
     if engine and batch == 1 and not config.guidance_embed:  # keeps its memory for either pass
-        found += step_bytes(config, decoder.latent_shape, 1, 1, dtype, engine=True)
+        found += step_bytes(config, shape, 1, 1, dtype, engine=True)
     return found
 
 

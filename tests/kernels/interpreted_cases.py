@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from alive_tensors import peak
 from torch import Tensor
 
+from benchmarks import gpu
 from vitapack.kernels import gpu_ops, reference, triton_fused, triton_gemm, tune, tuning
 from vitapack.kernels.triton_gemm import Epilogue, Tile
+from vitapack.runtime.activations import step_bytes
+from vitapack.runtime.dit import When
+from vitapack.runtime.linear import PackedLinear
 
 torch.set_num_threads(1)
 TILE = Tile(16, 16, 64, 4, 2)
@@ -269,3 +274,34 @@ def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.Mon
             tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
     tuning._cached.cache_clear()
     tuning._choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("doubles", "singles", "compute"), [(1, 0, "a16"), (0, 1, "a16"), (0, 1, "a8")]
+)
+def test_a_step_holds_what_is_predicted(
+    doubles: int, singles: int, compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the GEMMs allocate inside included: scratches, and GELU and gate after cuBLAS."""
+    config = gpu.mini(64, doubles, singles, 8, 16)
+    dit = gpu.random_network(config, 8, 64, torch.device("cpu"))
+    shapes = set()
+    for module in dit.modules():
+        if isinstance(module, PackedLinear):
+            module.compute = compute
+            shapes.add((module.out_features, module.in_features))
+    x, cond = torch.randn(1, 100, 8).half(), torch.randn(1, 60, 16).half()
+    # As with thousands of rows: weights are expanded for cuBLAS.
+    monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
+    dense = {
+        tuning.key_of(op, rows, n, k, 0): tuning.Choice("dense", None, "")
+        for op in ("w8a16", "w8a16+gate") for rows in (60, 100, 160) for n, k in shapes
+    }  # fmt: skip
+    tuning.save(*tuning._properties(None), dense, {})
+    when = When(rows=torch.zeros(1, dtype=torch.long))
+    gpu_kernels = {name: kernels[0] for name, kernels in gpu_ops._KERNELS.items()}
+    found = peak(lambda x, cond: dit.velocity(x, when, cond), x, cond, inside=gpu_kernels)
+    for cache in (tuning._cached, tuning._choose):
+        cache.cache_clear()
+    predicted = step_bytes(config, (100, 8), 60, 1, torch.float16, fused=compute)
+    assert found == pytest.approx(predicted, rel=0.1)

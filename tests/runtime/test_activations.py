@@ -1,12 +1,9 @@
 """Predicted activations against the tensors that are really alive in running networks."""
 
-import weakref
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from alive_tensors import peak
+from torch import nn
 
 from vitapack.runtime.activations import (
     encoder_bytes,
@@ -17,7 +14,9 @@ from vitapack.runtime.activations import (
     volume_bytes,
 )
 from vitapack.runtime.dinov2 import Dinov2Config, _network
-from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
+from vitapack.runtime.dit import DiT, DiTConfig, When, hunyuan_time
+from vitapack.runtime.dit_gpu import GpuDiT
+from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import (
     FlowConfig,
@@ -26,40 +25,6 @@ from vitapack.runtime.trellis import (
     OccupancyDecoder,
     trellis_time,
 )
-
-
-class Alive(TorchDispatchMode):
-    """The peak of bytes in storages that were made inside and are still held."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key, count = storage._cdata, storage.nbytes()
-                if key not in given and key not in self.known:
-                    self.known.add(key)
-                    self.now += count
-                    weakref.finalize(storage, self.gone, key, count)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def gone(self, key, count):
-        self.known.discard(key)
-        self.now -= count
-
-
-def peak(call, *given):
-    with torch.inference_mode(), Alive() as alive:
-        call(*given)
-    return alive.peak + sum(tensor.nbytes for tensor in given)
 
 
 @pytest.mark.parametrize("swiglu", [True, False])
@@ -130,3 +95,34 @@ def test_occupancy_decoder():
 def test_the_grid_grows_with_its_nodes():
     assert refine_bytes(384) == pytest.approx(862e6, rel=0.03)  # measured, docs/published.md
     assert surface_bytes(192) < surface_bytes(384) < refine_bytes(384)
+
+
+@pytest.mark.parametrize("compute", ["a16", "a8"])
+@pytest.mark.parametrize(("latents", "tokens"), [(3072, 1370), (512, 1370), (3072, 1)])
+def test_the_gpu_s_form(latents, tokens, compute):
+    """At Hunyuan3D-2mini's sizes, on the meta device; what GEMMs allocate inside is counted in
+    tests/kernels/interpreted_cases.py."""
+    config = DiTConfig(
+        64, 1536, 1024, 16, (0,), (0,), 4.0, True, False, hunyuan_time(1024)
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = packed(GpuDiT(config).half(), compute)
+        given = torch.empty(1, latents, 64).half(), torch.empty(1, tokens, 1536).half()
+        when = When(vector=torch.empty(1, 1024).half())
+    measured = peak(lambda x, cond: network.velocity(x, when, cond), *given)
+    predicted = step_bytes(config, (latents, 64), tokens, 1, torch.float16, fused=compute)
+    assert measured == pytest.approx(predicted, rel=0.1)
+
+
+def packed(network, compute):
+    """Its blocks' linears as packed ones of 8 bits."""
+    for name, linear in list(network.named_modules()):
+        if isinstance(linear, nn.Linear) and "_blocks." in name and not name.endswith(".lin"):
+            owner, _, leaf = name.rpartition(".")
+            codes = torch.empty(linear.weight.shape, dtype=torch.int8)
+            scale = torch.empty(linear.out_features)
+            layer = PackedLinear(
+                linear.in_features, scale, linear.bias.detach(), q8=codes, compute=compute
+            )
+            setattr(network.get_submodule(owner), leaf, layer)
+    return network
