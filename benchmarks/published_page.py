@@ -183,7 +183,7 @@ def grid_lines(grids: dict[str, Any]) -> list[str]:
         "By `python -m benchmarks.grids`: the bundled model's shapes of unseen pictures, read",
         "between their nodes (`interpolated`), or as a small ShapeVAE decoder fitted to each",
         "(`fitted`). Meshes before cleaning. What coarse to fine can miss is a whole piece smaller",
-        "than a coarse cell, between that grid's nodes.",
+        "than a coarse cell that hardly raises the nodes of that grid about it.",
         "",
         *table(
             "| field | grid | queries, dense | coarse to fine | s | s | nodes whose sign differs "

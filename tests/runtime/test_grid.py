@@ -1,5 +1,7 @@
 """Coarse-to-fine evaluation: the dense grid's surface, from a fraction of its queries."""
 
+import math
+
 import pytest
 import torch
 
@@ -87,16 +89,82 @@ def test_a_surface_is_followed_where_the_coarse_grid_is_blind():
     assert part.queries * 7 < full.queries
 
 
-def test_margin_finds_pieces_between_coarse_nodes():
-    def speck(points):
-        return 20 * (0.009 - points.norm(dim=-1))
+CELL = 2.02 / 64  # of the coarsest grid, where the finest has 128
 
-    full = dense(speck, 126, 1.01, chunk=10**6)
-    assert (full.values > 0).any()
-    assert not (coarse_to_fine(speck, 126, 1.01, chunk=10**6).values > 0).any()
-    found = coarse_to_fine(speck, 126, 1.01, margin=0.95, chunk=10**6)
-    assert torch.equal(found.values > 0, full.values > 0)
-    assert found.queries * 7 < full.queries
+
+def specks(points, sigma=0.4, wave=0.0):
+    """216 bumps 9 coarse cells apart, at as many places inside a coarse cell; `sigma` in cells.
+
+    The ground about -1.5 rises and falls by `wave`, within 16 cells.
+    """
+    block = (points / (9 * CELL)).floor().clamp(-3, 2)
+    centre = (9 * block + 4 + (block + 3) / 6) * CELL
+    bump = (-(points - centre).square().sum(1) / (2 * (sigma * CELL) ** 2)).exp()
+    ground = -1.5 + wave * (points.sum(1) * (2 * torch.pi / (16 * CELL))).sin()
+    return ground + 2.5 * bump
+
+
+@pytest.mark.parametrize("wave", [0.0, 0.4, 0.8])
+def test_specks_between_coarse_nodes_are_found(wave):
+    """On level ground, and on slopes, where they are no maximum of the coarse nodes."""
+
+    def field(points):
+        return specks(points, wave=wave)
+
+    full = dense(field, 128, 1.01, chunk=10**6).values > 0
+    part = coarse_to_fine(field, 128, 1.01, chunk=10**6)
+    assert torch.equal(part.values > 0, full)
+    blind = coarse_to_fine(field, 128, 1.01, contrast=math.inf, chunk=10**6)
+    assert (blind.values > 0).sum() < 0.7 * full.sum()
+    assert part.queries < 1.7 * blind.queries
+
+
+def test_holes_in_the_solid_are_found():
+    def solid(points):
+        return torch.minimum(-specks(points), 40 * (0.97 - points.abs().amax(1)))
+
+    full = dense(solid, 128, 1.01, chunk=10**6).values > 0
+    part = coarse_to_fine(solid, 128, 1.01, chunk=10**6)
+    assert torch.equal(part.values > 0, full)
+    blind = coarse_to_fine(solid, 128, 1.01, contrast=math.inf, chunk=10**6)
+    assert ((blind.values > 0) & ~full).sum() > 300
+
+
+@pytest.mark.parametrize("offset", [0.5, 0.3])
+@pytest.mark.parametrize("tilt", [0.0, 0.004, 0.3])
+def test_sheets_between_layers_of_coarse_nodes_are_found(tilt, offset):
+    """A disc thinner than a coarse cell, between two layers of nodes or across many."""
+
+    def disc(points):
+        x, y, z = points.unbind(1)
+        z = math.cos(tilt) * (z - offset * CELL) + math.sin(tilt) * x
+        distance = ((x.square() + y.square()).sqrt() - 0.5).clamp(min=0).square() + z.square()
+        return 1.4 * (-distance / (2 * (0.3 * CELL) ** 2)).exp() - 1
+
+    full = dense(disc, 128, 1.01, chunk=10**6).values > 0
+    assert full.sum() > 700
+    part = coarse_to_fine(disc, 128, 1.01, chunk=10**6)
+    assert torch.equal(part.values > 0, full)
+    if tilt == 0:
+        blind = coarse_to_fine(disc, 128, 1.01, contrast=math.inf, chunk=10**6)
+        assert not (blind.values > 0).any()
+
+
+def test_what_leaves_no_trace_at_the_nodes_is_missed():
+    def speck(points):
+        return torch.where((points - CELL / 2).norm(dim=-1) < 0.6 * CELL, 1.0, -1.0)
+
+    assert (dense(speck, 128, 1.01, chunk=10**6).values > 0).any()
+    part = coarse_to_fine(speck, 128, 1.01, chunk=10**6)
+    assert part.queries == 65**3
+    assert (part.values == -1).all()
+
+
+def test_rounding_to_bfloat16_is_no_speck():
+    def rounded(points):
+        return (-8 - points.norm(dim=-1)).bfloat16().float()
+
+    assert coarse_to_fine(rounded, 128, 1.01, chunk=10**6).queries == 65**3
 
 
 def test_level_progress_and_an_empty_field():
