@@ -19,7 +19,6 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,9 @@ def furniture(work: Path, options: argparse.Namespace) -> None:
     """Generated shapes of unseen pictures, each as both of its fields."""
     pipeline = Pipeline.from_model("furniture", device="cpu")
     pictures = [p for p in held_out("unseen-views") if p.name in PICTURES]
-    for number, picture in enumerate(islice(pictures, options.pictures)):
+    for number, picture in enumerate(pictures):
+        if picture.name not in options.pictures:
+            continue
         place = work / f"{picture.name}.npy"
         cond = pipeline.condition(Image.open(picture.image_path), picture.name)
         grid = pipeline.grid(pipeline.latents(cond, pipeline.noise(number)))
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("what", choices=("furniture", "hunyuan3d-2mini", "step1x-3d", "page"))
     parser.add_argument("--work", type=Path, default=Path("grids-work"))
     parser.add_argument("--resolution", type=int, default=384)
-    parser.add_argument("--pictures", type=int, default=len(PICTURES))
+    parser.add_argument("--pictures", nargs="+", default=list(PICTURES), choices=PICTURES)
     parser.add_argument("--fields", nargs="+", default=["interpolated", "fitted"],
                         choices=("interpolated", "fitted"))  # fmt: skip
     parser.add_argument("--fit-steps", type=int, default=1000)
