@@ -306,33 +306,13 @@ def plain_step(dit: Any, x: Any, when: Any, cond: Any) -> Any:
     return dit.final_layer(z[:, y.shape[1] :], when)
 
 
-def graph_of(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph: replays into the output tensor of the capture."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
-
-
 def network_times(
     device: Any, config: Any, latents: int, condition: int, repeats: int
 ) -> list[dict[str, Any]]:
     """The whole step: batch 2, every width and activation mode, against fp16 in the same run."""
     import torch
 
+    from vitapack.runtime.cuda_graph import Recording
     from vitapack.runtime.dit import When
     from vitapack.runtime.linear import PackedLinear
 
@@ -356,11 +336,8 @@ def network_times(
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         weights = sum(t.nbytes for t in dit.state_dict().values())
-        step = (
-            functools.partial(plain_step, dit, x, when, cond)
-            if bits == 16
-            else functools.partial(dit.velocity, x, when, cond)
-        )
+        call = functools.partial(plain_step, dit) if bits == 16 else dit.velocity
+        step = functools.partial(call, x, when, cond)
         before = torch.cuda.memory_allocated(device) if cuda else 0
         out = step()
         if bits == 16:  # the same weights in float32, then back: halves become floats exactly
@@ -378,7 +355,8 @@ def network_times(
             rows[name]["activation_bytes"] = torch.cuda.max_memory_allocated(device) - before
         steps[name] = step
         if cuda:
-            steps[f"{name}, graph"] = graph_of(step)
+            recording = Recording(lambda x, cond, call=call: call(x, when, cond), (x, cond), None)
+            steps[f"{name}, graph"] = functools.partial(recording, x, cond)
         progress(f"network {name}")
     times = measure(steps, device, repeats)
     for name, row in rows.items():
