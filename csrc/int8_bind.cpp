@@ -11,6 +11,7 @@
 
 #include "int8_dit.h"
 #include "int8_engine.h"
+#include "int8_flow.h"
 #include "int8_pack.h"
 
 namespace py = pybind11;
@@ -201,10 +202,10 @@ void run_accumulate(const Linear& w, Address xq, std::int64_t m, Address out) {
 // Attention operands that stay from call to call while the shape does.
 struct Attention {
   HeadBuffers operands;
-  std::int64_t batch, heads;
+  std::int64_t batch, tokens, heads;
   std::vector<RowScratch> own;
-  Attention(std::int64_t b, std::int64_t tokens, std::int64_t h, std::int64_t dim, int threads)
-      : operands(b * h, tokens, dim), batch(b), heads(h) {
+  Attention(std::int64_t b, std::int64_t n, std::int64_t h, std::int64_t dim, int threads)
+      : operands(b * h, n, n, dim), batch(b), tokens(n), heads(h) {
     for (int t = 0; t < threads; ++t) own.emplace_back(64, 64, dim);
   }
   // qkv (batch, tokens, 3, heads, dim) float32 to out (batch, tokens, heads * dim) float32.
@@ -212,21 +213,21 @@ struct Attention {
     const Kernels& k = kernels();
     const Heads& to = operands.heads;
     const int threads = int(own.size());
-    const std::int64_t width = heads * to.dim, blocks = (to.tokens + kQueries - 1) / kQueries;
+    const std::int64_t width = heads * to.dim, blocks = (tokens + kQueries - 1) / kQueries;
     py::gil_scoped_release release;
     parallel(threads, batch * blocks, [&](std::int64_t unit, int thread) {
       const std::int64_t b = unit / blocks, row = unit % blocks * kQueries;
-      const float* rows_of = at<const float>(qkv) + (b * to.tokens + row) * 3 * width;
+      const float* rows_of = at<const float>(qkv) + (b * tokens + row) * 3 * width;
       const float* norms[3] = {at<const float>(query_norm), at<const float>(key_norm), nullptr};
       for (std::int64_t h = 0; h < 3 * heads; ++h)
         k.split_head(int(h / heads), rows_of + h * to.dim, 3 * width,
-                     std::min<std::int64_t>(kQueries, to.tokens - row), norms[h / heads], to,
+                     std::min<std::int64_t>(kQueries, tokens - row), norms[h / heads], to,
                      b * heads + h % heads, row, own[thread].row);
     });
     parallel(threads, batch * heads * blocks, [&](std::int64_t unit, int thread) {
       const std::int64_t head = unit / blocks, row = unit % blocks * kQueries;
-      k.attend(to, head, row, std::min<std::int64_t>(kQueries, to.tokens - row),
-               at<float>(out) + (head / heads * to.tokens + row) * width + head % heads * to.dim,
+      k.attend(to, head, row, std::min<std::int64_t>(kQueries, tokens - row),
+               at<float>(out) + (head / heads * tokens + row) * width + head % heads * to.dim,
                width, own[thread].attend);
     });
   }
@@ -241,6 +242,7 @@ Stream stream_of(const py::dict& d) {
   s.qkv = d["qkv"].cast<const Linear*>();
   s.query_norm = at<const float>(d["query_norm"].cast<Address>());
   s.key_norm = at<const float>(d["key_norm"].cast<Address>());
+  s.norm_stride = d["norm_stride"].cast<std::int64_t>();
   if (d.contains("proj")) {
     s.proj = d["proj"].cast<const Linear*>();
     s.up = d["up"].cast<const Linear*>();
@@ -313,19 +315,22 @@ void bind_int8(py::module_& m) {
       .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>())
       .def("run", &Attention::run);
 
-  py::class_<DitPlan>(m, "DitPlan")
-      .def(py::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, std::int64_t,
-                    float>())
-      .def("bytes", &DitPlan::bytes)
-      .def("seconds", [](const DitPlan& p) {
+  py::class_<BlockPlan>(m, "BlockPlan")
+      .def("bytes", &BlockPlan::bytes)
+      .def("seconds", [](const BlockPlan& p) {
              const auto spent = p.seconds();
              py::dict found;
-             for (int i = 0; i < kOperations; ++i) found[kOperationNames[i]] = spent[i];
+             for (int i = 0; i < kOperations; ++i)
+               if (spent[i] > 0) found[kOperationNames[i]] = spent[i];
              return found;
            }, "Seconds of all threads together, by operation, since the plan was made.")
-      .def("phase_seconds", &DitPlan::phase_seconds)
-      .def("tokens", [](DitPlan& p) { return Address(p.tokens_at(0, 0)); },
-           "Address of the residual stream, (batch, tokens, hidden) float32.")
+      .def("phase_seconds", &BlockPlan::phase_seconds)
+      .def("tokens", [](BlockPlan& p) { return Address(p.tokens_at(0, 0)); },
+           "Address of the residual stream, (batch, tokens, hidden) float32.");
+
+  using Size = std::int64_t;
+  py::class_<DitPlan, BlockPlan>(m, "DitPlan")
+      .def(py::init<Size, Size, Size, Size, Size, int, Size, float>())
       .def("double_block", [](DitPlan& p, const std::vector<py::dict>& streams) {
         std::vector<Stream> all;
         for (const auto& d : streams) all.push_back(stream_of(d));
@@ -339,5 +344,22 @@ void bind_int8(py::module_& m) {
         const Kernels& k = kernels();
         py::gil_scoped_release release;
         p.single_block(k, s, *s.qkv, linear2, first);
+      });
+
+  py::class_<FlowPlan, BlockPlan>(m, "FlowPlan")
+      .def(py::init<Size, Size, Size, Size, Size, int, Size>())
+      .def("expect", &FlowPlan::expect)
+      .def("block", [](FlowPlan& p, const py::dict& stream, const py::dict& d, Address given,
+                       Size stride, bool constant) {
+        const Stream s = stream_of(stream);
+        Cross cross;
+        cross.shift = at<const float>(d["shift"].cast<Address>());
+        cross.scale = at<const float>(d["scale"].cast<Address>());
+        cross.q = d["q"].cast<const Linear*>();
+        cross.kv = d["kv"].cast<const Linear*>();
+        cross.proj = d["proj"].cast<const Linear*>();
+        const Kernels& k = kernels();
+        py::gil_scoped_release release;
+        p.block(k, s, cross, at<const float>(given), stride, constant);
       });
 }

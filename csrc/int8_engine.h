@@ -1,4 +1,4 @@
-// The int8 engine for CPUs: the types that its files share. Read int8_dit.cpp for what it is for.
+// The int8 engine for CPUs: the types that its files share. Read int8_blocks.h for what it is for.
 //
 // One weight layout serves every instruction set: panels of 64 output channels, within a panel
 // steps of 4 inputs, within a step 64 x 4 bytes. One step of one channel is the 32 bits that
@@ -27,7 +27,7 @@ constexpr int kBlock = 64;      // inputs are padded to whole blocks
 constexpr int kMaxTile = 16;    // rows of the largest tile (AMX); 6 for AVX-512
 constexpr int kKeys = 256;      // keys of one step of the online softmax, at most
 constexpr int kQueries = 96;    // queries that pass the keys together: their sums are 24 KB
-constexpr int kRowBlock = 192;  // rows that run through a chain of layers together, see int8_dit.cpp
+constexpr int kRowBlock = 192;  // rows that run through a chain of layers together, see int8_blocks.h
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -61,12 +61,12 @@ struct Epilogue {
 
 // Rows of q, k and v of one (batch, head), quantized for attention; see int8_heads.h.
 struct Heads {
-  std::int64_t tokens = 0;      // keys, and rows of q
   std::int64_t dim = 0;         // of a head
   std::int64_t dp = 0;          // dim rounded up to 64
-  std::int64_t rows = 0;        // tokens + room for a whole tile
+  std::int64_t rows = 0;        // queries + room for a whole tile
   std::int64_t keys = 0;        // tokens rounded up to 64, and up to 63 after the first ones
   std::int64_t first = 0;       // keys before this one are a step of attention by themselves
+  float epsilon = 1e-6f;        // of the RMSNorm of q and k
   // Per (batch, head), one after another:
   std::uint8_t* q = nullptr;    // (rows, dp) u8
   float* q_scale = nullptr;     // (rows), log2(e) / sqrt(dim) included
@@ -76,6 +76,15 @@ struct Heads {
   std::int8_t* v = nullptr;     // (dp/64, keys/4, 64, 4): contracted over keys, see key_group
   float* v_log = nullptr;       // (keys): log2 of v's scale, -1e30 beyond the tokens
   float* v_inverse = nullptr;   // (keys): 1 / v's scale, 0 beyond the tokens
+
+  // One (batch, head), as the only one.
+  Heads one(std::int64_t head) const {
+    Heads h = *this;
+    h.q += head * rows * dp, h.q_scale += head * rows;
+    h.k += head * keys * dp, h.k_start += head * keys, h.k_scale += head * keys;
+    h.v += head * keys * dp, h.v_log += head * keys, h.v_inverse += head * keys;
+    return h;
+  }
 };
 
 // Everything that differs between instruction sets. A function works for one thread.

@@ -4,15 +4,29 @@
 // A token whose v is 0 still counts in the denominator: any small scale will do.
 constexpr float kLeastScale = 1e-30f;
 
-// RMSNorm (eps 1e-6) of `dim` floats.
-inline void rms_norm(const float* x, std::int64_t dim, const float* weight, float* out) {
+// The sum of 16, added in the order of split_four: a row's numbers must not depend on which rows come
+// with it, which the number of threads decides.
+inline float row_sum(F x) {
+#if VP_LEVEL == 512
+  const F rows[4] = {x, x, x, x};
+  float sums[4];
+  reduce_rows<true, 4>(rows, sums);
+  return sums[0];
+#else
+  return sum(x);
+#endif
+}
+
+// RMSNorm of `dim` floats.
+inline void rms_norm(const float* x, std::int64_t dim, const float* weight, float epsilon,
+                     float* out) {
   float squares = 0;
   F square = all(0.0f);
   std::int64_t i = 0;
   for (; i + 16 <= dim; i += 16) square = fma(load(x + i), load(x + i), square);
   for (std::int64_t j = i; j < dim; ++j) squares += x[j] * x[j];
-  squares += sum(square);
-  const float by = 1.0f / std::sqrt(squares / float(dim) + 1e-6f);
+  squares += row_sum(square);
+  const float by = 1.0f / std::sqrt(squares / float(dim) + epsilon);
   for (i = 0; i + 16 <= dim; i += 16) store(out + i, load(x + i) * all(by) * load(weight + i));
   for (; i < dim; ++i) out[i] = x[i] * by * weight[i];
 }
@@ -63,7 +77,7 @@ inline void split_row(int part, const float* x, const float* norm, const Heads& 
                       std::int64_t head, std::int64_t t, float* work) {
   const std::int64_t dim = to.dim, dp = to.dp, at = head * to.keys + t;
   std::uint8_t* bytes = reinterpret_cast<std::uint8_t*>(work + dim);
-  if (norm) rms_norm(x, dim, norm, work), x = work;
+  if (norm) rms_norm(x, dim, norm, to.epsilon, work), x = work;
   if (part == 0) {
     const std::int64_t row = head * to.rows + t;
     to.q_scale[row] = 1.44269504f / std::sqrt(float(dim)) * quantize_head(x, dim, to.q + row * dp);
@@ -116,7 +130,7 @@ inline bool split_four(int part, const float* x, std::int64_t stride, const floa
     }
     reduce_rows<true, 4>(sums, top);
     for (int r = 0; r < 4; ++r) {
-      const F by = all(1.0f / std::sqrt(top[r] / 64.0f + 1e-6f));
+      const F by = all(1.0f / std::sqrt(top[r] / 64.0f + to.epsilon));
       for (int i = 0; i < 4; ++i) v[r][i] = v[r][i] * by * load(norm + 16 * i);
     }
   }

@@ -1,4 +1,4 @@
-"""The int8 engine for CPUs, seen from Python: packed weights, linears, attention, DiT plans.
+"""The int8 engine for CPUs, seen from Python: packed weights, linears, attention.
 
     panels = pack(q8=q8, scale=scale, bias=bias)      # or q4=, group=, group_size=
     y = linear_a8(x, panels)                          # int8 activations, dynamic per token
@@ -6,14 +6,14 @@
 
 The C++ is in csrc/int8_*; its results agree with `vitapack.kernels.reference`: integer products
 bit for bit, the float epilogue to rounding. VITAPACK_ISA names an instruction set to use instead of
-the best one of this CPU (`instruction_sets()` lists them). Threads are torch's.
+the best one of this CPU (`instruction_sets()` lists them). Threads are torch's. Whole blocks of
+networks are in `cpu_plans.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -52,7 +52,8 @@ def available() -> bool:
     return _engine() is not None
 
 
-def _built() -> Any:
+def built() -> Any:
+    """The compiled module; ValueError where it is not built."""
     engine = _engine()
     if engine is None:
         raise ValueError(
@@ -64,27 +65,27 @@ def _built() -> Any:
 
 def instruction_sets() -> list[str]:
     """What VITAPACK_ISA may be on this CPU, best first."""
-    return list(_built().int8_sets())
+    return list(built().int8_sets())
 
 
 def instruction_set() -> str:
     """The instruction set in use."""
-    return str(_built().int8_set())
+    return str(built().int8_set())
 
 
 def use_instruction_set(name: str) -> None:
     """Chooses another instruction set for this process; "" is the best. Results agree."""
-    _built().int8_use(name)
+    built().int8_use(name)
 
 
 def has_bf16() -> bool:
     """Whether the instruction set in use multiplies bf16 in hardware."""
-    return bool(_built().int8_has_bf16())
+    return bool(built().int8_has_bf16())
 
 
 @functools.cache
 def _bf16_pays(name: str) -> bool:
-    return bool(_built().int8_bf16_pays())
+    return bool(built().int8_bf16_pays())
 
 
 def bf16_pays() -> bool:
@@ -98,11 +99,11 @@ def peak_gops(seconds: float = 0.2, threads: int | None = None) -> float:
 
     loops = 1_000_000
     threads = threads or torch.get_num_threads()
-    _built().int8_peak(loops // 10, threads)
+    built().int8_peak(loops // 10, threads)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        done = _built().int8_peak(loops, threads)
+        done = built().int8_peak(loops, threads)
         best = max(best, done / (time.perf_counter() - start) / 1e9)
     return best
 
@@ -133,7 +134,7 @@ class Panels:
 
     def unpacked(self) -> tuple[Tensor, Tensor | None]:
         """The tensors of the packed file again: (q8, None) or (q4, group)."""
-        engine, threads = _built(), torch.get_num_threads()
+        engine, threads = built(), torch.get_num_threads()
         per_row = self.columns if self.bits == 8 else padded_k(self.columns) // 2
         dtype = torch.int8 if self.bits == 8 else torch.uint8
         out = torch.empty(self.rows, per_row, dtype=dtype)
@@ -176,7 +177,7 @@ def pack(
     group_size: int = 0,
 ) -> Panels:
     """Weights of docs/format.md, on the CPU, to panels. ValueError where they do not fit."""
-    engine, threads = _built(), torch.get_num_threads()
+    engine, threads = built(), torch.get_num_threads()
     weight = q8 if q8 is not None else q4
     if weight is None or (q8 is None) != (group is not None):
         raise ValueError("a packed weight is q8, or q4 with its group bytes")
@@ -247,7 +248,7 @@ def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = Non
         out = torch.empty(shape, dtype=x.dtype)
     elif tuple(out.shape) != shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out: expected contiguous {x.dtype} {shape}, found {tuple(out.shape)}")
-    _built().int8_linear(
+    built().int8_linear(
         w.handle, rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], out.data_ptr(),
         TYPES[x.dtype], w.rows, gelu, torch.get_num_threads(),
     )  # fmt: skip
@@ -264,7 +265,7 @@ def linear_a16(x: Tensor, w: Panels, bf16: bool | None = None) -> Tensor:
         bf16 = x.dtype == torch.bfloat16 and bf16_pays()
     rows = _rows_of(x, w.columns)
     out = torch.empty(rows.shape[0], w.rows, dtype=x.dtype)
-    _built().int8_linear_wide(
+    built().int8_linear_wide(
         w.handle, rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], out.data_ptr(),
         TYPES[x.dtype], w.rows, bf16, torch.get_num_threads(),
     )  # fmt: skip
@@ -286,7 +287,7 @@ def _quantize(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Te
     rows = _rows_of(x, k)
     xq = torch.empty(rows.shape[0], k, dtype=torch.int8)
     sx = torch.empty(rows.shape[0], 1)
-    _built().int8_quantize(
+    built().int8_quantize(
         rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], k, _address(shift),
         _address(scale), xq.data_ptr(), sx.data_ptr(),
     )  # fmt: skip
@@ -297,7 +298,7 @@ def accumulate(xq: Tensor, w: Panels) -> Tensor:
     """The exact integer product of xq (M, K) int8 with the weight: int32 (M, N)."""
     xq = xq.contiguous()
     out = torch.empty(xq.shape[0], w.rows, dtype=torch.int32)
-    _built().int8_accumulate(w.handle, xq.data_ptr(), xq.shape[0], out.data_ptr())
+    built().int8_accumulate(w.handle, xq.data_ptr(), xq.shape[0], out.data_ptr())
     return out
 
 
@@ -312,7 +313,7 @@ class Attention:
             raise ValueError("attention needs at least one token, head and channel")
         self.shape = (batch, tokens, 3, heads, dim)
         self.threads = torch.get_num_threads()
-        self.handle = _built().Int8Attention(batch, tokens, heads, dim, self.threads)
+        self.handle = built().Int8Attention(batch, tokens, heads, dim, self.threads)
 
     def __call__(
         self, qkv: Tensor, query_norm: Tensor | None = None, key_norm: Tensor | None = None
@@ -326,95 +327,3 @@ class Attention:
         out = torch.empty(batch, tokens, heads * dim)
         self.handle.run(qkv.data_ptr(), out.data_ptr(), *(_address(n) for n in norms))
         return out
-
-
-@dataclass(frozen=True, eq=False)
-class StreamWeights:
-    """The packed linears and norms of one stream of a double block, or of a single block.
-
-    qkv alone is a single block's linear1 (its MLP half included); norms are float32 (d,).
-    """
-
-    qkv: Panels
-    query_norm: Tensor
-    key_norm: Tensor
-    proj: Panels | None = None
-    up: Panels | None = None
-    down: Panels | None = None
-
-
-class Plan:
-    """All memory of a DiT's forward beyond its weights, for one shape; nothing is allocated later.
-
-    `tokens` is the residual stream (B, T, h) float32, condition first: write the embedded tokens
-    into it, run blocks, read the latents out of it. Each of the first `repeated` tokens stands for
-    `times` equal ones.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        tokens: int,
-        hidden: int,
-        heads: int,
-        mlp: int,
-        threads: int,
-        repeated: int = 0,
-        times: int = 1,
-    ) -> None:
-        self.key = (batch, tokens, hidden, heads, mlp, threads, repeated, times)
-        self._plan = _built().DitPlan(*self.key)
-        self.tokens = _view(self._plan.tokens(), (batch, tokens, hidden))
-
-    @property
-    def nbytes(self) -> int:
-        return int(self._plan.bytes())
-
-    def seconds(self) -> tuple[dict[str, float], float]:
-        """Since the plan was made: seconds of all threads together by operation, and the wall
-        seconds of the parallel phases (blocks without Python), waiting included."""
-        return dict(self._plan.seconds()), float(self._plan.phase_seconds())
-
-    def double_block(self, streams: Sequence[tuple[int, int, StreamWeights, Tensor]]) -> None:
-        """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
-        self._plan.double_block([_stream(*stream) for stream in streams])
-
-    def single_block(
-        self, weights: StreamWeights, linear2: Panels, modulation: Tensor, first: int = 0
-    ) -> None:
-        """All tokens through a single block; modulation (B or 1, 3h) float32.
-
-        Tokens before `first` only serve as keys and values and keep their old content.
-        """
-        if not 0 <= first <= self.tokens.shape[1]:
-            raise ValueError(f"first token {first} of {self.tokens.shape[1]}")
-        whole = _stream(0, self.tokens.shape[1], weights, modulation)
-        self._plan.single_block(whole, linear2.handle, first)
-
-
-def _stream(token: int, tokens: int, weights: StreamWeights, modulation: Tensor) -> dict[str, Any]:
-    if modulation.dtype != torch.float32 or not modulation.is_contiguous():
-        raise ValueError("modulation must be contiguous float32")
-    found = {
-        "token": token,
-        "tokens": tokens,
-        "modulation": modulation.data_ptr(),
-        "modulation_stride": modulation.shape[1] if modulation.shape[0] > 1 else 0,
-        "qkv": weights.qkv.handle,
-        "query_norm": weights.query_norm.data_ptr(),
-        "key_norm": weights.key_norm.data_ptr(),
-    }
-    for name in ("proj", "up", "down"):
-        panels = getattr(weights, name)
-        if panels is not None:
-            found[name] = panels.handle
-    return found
-
-
-def _view(address: int, shape: tuple[int, ...]) -> Tensor:
-    """Memory of the engine as a float32 tensor; the caller keeps its owner alive."""
-    import ctypes
-    import math
-
-    array = (ctypes.c_float * math.prod(shape)).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape)

@@ -20,7 +20,7 @@ from vitapack.runtime.trellis import FlowConfig, OccupancyConfig
 LIBRARIES = 110 << 20
 TRANSFORMERS = 220 << 20  # of which no more than its DINOv2 is used
 CUBLAS = 32 << 20  # torch's workspace for it, a stream: 32 MiB on sm_90, 8 on others
-ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_dit.cpp)
+ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_blocks.h)
 
 
 def base_bytes(device: str) -> int:
@@ -60,6 +60,12 @@ def step_bytes(
         tokens = (config.resolution // config.patch) ** 3
         channels = config.token_channels
         given = batch * (2 * tokens * channels + cond_tokens * config.cond_channels) * size
+        if engine:
+            # The float32 stream and attention's output; q, k and v in bytes, k and v of the
+            # condition, with their scales and sums.
+            plan = batch * tokens * (2 * 4 * h + 3 * h + 20 * config.heads)
+            plan += batch * cond_tokens * (2 * h + 16 * config.heads)
+            return given + plan + torch.get_num_threads() * ENGINE_ROWS * 5 * max(3 * h, m)
         # x of the caller and of the block, the MLP's input, its two wide tensors.
         weight = h * m * size if fused == "a16" else 0  # a packed one as floats
         return given + batch * tokens * (3 * h + 2 * m) * size + weight

@@ -27,7 +27,7 @@ from vitapack.runtime.activations import base_bytes, step_bytes
 from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import velocity_of
 from vitapack.runtime.device import chosen_device
-from vitapack.runtime.dit_engine import EngineDiT
+from vitapack.runtime.engine import Engine
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
@@ -147,7 +147,7 @@ def _time(
         network = load()
     config = network.config
     place = next(p for p in network.parameters() if p.is_floating_point())
-    engine = isinstance(network, EngineDiT) and dispatch.cpu_engine("int8 a8 DiT")
+    engine = isinstance(network, Engine) and dispatch.cpu_engine("int8 a8 DiT")
     computes = {part.compute for part in network.modules() if isinstance(part, PackedLinear)}
     served = place.is_cuda and computes and dispatch.gpu_kernels("DiT", place.device)
     fused = max(computes) if served else ""  # "a8" before the modulation's "a16"

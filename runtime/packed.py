@@ -68,13 +68,18 @@ def network_of(
     from vitapack.runtime.dit import DiT, DiTConfig
     from vitapack.runtime.trellis import FlowTransformer
 
+    engine = device_type == "cpu" and compute == "a8"
     if not isinstance(config, DiTConfig):
+        if engine:
+            from vitapack.runtime.flow_engine import EngineFlow
+
+            return EngineFlow(config)
         return FlowTransformer(config)
     if device_type == "cuda":
         from vitapack.runtime.dit_gpu import GpuDiT
 
         return GpuDiT(config)
-    if device_type == "cpu" and compute == "a8":
+    if engine:
         from vitapack.runtime.dit_engine import EngineDiT
 
         return EngineDiT(config)

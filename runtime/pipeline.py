@@ -394,7 +394,8 @@ def _step_bytes(
     batch = 1 if config.guidance_embed else batch
     shape = decoder.latent_shape
     found = step_bytes(config, shape, tokens, batch, dtype, engine=engine, fused=fused)
-    if engine and batch == 1 and not config.guidance_embed:  # keeps its memory for either pass
+    # A DiT keeps its memory for either pass; the flow transformer's is the same.
+    if engine and batch == 1 and isinstance(config, DiTConfig) and not config.guidance_embed:
         found += step_bytes(config, shape, 1, 1, dtype, engine=True)
     return found
 

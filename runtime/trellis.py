@@ -173,8 +173,12 @@ class OutLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(config.hidden, config.token_channels)
 
+    @staticmethod
+    def norm(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-5))
+        return self.linear(self.norm(x))
 
 
 class FlowTransformer(nn.Module):

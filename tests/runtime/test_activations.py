@@ -50,15 +50,23 @@ def test_double_and_single_blocks(doubles, singles, latents, tokens, batch):
     assert measured == pytest.approx(predicted, rel=0.15)
 
 
-def test_the_engine_s_plan():
+def test_the_engine_s_plans():
     cpu = pytest.importorskip("vitapack.kernels.cpu")
+    from vitapack.kernels.cpu_plans import DitPlan, FlowPlan
+
     if not cpu.available():
         pytest.skip("vitapack._C is not built")
     config = DiTConfig(64, 96, 256, 4, (0,), (0,), 4.0, True, False, hunyuan_time(256))
-    plan = cpu.Plan(2, 900, 256, 4, 1024, torch.get_num_threads())
+    plan = DitPlan(2, 900, 256, 4, 1024, torch.get_num_threads())
     given = 2 * (2 * 700 * 64 + 200 * 96) * 4
     predicted = step_bytes(config, (700, 64), 200, 2, torch.float32, engine=True)
     assert plan.nbytes + given == pytest.approx(predicted, rel=0.15)
+    flow = FlowConfig(10, 8, 1, 96, 256, 4, (0,), 4.0, trellis_time(256))
+    plan = FlowPlan(2, 1000, 256, 4, 1024, torch.get_num_threads(), 96)
+    plan.expect(300)
+    given = 2 * (2 * 1000 * 8 + 300 * 96) * 4
+    predicted = step_bytes(flow, (8, 10, 10, 10), 300, 2, torch.float32, engine=True)
+    assert plan.nbytes + given == pytest.approx(predicted, rel=0.1)
 
 
 def test_flow_transformer():

@@ -9,6 +9,7 @@ from tiny_model import PRUNED, tiny_checkpoint, tiny_map
 
 from vitapack.compressor.compress import compress
 from vitapack.kernels import cpu, dispatch
+from vitapack.kernels.cpu_plans import DitPlan, StreamWeights
 from vitapack.runtime.dit import DiT, When
 from vitapack.runtime.dit_engine import EngineDiT, fused
 from vitapack.runtime.load import load_dit
@@ -86,11 +87,11 @@ def test_the_last_block_computes_only_what_is_read(isa, hidden):
         return cpu.pack(q8=codes, scale=torch.full((n,), 1e-3), in_features=k)
 
     norm = torch.ones(hidden // 2)
-    weights = cpu.StreamWeights(panels(3 * hidden + mlp, hidden), norm, norm)
+    weights = StreamWeights(panels(3 * hidden + mlp, hidden), norm, norm)
     linear2 = panels(hidden, hidden + mlp)
     modulation = torch.randn(2, 3 * hidden, generator=rng)
     z = torch.randn(2, tokens, hidden, generator=rng)
-    whole, part = (cpu.Plan(2, tokens, hidden, 2, mlp, threads) for threads in (1, 2))
+    whole, part = (DitPlan(2, tokens, hidden, 2, mlp, threads) for threads in (1, 2))
     whole.tokens.copy_(z)
     whole.single_block(weights, linear2, modulation)
     assert not torch.equal(whole.tokens, z)
@@ -120,6 +121,29 @@ def test_a_batch_is_its_entries(packed, monkeypatch):
     monkeypatch.setattr(engine, "when", lambda t, guidance: When(*rows))
     # A modulation that is kept (no table) is a product of torch's too, now of 3 rows.
     assert error(engine(x, t, cond), whole) < 0.02
+
+
+@pytest.mark.parametrize("dim", [64, 20])  # 64: four tokens are quantized together
+def test_rows_do_not_depend_on_their_block(isa, dim):
+    rng = torch.Generator().manual_seed(dim)
+    hidden, mlp, tokens = 2 * dim, 64, 205
+    norms = torch.rand(2, dim, generator=rng) + 0.5
+
+    def panels(n, k):
+        codes = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
+        return cpu.pack(q8=codes, scale=torch.full((n,), 1e-3), in_features=k)
+
+    weights = StreamWeights(panels(3 * hidden + mlp, hidden), *norms)
+    linear2, modulation = panels(hidden, hidden + mlp), torch.randn(1, 3 * hidden, generator=rng)
+    z = torch.randn(1, tokens, hidden, generator=rng)
+    found = []
+    for threads in (1, 2, 5):
+        plan = DitPlan(1, tokens, hidden, 2, mlp, threads)
+        plan.tokens.copy_(z)
+        plan.single_block(weights, linear2, modulation)
+        found.append(plan.tokens.clone())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_threads_do_not_change_a_bit(packed, monkeypatch):

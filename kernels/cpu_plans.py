@@ -1,0 +1,189 @@
+"""Whole blocks of networks in the int8 engine: plans, which hold all memory beyond the weights.
+
+    plan = FlowPlan(batch, tokens, hidden, heads, mlp, threads, condition_channels)
+    plan.tokens.copy_(z)
+    plan.expect(condition.shape[1])
+    plan.block(stream_weights, cross_weights, modulation, condition)    # and so on
+    z = plan.tokens
+
+The phases are in csrc/int8_blocks.h; nothing is allocated in a block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitapack.kernels.cpu import Panels, built
+
+
+@dataclass(frozen=True, eq=False)
+class StreamWeights:
+    """The packed linears and norms of one stream of a double block, of a single block or of a flow
+    transformer's.
+
+    qkv alone is a single block's linear1 (its MLP half included); norms are float32 (d,), or (H, d)
+    where each head has its own.
+    """
+
+    qkv: Panels
+    query_norm: Tensor
+    key_norm: Tensor
+    proj: Panels | None = None
+    up: Panels | None = None
+    down: Panels | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CrossWeights:
+    """Cross-attention of a block, and shift and scale of the LayerNorm before it: its bias and
+    weight - 1, float32 (h,)."""
+
+    shift: Tensor
+    scale: Tensor
+    q: Panels
+    kv: Panels
+    proj: Panels
+
+
+class BlockPlan:
+    """All memory of a forward's blocks beyond their weights, for one shape.
+
+    `tokens` is the residual stream (B, T, h) float32: write the embedded tokens into it, run
+    blocks, read the result out of it.
+    """
+
+    def __init__(self, kind: str, key: Sequence[int]) -> None:
+        batch, tokens, hidden, *_ = self.key = tuple(key)
+        self._plan = getattr(built(), kind)(*key)
+        array = (ctypes.c_float * math.prod((batch, tokens, hidden))).from_address(
+            self._plan.tokens()
+        )
+        self.tokens = torch.frombuffer(array, dtype=torch.float32).view(batch, tokens, hidden)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._plan.bytes())
+
+    def seconds(self) -> tuple[dict[str, float], float]:
+        """Since the plan was made: seconds of all threads together by operation, and the wall
+        seconds of the parallel phases (blocks without Python), waiting included."""
+        return dict(self._plan.seconds()), float(self._plan.phase_seconds())
+
+
+class DitPlan(BlockPlan):
+    """Of a DiT, condition first. Each of the first `repeated` tokens stands for `times` equal
+    ones."""
+
+    def __init__(
+        self,
+        batch: int,
+        tokens: int,
+        hidden: int,
+        heads: int,
+        mlp: int,
+        threads: int,
+        repeated: int = 0,
+        times: int = 1,
+    ) -> None:
+        super().__init__("DitPlan", (batch, tokens, hidden, heads, mlp, threads, repeated, times))
+
+    def double_block(self, streams: Sequence[tuple[int, int, StreamWeights, Tensor]]) -> None:
+        """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
+        self._plan.double_block([_stream(*stream) for stream in streams])
+
+    def single_block(
+        self, weights: StreamWeights, linear2: Panels, modulation: Tensor, first: int = 0
+    ) -> None:
+        """All tokens through a single block; modulation (B or 1, 3h) float32.
+
+        Tokens before `first` only serve as keys and values and keep their old content.
+        """
+        if not 0 <= first <= self.tokens.shape[1]:
+            raise ValueError(f"first token {first} of {self.tokens.shape[1]}")
+        whole = _stream(0, self.tokens.shape[1], weights, modulation)
+        self._plan.single_block(whole, linear2.handle, first)
+
+
+class FlowPlan(BlockPlan):
+    """Of TRELLIS' flow transformer, whose blocks also attend to a condition (B, C, D)."""
+
+    def __init__(
+        self,
+        batch: int,
+        tokens: int,
+        hidden: int,
+        heads: int,
+        mlp: int,
+        threads: int,
+        condition_channels: int,
+    ) -> None:
+        super().__init__(
+            "FlowPlan", (batch, tokens, hidden, heads, mlp, threads, condition_channels)
+        )
+        self.condition_tokens = 0
+
+    def expect(self, condition_tokens: int) -> None:
+        """Makes room for keys and values of so many condition tokens, unless it is there."""
+        self._plan.expect(condition_tokens)
+        self.condition_tokens = condition_tokens
+
+    def block(
+        self, weights: StreamWeights, cross: CrossWeights, modulation: Tensor, given: Tensor
+    ) -> None:
+        """All tokens through a block; modulation (B or 1, 6h) float32.
+
+        given: the condition (B or 1, C, D) float32 with as many tokens as `expect` was told, or
+        (B or 1, h) float32, what cross-attention adds to every token.
+        """
+        batch, tokens, hidden = self.tokens.shape
+        channels = self.key[-1]
+        shape = (hidden,) if given.dim() == 2 else (self.condition_tokens, channels)
+        if given.shape[0] not in (1, batch) or tuple(given.shape[1:]) != shape:
+            raise ValueError(f"expected (1 or {batch}, {shape}), found {tuple(given.shape)}")
+        if not all(_plain(part) for part in (given, cross.shift, cross.scale)):
+            raise ValueError("condition and norms must be contiguous float32")
+        self._plan.block(
+            _stream(0, tokens, weights, modulation),
+            {
+                "shift": cross.shift.data_ptr(),
+                "scale": cross.scale.data_ptr(),
+                "q": cross.q.handle,
+                "kv": cross.kv.handle,
+                "proj": cross.proj.handle,
+            },
+            given.data_ptr(),
+            given.stride(0) if given.shape[0] > 1 else 0,
+            given.dim() == 2,
+        )
+
+
+def _stream(token: int, tokens: int, weights: StreamWeights, modulation: Tensor) -> dict[str, Any]:
+    if not _plain(modulation):
+        raise ValueError("modulation must be contiguous float32")
+    norm = weights.query_norm
+    found = {
+        "token": token,
+        "tokens": tokens,
+        "modulation": modulation.data_ptr(),
+        "modulation_stride": modulation.shape[1] if modulation.shape[0] > 1 else 0,
+        "qkv": weights.qkv.handle,
+        "query_norm": norm.data_ptr(),
+        "key_norm": weights.key_norm.data_ptr(),
+        "norm_stride": norm.shape[1] if norm.dim() == 2 else 0,
+    }
+    for name in ("proj", "up", "down"):
+        panels = getattr(weights, name)
+        if panels is not None:
+            found[name] = panels.handle
+    return found
+
+
+def _plain(values: Tensor) -> bool:
+    return values.dtype == torch.float32 and values.is_contiguous()
