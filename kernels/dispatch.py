@@ -88,8 +88,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, int8: bool, bias: Tensor | None =
 
     torch's SDPA, or SageAttention's int8 kernels where they are installed, `int8` arithmetic is
     what the model computes in and there is no bias; VITAPACK_ATTENTION=sdpa keeps torch's. Of the
-    latter's kernels most run on the device's default stream whatever torch's is (2.2.0), so other
-    streams, and with them CUDA graphs, have SDPA.
+    latter's kernels most run on the device's default stream whatever torch's is (its open pull
+    request 380), so other streams, and with them CUDA graphs, have SDPA.
     """
     if bias is not None:
         announce("attention with a bias", str(q.device), "torch SDPA", "its kernels take one")
