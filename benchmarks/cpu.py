@@ -11,9 +11,10 @@ Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in 
 (a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed), `guided` (a
 guided step as the pipeline makes it, beside one batch of two),
 `breakdown` (where its time goes), `memory` (peak RSS and load time of a process that only does
-that), `peers` (the same forward in other libraries that are installed) and `furniture` (V-IoU of
-int8 activations against weight-only). What is compared runs interleaved in one process; times are
-medians. DIR keeps the random checkpoint and its packed files.
+that), `peers` (the same forward in other libraries that are installed), `furniture` (V-IoU of
+int8 activations against weight-only) and `trellis` (a pass of TRELLIS' flow). What is compared runs
+interleaved in one process; times are medians. DIR keeps the random checkpoints and their packed
+files.
 Run it on an idle machine: parts are separate so that each fits into a quiet minute or two.
 """
 
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cpu_furniture, cpu_guided, cpu_int4, cpu_page, cpu_peers
+from benchmarks import cpu_furniture, cpu_guided, cpu_int4, cpu_page, cpu_peers, cpu_trellis
 from vitapack.kernels import cpu
 from vitapack.runtime.load import load_dit
 
@@ -47,6 +48,7 @@ PROCESSORS = {
 }
 PARTS = (
     "gemm", "attention", "dit", "guided", "errors", "breakdown", "memory", "peers", "furniture",
+    "trellis",
 )  # fmt: skip
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
 ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
@@ -338,7 +340,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default=",".join(cpu_peers.PEERS))
     parser.add_argument("--pictures", type=int, default=48, help="of the bundled model's views")
-    parser.add_argument("--add", action="store_true", help="`dit` adds its rounds to earlier ones")
+    parser.add_argument(
+        "--add", action="store_true", help="`dit` and `trellis` add their rounds to earlier ones"
+    )
     parser.add_argument("--page-only", action="store_true")
     options = parser.parse_args()
     here = machine()
@@ -346,10 +350,7 @@ def main() -> None:
     parts = () if options.page_only else options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    if (
-        set(parts) & {"dit", "guided", "errors", "breakdown", "memory", "peers", "furniture"}
-        and options.work is None
-    ):
+    if set(parts) - {"gemm", "attention"} and options.work is None:
         parser.error("--work DIR is needed for these parts")
     for part in parts:
         if part == "gemm":
@@ -370,6 +371,9 @@ def main() -> None:
             found = breakdown(options.work, options.latents[0], options.rounds)
         elif part == "memory":
             found = memory(options.work)
+        elif part == "trellis":
+            earlier = read(path).get("trellis", {}) if options.add else {}
+            found = cpu_trellis.measure(options.work, all_times, options.rounds, earlier)
         elif part == "furniture":
             found = cpu_furniture.measure(options.work, options.pictures)
         else:
