@@ -113,8 +113,9 @@ def volume_bytes(config: ShapeDecoderConfig, chunk: int, dtype: torch.dtype) -> 
 
 def refine_bytes(resolution: int) -> int:
     """A grid's values, their interpolation and masks: 10 bytes a node; and what is made around the
-    surface of an object that fills the cube: 2000 R^2 (measured at R = 192 and 384)."""
-    return 10 * (resolution + 1) ** 3 + 2000 * resolution**2
+    surface of an object that fills the cube: 2000 R^2, at most 100 MB since it is made in parts
+    (measured from R = 96 to 384)."""
+    return 10 * (resolution + 1) ** 3 + min(2000 * resolution**2, 100_000_000)
 
 
 def surface_bytes(resolution: int) -> int:
