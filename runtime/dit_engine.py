@@ -22,7 +22,7 @@ from vitapack.runtime.engine import (
 class EngineDiT(Engine, DiT):
     """A `DiT` whose packed int8-activation blocks run fused on the CPU."""
 
-    def fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
+    def _fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
         from vitapack.kernels.cpu_plans import DitPlan, StreamWeights
 
         config = self.config

@@ -90,9 +90,9 @@ class Engine(nn.Module):
         if x.device.type != "cpu" or differentiable or not dispatch.cpu_engine("int8 a8 DiT"):
             return super().forward(x, t, cond, guidance, repeats)
         with torch.no_grad(), self.scratch.lock:
-            return self.fused(x, self.when(t, guidance), cond, repeats)
+            return self._fused(x, self.when(t, guidance), cond, repeats)
 
-    def fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
+    def _fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
         raise NotImplementedError
 
 

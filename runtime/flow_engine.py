@@ -31,7 +31,7 @@ from vitapack.runtime.trellis import (
 class EngineFlow(Engine, FlowTransformer):
     """A `FlowTransformer` whose packed int8-activation blocks run fused on the CPU."""
 
-    def fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
+    def _fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
         from vitapack.kernels.cpu_plans import FlowPlan
 
         config = self.config
