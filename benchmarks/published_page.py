@@ -12,10 +12,6 @@ from vitapack.runtime.errors import atomic_path
 
 ENCODERS = {"hunyuan3d-2.0": "DINOv2-giant", "step1x-3d": "DINOv2-large with registers"}
 PHASES = ("condition", "denoise", "decode")
-OLD = (
-    "Rows without a prediction are older: their DINOv2 was our own, in 0.2 GB less than",
-    "transformers', and their random surface filled the grid.",
-)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 
 
@@ -139,7 +135,6 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
             f"{f'{queries:,} ({nodes / queries:.1f}x fewer)' if queries else ''} | "
             f"{seconds} |"
         )
-    old = any(row["bytes"]["decode"]["predicted"] is None for row in ran.values())
     return [
         "## Picture to mesh on the CPU, one network in memory at a time",
         "",
@@ -147,7 +142,6 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
         "steps, n = 1. GB of the whole process: predicted before the run / peak; seconds by phase.",
         "The random decoder's surface is smooth (`random-checkpoint` damps its high frequencies)",
         "and about as large as an object's.",
-        *(OLD if old else ()),
         "",
         *table(
             "| model | steps | grid | condition | denoise | decode | process | beyond torch "
