@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
 WHAT = ("sizes", "tables", "gpu", "maps", "passes", "bench", "page")
 PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
-SEEDS = {"step1x-3d": 3}  # of a random decoder whose field has a surface: 0's is below it everywhere
+SEEDS = {"step1x-3d": 3}  # of a decoder whose random field has a surface: 0's is below it
 
 # Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
 CHILD = """
@@ -222,12 +222,13 @@ def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
 
 
 def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
-    """`vitapack bench` of a packed DiT beside its original."""
+    """`vitapack bench` of a packed DiT beside its original, and of one picture to mesh."""
     for name in names:
-        folder, out = made(work, name, options.plans[0], options, ("dit",))
+        folder, out = made(work, name, options.plans[0], options)
         measured, text = child(
             "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
-            "--repeats", str(options.repeats), "--no-pass", "--json", "--quiet",
+            "--repeats", str(options.repeats), "--steps", str(options.steps),
+            "--resolution", str(options.resolution), "--json", "--quiet",
         )  # fmt: skip
         about = {"model": out.name, "plan": options.plans[0], "process": measured}  # no local path
         save("bench", name, json.loads(text) | about)

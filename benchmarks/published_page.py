@@ -215,4 +215,23 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
             "| network | guidance | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows
         ),
         "",
+        *phases_lines(found["phases"]),
+    ]
+
+
+def phases_lines(phases: dict[str, Any]) -> list[str]:
+    """Of `bench`'s one picture to mesh, where it was made."""
+    if "skipped" in phases:
+        return []
+    rows = [
+        f"| {phase} | {phases['seconds'][phase]:.2f} | {gigabytes(held['predicted'])} / "
+        f"{gigabytes(held['peak'])} |"
+        for phase, held in phases["bytes"].items()
+    ]
+    return [
+        f"The packed file from a picture to a mesh, {phases['steps']} steps, grid "
+        f"{phases['resolution']}, n = 1:",
+        "",
+        *table("| phase | s | GB |", rows),
+        "",
     ]
