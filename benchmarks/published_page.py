@@ -234,4 +234,5 @@ def phases_lines(phases: dict[str, Any]) -> list[str]:
         "",
         *table("| phase | s | GB |", rows),
         "",
+        *([f"No mesh came of it: {phases['stopped']}.", ""] if phases["stopped"] else ()),
     ]

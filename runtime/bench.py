@@ -208,7 +208,8 @@ def _phases(
     cuda_graphs: bool,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be."""
+    """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be, or
+    where it stopped: random weights may have no surface."""
     image = Image.new("RGBA", (256, 256))
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
     return_memory()
@@ -220,10 +221,15 @@ def _phases(
             pipeline.decoder.resolution = side
         for phase, count in pipeline.predicted_bytes().items():
             note(f"{phase}: predicted peak {count / 2**30:.2f} GiB")
-        pipeline(image, steps=steps)
     except UserError as error:
         return {"skipped": str(error)}
+    stopped = None
+    try:
+        pipeline(image, steps=steps)
+    except UserError as error:
+        stopped = str(error)
     return {
+        "stopped": stopped,
         "seconds": pipeline.seconds,
         "bytes": pipeline.bytes,
         "steps": pipeline.settings(steps, None, None).steps,
@@ -253,6 +259,8 @@ def describe(result: dict[str, Any]) -> str:
     else:
         for phase, seconds in phases["seconds"].items():
             lines.append(f"{phase:14} {seconds:8.2f} s{_memory(phases['bytes'][phase])}")
+        if phases["stopped"]:
+            lines.append(f"stopped: {phases['stopped']}")
     return "\n".join(lines)
 
 

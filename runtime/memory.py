@@ -88,10 +88,14 @@ class PhaseMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
         reset_peak()
         start = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - start
-        self.bytes[phase] = {
-            "predicted": self.predicted.get(phase),
-            "peak": torch.cuda.max_memory_allocated(self.device) if gpu else resident(peak=True),
-            "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
-        }
+        try:
+            yield
+        finally:  # a phase that fails was measured as well
+            self.seconds[phase] = time.perf_counter() - start
+            self.bytes[phase] = {
+                "predicted": self.predicted.get(phase),
+                "peak": torch.cuda.max_memory_allocated(self.device)
+                if gpu
+                else resident(peak=True),
+                "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
+            }

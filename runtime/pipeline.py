@@ -348,6 +348,7 @@ class Pipeline:
                 image = image[VIEWS[0]]
         predicted = self.predicted_bytes(views=views, one_batch=one_batch)
         meter = PhaseMeter(predicted, self.device)
+        self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
         with meter("condition"):
             cond = self.condition(image, name)
             self._free(self.conditioner)
@@ -366,7 +367,6 @@ class Pipeline:
             grid = self.grid(latents)
             self._free(self.decoder)
             mesh = self.surface(grid)
-        self.seconds, self.bytes = meter.seconds, meter.bytes
         metadata = {
             "generator": f"vitapack {vitapack.__version__}",
             "family": self.family,

@@ -12,6 +12,7 @@ from vitapack.runtime.bench import bench, describe
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.flops import step_flops
+from vitapack.runtime.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,22 @@ def test_packed_beside_its_original(made):
     assert "hunyuan3d-2+2 on cpu" in text
     assert "decode" in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_phases_that_ended_are_kept_where_no_mesh_comes(made, monkeypatch):
+    folder, out, _ = made
+
+    def no_surface(self, grid):
+        raise UserError("the shape grid is empty")
+
+    monkeypatch.setattr(Pipeline, "surface", no_surface)
+    found = bench(
+        out, original=folder, device="cpu", repeats=1, cond_tokens=10, resolution=8,
+        sampling_steps=3,
+    )  # fmt: skip
+    assert found["phases"]["stopped"] == "the shape grid is empty"
+    assert min(found["phases"]["seconds"][p] for p in ("condition", "denoise", "decode")) > 0
+    assert describe(found).endswith("stopped: the shape grid is empty")
 
 
 def test_a_packed_file_alone_says_what_is_missing(made):
