@@ -33,7 +33,7 @@ from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter, return_memory
+from vitapack.runtime.memory import PhaseMeter, memory_words, return_memory
 from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.trellis import Network
@@ -246,7 +246,7 @@ def describe(result: dict[str, Any]) -> str:
     ]
     base = result["steps"][0]["median_seconds"]
     for row in result["steps"]:
-        memory = _memory(row["memory"])
+        memory = memory_words(row["memory"])
         speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
         lines.append(
             f"{row['name'] + ', ' + row['guidance']:24} {row['bytes'] / 2**30:7.3f} GiB  "
@@ -258,16 +258,7 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(f"phases not timed: {phases['skipped']}")
     else:
         for phase, seconds in phases["seconds"].items():
-            lines.append(f"{phase:14} {seconds:8.2f} s{_memory(phases['bytes'][phase])}")
+            lines.append(f"{phase:14} {seconds:8.2f} s{memory_words(phases['bytes'][phase])}")
         if phases["stopped"]:
             lines.append(f"stopped: {phases['stopped']}")
     return "\n".join(lines)
-
-
-def _memory(found: dict[str, int | None]) -> str:
-    if not found["peak"]:
-        return ""
-    predicted, reserved = found["predicted"], found["reserved"]
-    words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
-    words += f", reserved {reserved / 2**30:.2f}" if reserved else ""
-    return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

@@ -66,7 +66,7 @@ class GpuDiT(DiT):
         return self.final_layer.linear(latents)
 
 
-# What a step holds at most is counted in `activations.fused_step_bytes`: parts are functions of
+# What a step holds at most is counted in `activations.step_bytes`: parts are functions of
 # their own so that what they made is gone when they return.
 
 

@@ -99,3 +99,13 @@ class PhaseMeter:
                 else resident(peak=True),
                 "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
             }
+
+
+def memory_words(found: Mapping[str, int | None]) -> str:
+    """A phase's bytes for people, as the end of a line; nothing where no peak is known."""
+    if not found["peak"]:
+        return ""
+    predicted, reserved = found["predicted"], found["reserved"]
+    words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
+    words += f", reserved {reserved / 2**30:.2f}" if reserved else ""
+    return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

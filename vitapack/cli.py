@@ -228,21 +228,18 @@ def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
 
 def mesh_line(row: dict[str, Any]) -> str:
     """One line for people: what the mesh is like, what it took."""
+    from vitapack.runtime.memory import memory_words
+
     shape = row["mesh"]
     words = "watertight" if shape["watertight"] else "not watertight"
-    peak, predicted, reserved = (
-        max(part[what] or 0 for part in row["bytes"].values()) / 2**30
+    most = {
+        what: max(part[what] or 0 for part in row["bytes"].values())
         for what in ("peak", "predicted", "reserved")
-    )
-    memory = f", peak {peak:.2f} GiB" if peak else ""
-    if peak and predicted:
-        memory += f" (predicted {predicted:.2f})"
-    if reserved:  # by torch, on a GPU
-        memory += f", reserved {reserved:.2f}"
+    }
     return (
-        f"{row['file']}  {sum(row['seconds'].values()):.1f} s{memory}; {shape['faces']} faces, "
-        f"{words}, components {shape['components']}, Euler number {shape['euler_number']}, "
-        f"volume {shape['volume']:.3g}"
+        f"{row['file']}  {sum(row['seconds'].values()):.1f} s{memory_words(most)}; "
+        f"{shape['faces']} faces, {words}, components {shape['components']}, "
+        f"Euler number {shape['euler_number']}, volume {shape['volume']:.3g}"
     )
 
 
