@@ -3,6 +3,7 @@
     python -m benchmarks.published sizes --work /tmp/published     # exact, without any weights
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
     python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
+    python -m benchmarks.published memory --work /tmp/published    # by phase, before any run
     python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
     python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # its rehearsal
     python -m benchmarks.published passes --work /tmp/published [--resolution 384]    # on the CPU
@@ -23,26 +24,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import paper_tables, published_page
+from benchmarks import hollow, paper_tables, published_memory, published_page
 from benchmarks.paper_tables import MODELS
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
 from vitapack.compressor.plan import resolve_plan
-from vitapack.compressor.random_checkpoint import PARTS, files_of, write
-from vitapack.runtime.container import lay_out
+from vitapack.compressor.random_checkpoint import PARTS, write
 from vitapack.runtime.errors import atomic_path
-from vitapack.runtime.families import Checkpoint, open_checkpoint
+from vitapack.runtime.families import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
-WHAT = ("sizes", "tables", "gpu", "maps", "passes", "bench", "page")
+WHAT = ("sizes", "tables", "memory", "gpu", "maps", "passes", "bench", "page")
 PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
 SEEDS = {"step1x-3d": 3}  # of a decoder whose random field has a surface: 0's is below it
 
@@ -91,28 +90,10 @@ def save(section: str, name: str, figures: dict[str, Any], results: Path | None 
         part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-@contextmanager
-def empty(work: Path, name: str) -> Iterator[Checkpoint]:
-    """A full-size checkpoint whose weights are holes: no bytes on disk."""
-    folder = work / f"{name}-empty"
-    files = files_of(name, ("dit",))
-    for place, specs in files.tensors.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        layout = lay_out(specs, {})
-        with (folder / place).open("wb") as file:
-            file.write(layout.header)
-            file.truncate(layout.size)
-    for place, text in files.texts.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(text)
-    yield open_checkpoint(folder)
-    shutil.rmtree(folder)
-
-
 def sizes(work: Path, names: list[str]) -> None:
     """Exact file sizes of plans that need not be carried out."""
     for name in names:
-        with empty(work, name) as checkpoint:
+        with hollow.checkpoint(work, name, ("dit",)) as checkpoint:
             exact = {}
             for plan in ("paper", "int8", "int4"):
                 exact[plan] = compress(
@@ -124,8 +105,15 @@ def sizes(work: Path, names: list[str]) -> None:
 
 def tables(work: Path, names: list[str]) -> None:
     for name in names:
-        with empty(work, name) as checkpoint:
+        with hollow.checkpoint(work, name, ("dit",)) as checkpoint:
             save("tables", name, paper_tables.counted(name, checkpoint, work / "x.safetensors"))
+
+
+def memory(work: Path, names: list[str]) -> None:
+    for name in names:
+        with hollow.checkpoint(work, name, PARTS) as checkpoint:
+            found = published_memory.predicted(checkpoint, name, work / "x.safetensors")
+        save("memory", name, found)
 
 
 def gpu(work: Path, names: list[str], options: argparse.Namespace) -> None:
@@ -210,13 +198,15 @@ def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
         folder, out = made(work, name, "paper", options)
         measured, text = child(
             "generate", str(out), str(picture), "-o", str(work / "meshes"), "--parts", str(folder),
-            "--memory", "lean", "--compute", "a8", "--device", "cpu", "--steps",
+            "--memory", "lean", "--compute", options.compute, "--device", "cpu", "--steps",
             str(options.steps), "--json", "--quiet", *extra,
         )  # fmt: skip
         row = json.loads(text)["written"][0]
-        figures = {"model": name, "steps": options.steps, "resolution": side, "generate": measured}
+        figures = {"model": name, "compute": options.compute, "steps": options.steps}
+        figures |= {"resolution": side, "generate": measured}
         figures |= {key: row[key] for key in ("seconds", "bytes", "mesh", "queries")}
-        save("passes", f"{name}, {side}", figures)
+        suffix = "" if options.compute == "a8" else f", {options.compute}"
+        save("passes", f"{name}, {side}{suffix}", figures)
         print(name, json.dumps(figures), flush=True)
         remove(options, folder, out)
 
@@ -244,10 +234,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--work", type=Path, default=Path("published-work"))
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS))
+    parser.add_argument("--models", nargs="+", choices=published_memory.MODELS)
     parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--compute", choices=("a8", "a16"), default="a8", help="of `passes`")
     parser.add_argument("--device", default="cuda", help="of `gpu`")
     parser.add_argument("--rows", nargs="+", default=list(paper_tables.ROWS),
                         choices=paper_tables.ROWS, help="of `gpu`")  # fmt: skip
@@ -263,6 +254,8 @@ def main() -> None:
         sizes(options.work, options.models or list(MODELS))
     elif options.what == "tables":
         tables(options.work, options.models or list(MODELS))
+    elif options.what == "memory":
+        memory(options.work, options.models or list(published_memory.MODELS))
     elif options.what == "gpu":
         gpu(options.work, options.models or list(MODELS), options)
     elif options.what == "maps":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import paper_tables
+from benchmarks import paper_tables, published_memory
 from benchmarks.markdown import table
 from benchmarks.paper_tables import MODELS
 from vitapack.runtime.errors import atomic_path
@@ -52,7 +52,10 @@ def write(data: dict[str, Any], page: Path | None = None) -> None:
     ]
     if encoders := data.get("encoders"):
         lines += encoder_lines(encoders)
-    if ran := data.get("passes"):
+    ran = data.get("passes", {})
+    if memory := data.get("memory"):
+        lines += published_memory.lines(memory, ran)
+    if ran:
         lines += passes_lines(ran)
     if grids := data.get("grids"):
         lines += grid_lines(grids)
@@ -130,26 +133,34 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
         nodes, queries = (row["resolution"] + 1) ** 3, row["queries"]
         seconds = " + ".join(f"{row['seconds'][phase]:.0f}" for phase in PHASES)
         rows.append(
-            f"| {row['model']} | {row['steps']} | {row['resolution']} | {' | '.join(cells)} | "
-            f"{gigabytes(peak)} | {gigabytes(peak - row['generate']['base'])} | "
-            f"{f'{queries:,} ({nodes / queries:.1f}x fewer)' if queries else ''} | "
+            f"| {row['model']} | {row['compute']} | {row['steps']} | {row['resolution']} | "
+            f"{' | '.join(cells)} | {gigabytes(peak)} | "
+            f"{gigabytes(peak - row['generate']['base'])} | {asked(queries, nodes)} | "
             f"{seconds} |"
         )
     return [
         "## Picture to mesh on the CPU, one network in memory at a time",
         "",
-        "The paper's map packed, int8 activations, encoder in 8 bits, guidance in two passes, few",
-        "steps, n = 1. GB of the whole process: predicted before the run / peak; seconds by phase.",
+        "The paper's map packed, encoder in 8 bits, guidance in two passes, few steps, n = 1. GB",
+        "of the whole process: predicted before the run / peak; seconds by phase. A grid of 64",
+        "cells is small enough to be dense.",
         "The random decoder's surface is smooth (`random-checkpoint` damps its high frequencies)",
         "and about as large as an object's.",
         "",
         *table(
-            "| model | steps | grid | condition | denoise | decode | process | beyond torch "
-            "| queries | s |",
+            "| model | compute | steps | grid | condition | denoise | decode | process "
+            "| beyond torch | queries | s |",
             rows,
         ),
         "",
     ]
+
+
+def asked(queries: int | None, nodes: int) -> str:
+    """Of a grid's nodes; None where no field was asked."""
+    if queries is None:
+        return ""
+    return f"{queries:,} ({'dense' if queries == nodes else f'{nodes / queries:.1f}x fewer'})"
 
 
 def sameness(row: dict[str, Any]) -> str:

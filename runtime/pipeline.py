@@ -135,6 +135,7 @@ class Pipeline:
         memory: str = "resident",
         encoder_bits: int = 8,
         cuda_graphs: bool = False,
+        absent: bool = False,
     ) -> Pipeline:
         """Opens a packed file; the fp16 network is never in memory.
 
@@ -142,11 +143,12 @@ class Pipeline:
         decoder: only these are read from it, the encoder's linears into 8 bits (`encoder_bits` 16:
         as they are). UserError where it is another model than the packed one. `cuda_graphs`: the
         network's calls are recorded and replayed (cuda_graph.py); UserError without a GPU.
+        `absent`: `device` need not be here, since only `predicted_bytes` will be asked for.
         """
         header = packed.read_header(path)
         if header.size <= packed.VERIFY_BELOW:  # now, not when the network is first needed
             packed.verify(path)
-        where = chosen_device(device)
+        where = device if absent else chosen_device(device)
         if cuda_graphs:
             expect_gpu(where)  # before the original is looked at
         dtype = torch.float32 if where == "cpu" else torch.float16
@@ -155,7 +157,7 @@ class Pipeline:
         conditioner = packed_part(header, "conditioner", original)
         decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
         engine = compute == "a8" and where == "cpu" and dispatch.cpu_engine("int8 a8 DiT")
-        served = where != "cpu" and dispatch.gpu_kernels("DiT", torch.device(where))
+        served = where != "cpu" and (absent or dispatch.gpu_kernels("DiT", torch.device(where)))
         fused = compute if served else ""
         return cls(
             Part(

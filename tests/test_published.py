@@ -3,13 +3,19 @@
 import json
 from pathlib import Path
 
-from benchmarks import paper_tables, published, published_page
+from benchmarks import hollow, paper_tables, published, published_memory, published_page
 from vitapack.compressor.compress import compress
+from vitapack.compressor.plan import resolve_plan
 from vitapack.compressor.random_checkpoint import Sizes, write
 from vitapack.runtime.dinov2 import Dinov2Config
 from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.pipeline import Pipeline
 
 MINI = "hunyuan3d-2mini"
+TINY = Sizes(
+    hidden=32, heads=1, depth=(8, 16), latents=6, decoder_width=32, decoder_heads=1,
+    decoder_layers=1, encoder=Dinov2Config(64, 1, 1, 14, 3, 0, 4, swiglu=True),
+)  # fmt: skip
 
 
 def test_rows_keep_the_paper_s_blocks_in_their_own_bits():
@@ -44,13 +50,30 @@ def test_the_paper_s_operations_are_met():
                 assert abs(count / 1e12 / paper.tflop - 1) < 5e-3, (name, row)
 
 
+def test_predictions_of_hollow_files_are_those_of_real_ones(tmp_path: Path):
+    write(MINI, tmp_path / "m", sizes=TINY)
+    checkpoint, real = open_checkpoint(tmp_path / "m"), tmp_path / "real.safetensors"
+    compress(checkpoint, resolve_plan("paper", checkpoint), real, quantizer="rtn", embed=False)
+    found = published_memory.predicted(checkpoint, MINI, tmp_path / "hollow.safetensors")
+    for way, (device, compute, memory) in published_memory.WAYS.items():
+        if device == "cuda":  # a CPU's begin with the process itself
+            pipeline = Pipeline.from_packed(
+                real, device, compute, parts=tmp_path / "m", memory=memory, absent=True
+            )
+            assert found[way] == pipeline.predicted_bytes()
+    assert found["cpu a8 lean"]["decode"] > found["cuda a8 lean"]["decode"] > 0
+
+
+def test_a_hollow_checkpoint_is_read_like_a_real_one(tmp_path: Path):
+    with hollow.checkpoint(tmp_path, MINI, ("dit", "decoder")) as checkpoint:
+        assert checkpoint.variant == MINI
+        assert checkpoint.parameters("shape_decoder") == 214_212_865
+        assert sum(p.stat().st_blocks * 512 for p in checkpoint.weights.files) < 2**20
+    assert not list(tmp_path.iterdir())
+
+
 def test_whole_loops_of_an_original_and_a_packed_network(tmp_path: Path):
-    encoder = Dinov2Config(64, 1, 1, 14, 3, 0, 4, swiglu=True)
-    sizes = Sizes(
-        hidden=32, heads=1, depth=(8, 16), latents=6, decoder_width=32, decoder_heads=1,
-        decoder_layers=1, encoder=encoder,
-    )  # fmt: skip
-    write(MINI, tmp_path, parts=("dit",), sizes=sizes)
+    write(MINI, tmp_path, parts=("dit",), sizes=TINY)
     checkpoint, out = open_checkpoint(tmp_path), tmp_path / "packed.safetensors"
     kept = paper_tables.layer_map(MINI, "adaptive", checkpoint.family)
     compress(checkpoint, kept, out, quantizer="rtn", steps=[20], embed=False)
