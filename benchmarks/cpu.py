@@ -250,8 +250,7 @@ def errors(work: Path) -> dict[str, float]:
 def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
     """Seconds of a forward by kind of operation: those of all threads over the number of threads.
 
-    `waiting`: for the other thread at the end of a phase; `outside`: embeddings, final layer and
-    Python.
+    `waiting`: for the other thread at the end of a phase; `outside`: the modulation's row, Python.
     """
     prepare(work)
     args = inputs(latents)

@@ -163,10 +163,13 @@ def breakdown_text(part: dict[str, Any]) -> str:
             f"| {four['seconds'][name]:.3f} |"
         )
     rows.append(f"| whole | {eight['whole']:.3f} | | | {four['whole']:.3f} |")
+    outside = "the modulation's row and Python"
+    if "first and last linears" not in eight["seconds"]:
+        outside += ", here also embeddings and final layer, which were torch's"
     return (
         f"### Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads "
         "over their number; waiting is for the other thread at the end of a phase, outside are "
-        f"embeddings, final layer and Python. Mean of {part['n_runs']}.\n\n"
+        f"{outside}. Mean of {part['n_runs']}.\n\n"
         + lines("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
     )
 

@@ -251,6 +251,16 @@ Stream stream_of(const py::dict& d) {
   return s;
 }
 
+Dense dense_of(const py::dict& d) {
+  Dense w;
+  w.n = d["n"].cast<std::int64_t>();
+  w.k = d["k"].cast<std::int64_t>();
+  w.weight = at<const void>(d["weight"].cast<Address>());
+  w.type = type_of(d["type"].cast<std::string>());
+  w.bias = at<const float>(d["bias"].cast<Address>());
+  return w;
+}
+
 }  // namespace
 
 void bind_int8(py::module_& m) {
@@ -325,12 +335,31 @@ void bind_int8(py::module_& m) {
              return found;
            }, "Seconds of all threads together, by operation, since the plan was made.")
       .def("phase_seconds", &BlockPlan::phase_seconds)
+      .def("enter", [](BlockPlan& p, const py::dict& linear, std::int64_t token,
+                        std::int64_t tokens, Address x, const std::string& type,
+                        std::int64_t stride, std::int64_t batch_stride) {
+        const Dense w = dense_of(linear);
+        const Type from = type_of(type);
+        const Kernels& k = kernels();
+        py::gil_scoped_release release;
+        p.enter(k, w, {token, tokens}, at<const char>(x), from, stride, batch_stride);
+      })
+      .def("leave", [](BlockPlan& p, const py::dict& linear, std::int64_t token,
+                        std::int64_t tokens, Address shift, Address scale, std::int64_t stride,
+                        float epsilon, Address out, const std::string& type) {
+        const Dense w = dense_of(linear);
+        const Type to = type_of(type);
+        const Kernels& k = kernels();
+        py::gil_scoped_release release;
+        p.leave(k, w, {token, tokens}, at<const float>(shift), at<const float>(scale), stride,
+                epsilon, at<char>(out), to);
+      })
       .def("tokens", [](BlockPlan& p) { return Address(p.tokens_at(0, 0)); },
            "Address of the residual stream, (batch, tokens, hidden) float32.");
 
   using Size = std::int64_t;
   py::class_<DitPlan, BlockPlan>(m, "DitPlan")
-      .def(py::init<Size, Size, Size, Size, Size, int, Size, float>())
+      .def(py::init<Size, Size, Size, Size, Size, int, Size, Size, float>())
       .def("double_block", [](DitPlan& p, const std::vector<py::dict>& streams) {
         std::vector<Stream> all;
         for (const auto& d : streams) all.push_back(stream_of(d));
@@ -347,7 +376,7 @@ void bind_int8(py::module_& m) {
       });
 
   py::class_<FlowPlan, BlockPlan>(m, "FlowPlan")
-      .def(py::init<Size, Size, Size, Size, Size, int, Size>())
+      .def(py::init<Size, Size, Size, Size, Size, int, Size, Size>())
       .def("expect", &FlowPlan::expect)
       .def("block", [](FlowPlan& p, const py::dict& stream, const py::dict& d, Address given,
                        Size stride, bool constant) {

@@ -20,14 +20,15 @@ struct Carver {
 
 }  // namespace
 
-RowScratch::RowScratch(std::int64_t widest_input, std::int64_t widest_output,
+RowScratch::RowScratch(std::int64_t widest_input, std::int64_t widest_float,
                        std::int64_t head_dim) {
   // One more cache line a row: rows 4096 bytes apart would all fall into one set of L1.
   stride = round_up(widest_input, kBlock) + kLine;
-  wide_stride = round_up(widest_output, kPanel) + 16;
+  wide_stride = round_up(widest_float, kPanel) + 16;
   const std::int64_t dp = round_up(head_dim, kBlock);
   Carver carve;
-  const auto at_a = carve.take<std::uint8_t>(kRows * stride);
+  const auto at_a = carve.take<std::uint8_t>(
+      std::max(kRows * stride, kPanel * wide_stride * std::int64_t(sizeof(float))));
   const auto at_sx = carve.take<float>(kRows);
   const auto at_wide = carve.take<float>(kRowBlock * wide_stride);
   const auto at_row = carve.take<float>(std::max(stride, 4 * dp));
@@ -78,14 +79,14 @@ HeadBuffers::HeadBuffers(std::int64_t batch_heads, std::int64_t queries, std::in
 
 BlockPlan::BlockPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden,
                      std::int64_t heads, std::int64_t mlp, int threads, std::int64_t widest_input,
-                     std::int64_t widest_output, std::int64_t repeated, float times)
+                     std::int64_t widest_float, std::int64_t repeated, float times)
     : batch_(batch), tokens_(tokens), hidden_(hidden), heads_(heads), mlp_(mlp),
       repeated_(times == 1 ? 0 : repeated), times_log_(std::log2(times)), threads_(threads),
       z_(std::size_t(batch * tokens * hidden) * 4),
       attention_(std::size_t(batch * tokens * hidden) * 4),
       operands_(batch * heads, tokens, tokens, hidden / heads, repeated_) {
   for (int t = 0; t < threads; ++t)
-    scratch_.emplace_back(widest_input, widest_output, hidden / heads);
+    scratch_.emplace_back(widest_input, widest_float, hidden / heads);
 }
 
 std::size_t BlockPlan::bytes() const {
@@ -101,24 +102,61 @@ std::array<double, kOperations> BlockPlan::seconds() const {
   return total;
 }
 
-std::vector<BlockPlan::Rows> BlockPlan::row_blocks(const std::vector<Span>& spans) const {
+std::vector<BlockPlan::Rows> BlockPlan::row_blocks(const std::vector<Span>& spans,
+                                                     std::int64_t largest) const {
   std::int64_t total = 0;
   for (const Span& s : spans) total += batch_ * s.tokens;
   // Blocks of up to 192, or fewer rows where threads would have nothing to do; a span's blocks
   // are equal but for whole tiles, so that all threads finish together.
   const std::int64_t share = (total + 4 * threads_ - 1) / (4 * threads_);
-  const std::int64_t most = std::min<std::int64_t>(kRowBlock, std::max<std::int64_t>(share, 12));
+  const std::int64_t most = std::min(largest, std::max<std::int64_t>(share, 12));
   std::vector<Rows> found;
   for (int s = 0; s < int(spans.size()); ++s) {
     if (spans[s].tokens == 0) continue;
     const std::int64_t count = (spans[s].tokens + most - 1) / most;
     const std::int64_t equal = (spans[s].tokens + count - 1) / count;
-    const std::int64_t block = std::min<std::int64_t>(kRowBlock, round_up(equal, 6));
+    const std::int64_t block = std::min(largest, round_up(equal, 6));
     for (std::int64_t b = 0; b < batch_; ++b)
       for (std::int64_t t = 0; t < spans[s].tokens; t += block)
         found.push_back({s, b, spans[s].token + t, std::min(block, spans[s].tokens - t)});
   }
   return found;
+}
+
+void BlockPlan::enter(const Kernels& k, const Dense& w, const Span& to, const char* x, Type type,
+                      std::int64_t stride, std::int64_t batch_stride) {
+  const std::int64_t size = std::int64_t(size_of(type)), wide = round_up(w.k, kBlock) + 16;
+  const std::int64_t fit = kRowBlock * scratch_[0].wide_stride / wide;
+  const auto blocks = row_blocks({to}, fit / 48 * 48);
+  phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {
+    const Rows& at = blocks[unit];
+    const std::int64_t row = at.batch * batch_stride + (at.token - to.token) * stride;
+    k.widen(x + row * size, type, stride, at.rows, w.k, false, own.wide, wide);
+    Epilogue e;
+    e.out = tokens_at(at.batch, at.token);
+    e.stride = hidden_;
+    k.linear_dense(w, own.wide, wide, at.rows, e, reinterpret_cast<float*>(own.a));
+    own.laps.lap(kEnds);
+  });
+}
+
+void BlockPlan::leave(const Kernels& k, const Dense& w, const Span& from, const float* shift,
+                      const float* scale, std::int64_t stride, float epsilon, char* out,
+                      Type type) {
+  const auto blocks = row_blocks({from});
+  const std::int64_t size = std::int64_t(size_of(type)), wide = round_up(hidden_, kBlock) + 16;
+  phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {
+    const Rows& at = blocks[unit];
+    const std::int64_t modulation = at.batch * stride;
+    k.norm(tokens_at(at.batch, at.token), hidden_, shift + modulation, scale + modulation, epsilon,
+           at.rows, hidden_, own.wide, wide);
+    Epilogue e;
+    e.out = out + (at.batch * from.tokens + at.token - from.token) * w.n * size;
+    e.stride = w.n;
+    e.type = type;
+    k.linear_dense(w, own.wide, wide, at.rows, e, reinterpret_cast<float*>(own.a));
+    own.laps.lap(kEnds);
+  });
 }
 
 void BlockPlan::normalize(const Kernels& k, const float* shift, const float* scale, const Rows& at,

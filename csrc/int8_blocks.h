@@ -23,12 +23,12 @@ namespace vitapack {
 // around calls of 30 us and more: always on.
 enum Operation {
   kNorm, kQkv, kSplit, kAttend, kQuantize, kProject, kUp, kDown, kLinear2, kCrossQuery, kCrossKeys,
-  kCrossAttend, kOperations
+  kCrossAttend, kEnds, kOperations
 };
 constexpr const char* kOperationNames[kOperations] = {
     "layer norm, modulation, quantization", "linear qkv", "q and k norm, quantization of heads",
     "attention", "quantization", "linear proj", "linear up, GELU", "linear down", "linear2",
-    "linear q of cross-attention", "linear k and v of the condition", "cross-attention"};
+    "linear q of cross-attention", "linear k and v of the condition", "cross-attention", "first and last linears"};
 
 class Laps {
  public:
@@ -47,12 +47,12 @@ class Laps {
 // What one thread needs for a block of rows.
 class RowScratch {
  public:
-  RowScratch(std::int64_t widest_input, std::int64_t widest_output, std::int64_t head_dim);
+  RowScratch(std::int64_t widest_input, std::int64_t widest_float, std::int64_t head_dim);
   std::int64_t stride = 0;       // of a
   std::int64_t wide_stride = 0;  // of wide
-  std::uint8_t* a = nullptr;     // (kRowBlock + kMaxTile, stride): quantized rows
+  std::uint8_t* a = nullptr;     // (kRowBlock + kMaxTile, stride): quantized rows; or a float panel
   float* sx = nullptr;           // (kRowBlock + kMaxTile)
-  float* wide = nullptr;         // (kRowBlock, wide_stride): a layer's float output
+  float* wide = nullptr;         // (kRowBlock, wide_stride): a layer's float output, or input
   float* row = nullptr;          // (widest)
   std::int8_t* panel = nullptr;  // an expanded 4-bit panel
   float* attend = nullptr;
@@ -103,6 +103,14 @@ class BlockPlan {
  public:
   virtual ~BlockPlan() = default;
   virtual std::size_t bytes() const;
+  // The tokens of a span = a linear of x (batch, tokens, k) of any type, with `stride` elements from
+  // row to row and `batch_stride` from one batch entry to the next.
+  void enter(const Kernels& k, const Dense& w, const Span& to, const char* x, Type type,
+             std::int64_t stride, std::int64_t batch_stride);
+  // out (batch, tokens, n) of any type = a linear of (1 + scale) * LayerNorm + shift of a span's
+  // tokens, with `stride` floats from one batch entry's shift and scale to the next.
+  void leave(const Kernels& k, const Dense& w, const Span& from, const float* shift,
+             const float* scale, std::int64_t stride, float epsilon, char* out, Type type);
   // Seconds of all threads together by operation since the plan was made, and of the phases as a
   // whole (wall), which waiting for one another makes longer.
   std::array<double, kOperations> seconds() const;
@@ -118,15 +126,16 @@ class BlockPlan {
     std::int64_t batch, token, rows;
   };
 
-  // `widest` inputs and outputs of the blocks' linears. Each of the first `repeated` tokens stands
+  // `widest` quantized and float rows of the network's linears. Each of the first `repeated` tokens stands
   // for `times` equal ones: as a key of attention it has `times` its weight.
   BlockPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-            std::int64_t mlp, int threads, std::int64_t widest_input, std::int64_t widest_output,
+            std::int64_t mlp, int threads, std::int64_t widest_input, std::int64_t widest_float,
             std::int64_t repeated = 0, float times = 1);
   float* attention_at(std::int64_t batch, std::int64_t token) const {
     return attention_.as<float>() + (batch * tokens_ + token) * hidden_;
   }
-  std::vector<Rows> row_blocks(const std::vector<Span>& spans) const;
+  std::vector<Rows> row_blocks(const std::vector<Span>& spans,
+                               std::int64_t largest = kRowBlock) const;
 
   // Steps of a block of rows. Those that end in `own.a` leave quantized rows for the next linear.
 

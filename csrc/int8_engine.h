@@ -50,6 +50,16 @@ enum class Type { f32, bf16, f16 };
 
 inline std::size_t size_of(Type t) { return t == Type::f32 ? 4 : 2; }
 
+// A linear that is kept in float: weight (N, K) as torch holds it, row after row.
+struct Dense {
+  std::int64_t n = 0, k = 0;
+  const void* weight = nullptr;
+  Type type = Type::f32;
+  const float* bias = nullptr;  // (N) or null
+
+  std::int64_t panel_count() const { return round_up(n, kPanel) / kPanel; }
+};
+
 // What becomes of acc * sx[row] * scale[channel] + bias[channel].
 struct Epilogue {
   void* out = nullptr;
@@ -99,7 +109,10 @@ struct Kernels {
   void (*quantize_pair)(const float* a, std::int64_t a_stride, std::int64_t ka, const float* b,
                         std::int64_t b_stride, std::int64_t kb, std::int64_t rows,
                         std::uint8_t* out, std::int64_t stride, float* sx);
-  // (1 + scale) * LayerNorm(x) + shift, quantized. `work`: k floats.
+  // (1 + scale) * LayerNorm(x) + shift, float32.
+  void (*norm)(const float* x, std::int64_t x_stride, const float* shift, const float* scale,
+               float epsilon, std::int64_t rows, std::int64_t k, float* out, std::int64_t stride);
+  // The same with epsilon 1e-6, quantized. `work`: k floats.
   void (*norm_quantize)(const float* x, std::int64_t x_stride, const float* shift,
                         const float* scale, std::int64_t rows, std::int64_t k, float* work,
                         std::uint8_t* out, std::int64_t stride, float* sx);
@@ -112,6 +125,9 @@ struct Kernels {
   void (*linear_wide)(const Linear& w, std::int64_t first, std::int64_t last, const void* a,
                       std::int64_t stride, bool bf16, std::int64_t rows, const Epilogue& e,
                       void* work);
+  // A linear on rows of float32, in float32. `work`: 64 * k floats.
+  void (*linear_dense)(const Dense& w, const float* a, std::int64_t stride, std::int64_t rows,
+                       const Epilogue& e, float* work);
   // Rows of any type to float32, or rounded to bf16; both (rows, stride) padded with zeros to kp.
   void (*widen)(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
                 bool bf16, void* out, std::int64_t stride);

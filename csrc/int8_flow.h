@@ -18,7 +18,7 @@ struct Cross {
 class FlowPlan : public BlockPlan {
  public:
   FlowPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-           std::int64_t mlp, int threads, std::int64_t condition_channels);
+           std::int64_t mlp, int threads, std::int64_t inputs, std::int64_t condition_channels);
   // Memory for so many tokens of the condition, if they are not as many as before.
   void expect(std::int64_t condition_tokens);
   // given (batch or 1, condition tokens, condition channels) float32, or where `constant`

@@ -116,47 +116,59 @@ void quantize_pair(const float* a, std::int64_t a_stride, std::int64_t ka, const
   }
 }
 
-// LayerNorm without affine (eps 1e-6, variance of the deviations), then the modulation.
+// A row's LayerNorm without affine (variance of the deviations), then the modulation.
+inline Peak norm_row(const float* x, const float* shift, const float* scale, float epsilon,
+                     std::int64_t k, float* out) {
+  const std::int64_t whole = k / 16 * 16, rest = k - whole;
+  F total = all(0.0f), second = total;  // two chains, see peak_of
+  std::int64_t even = 0;
+  for (; even + 32 <= whole; even += 32) {
+    total = total + load(x + even);
+    second = second + load(x + even + 16);
+  }
+  if (even < whole) total = total + load(x + even);
+  total = total + second;
+  if (rest) total = total + load_part(x + whole, rest);
+  const float mean = sum(total) / float(k);
+  const F middle = all(mean);
+  F square = all(0.0f);
+  second = square;
+  for (std::int64_t i = 0; i < whole; i += 32) {
+    const F d = load(x + i) - middle;
+    square = fma(d, d, square);
+    if (i + 16 == whole) break;
+    const F e = load(x + i + 16) - middle;
+    second = fma(e, e, second);
+  }
+  float squares = sum(square + second);
+  for (std::int64_t i = whole; i < k; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const F by = all(1.0f / std::sqrt(squares / float(k) + epsilon)), one = all(1.0f);
+  Peak peak;
+  for (std::int64_t i = 0; i < k; i += 16) {
+    const std::int64_t n = k - i < 16 ? k - i : 16;
+    const F d = (n == 16 ? load(x + i) : load_part(x + i, n)) - middle;
+    const F s = n == 16 ? load(scale + i) : load_part(scale + i, n);
+    const F b = n == 16 ? load(shift + i) : load_part(shift + i, n);
+    const F y = fma(one + s, d * by, b);
+    n == 16 ? store(out + i, y) : store_part(out + i, y, n);
+    if (n == 16) peak.add(y);
+  }
+  if (rest) peak.add(load_part(out + whole, rest));
+  return peak;
+}
+
+void norm(const float* x, std::int64_t x_stride, const float* shift, const float* scale,
+          float epsilon, std::int64_t rows, std::int64_t k, float* out, std::int64_t stride) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    norm_row(x + r * x_stride, shift, scale, epsilon, k, out + r * stride);
+}
+
 void norm_quantize(const float* x, std::int64_t x_stride, const float* shift, const float* scale,
                    std::int64_t rows, std::int64_t k, float* work, std::uint8_t* out,
                    std::int64_t stride, float* sx) {
-  const std::int64_t whole = k / 16 * 16, rest = k - whole;
-  for (std::int64_t r = 0; r < rows; ++r, x += x_stride, out += stride) {
-    F total = all(0.0f), second = total;  // two chains, see peak_of
-    std::int64_t even = 0;
-    for (; even + 32 <= whole; even += 32) {
-      total = total + load(x + even);
-      second = second + load(x + even + 16);
-    }
-    if (even < whole) total = total + load(x + even);
-    total = total + second;
-    if (rest) total = total + load_part(x + whole, rest);
-    const float mean = sum(total) / float(k);
-    const F middle = all(mean);
-    F square = all(0.0f);
-    second = square;
-    for (std::int64_t i = 0; i < whole; i += 32) {
-      const F d = load(x + i) - middle;
-      square = fma(d, d, square);
-      if (i + 16 == whole) break;
-      const F e = load(x + i + 16) - middle;
-      second = fma(e, e, second);
-    }
-    float squares = sum(square + second);
-    for (std::int64_t i = whole; i < k; ++i) squares += (x[i] - mean) * (x[i] - mean);
-    const F by = all(1.0f / std::sqrt(squares / float(k) + 1e-6f)), one = all(1.0f);
-    Peak peak;
-    for (std::int64_t i = 0; i < k; i += 16) {
-      const std::int64_t n = k - i < 16 ? k - i : 16;
-      const F d = (n == 16 ? load(x + i) : load_part(x + i, n)) - middle;
-      const F s = n == 16 ? load(scale + i) : load_part(scale + i, n);
-      const F b = n == 16 ? load(shift + i) : load_part(shift + i, n);
-      const F y = fma(one + s, d * by, b);
-      n == 16 ? store(work + i, y) : store_part(work + i, y, n);
-      if (n == 16) peak.add(y);
-    }
-    if (rest) peak.add(load_part(work + whole, rest));
-    sx[r] = quantize_row(work, k, largest(peak.top), sum(peak.check), out);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const Peak peak = norm_row(x + r * x_stride, shift, scale, 1e-6f, k, work);
+    sx[r] = quantize_row(work, k, largest(peak.top), sum(peak.check), out + r * stride);
   }
 }
 
@@ -255,6 +267,24 @@ inline void tile_f32_by_parts(const char* a, std::int64_t stride, const char* pa
   }
 }
 
+// Channels [base, n) of a layer, at most a panel: what a float tile is scaled and biased by.
+struct Channels {
+  std::int64_t base, n;
+  const float* scale;  // null: 1
+  const float* bias;   // null: 0
+};
+
+inline void finish_wide(const float* acc, const Channels& to, std::int64_t row, std::int64_t rows,
+                        const Epilogue& e) {
+  for (std::int64_t c = to.base; c < to.n && c < to.base + kPanel; c += 16, acc += 16) {
+    const std::int64_t n = to.n - c < 16 ? to.n - c : 16;
+    const F scale = to.scale ? load_part(to.scale + c, n) : all(1.0f);
+    const F bias = to.bias ? load_part(to.bias + c, n) : all(0.0f);
+    for (std::int64_t r = 0; r < rows; ++r)
+      finish(fma(load(acc + r * kPanel), scale, bias), row + r, c, n, e);
+  }
+}
+
 void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const void* a,
                  std::int64_t stride, bool bf16, std::int64_t rows, const Epilogue& e, void* work) {
   alignas(64) float acc[kTile * kPanel];
@@ -274,14 +304,36 @@ void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const v
         tile_bf16(from, stride * 2, static_cast<const char*>(work), w.kp / 2, acc, kPanel);
       else
         tile_f32_by_parts(from, stride * 4, static_cast<const char*>(work), w.kp, acc);
-      const std::int64_t base = p * kPanel, count = rows - r < kTile ? rows - r : kTile;
-      for (int c = 0; c < kPanel && base + c < w.n; c += 16) {
-        const F scale = load(w.scale + base + c);
-        const F bias = w.bias ? load(w.bias + base + c) : all(0.0f);
-        const std::int64_t n = w.n - base - c < 16 ? w.n - base - c : 16;
-        for (std::int64_t i = 0; i < count; ++i)
-          finish(fma(load(acc + i * kPanel + c), scale, bias), r + i, base + c, n, e);
-      }
+      finish_wide(acc, {p * kPanel, w.n, w.scale, w.bias}, r, rows - r < kTile ? rows - r : kTile,
+                  e);
+    }
+  }
+}
+
+// A panel of rows as (k, 64) float32, zeros beyond the last row.
+inline void turn_panel(const Dense& w, std::int64_t panel, float* out) {
+  const std::int64_t base = panel * kPanel, n = w.n - base < kPanel ? w.n - base : kPanel;
+  if (n < kPanel) std::memset(out, 0, std::size_t(w.k * kPanel) * sizeof(float));
+  for (std::int64_t i = 0; i < w.k; i += 16) {
+    const std::int64_t inputs = w.k - i < 16 ? w.k - i : 16;
+    alignas(64) float lanes[kPanel][16];
+    for (std::int64_t c = 0; c < n; ++c)
+      store(lanes[c], load_any(w.weight, w.type, (base + c) * w.k + i, inputs));
+    for (std::int64_t j = 0; j < inputs; ++j)
+      for (std::int64_t c = 0; c < n; ++c) out[(i + j) * kPanel + c] = lanes[c][j];
+  }
+}
+
+void linear_dense(const Dense& w, const float* a, std::int64_t stride, std::int64_t rows,
+                  const Epilogue& e, float* work) {
+  alignas(64) float acc[kTile * kPanel];
+  for (std::int64_t p = 0; p < w.panel_count(); ++p) {
+    turn_panel(w, p, work);
+    for (std::int64_t r = 0; r < rows; r += kTile) {
+      tile_f32_by_parts(reinterpret_cast<const char*>(a + r * stride), stride * 4,
+                        reinterpret_cast<const char*>(work), w.k, acc);
+      finish_wide(acc, {p * kPanel, w.n, nullptr, w.bias}, r, rows - r < kTile ? rows - r : kTile,
+                  e);
     }
   }
 }
@@ -302,9 +354,9 @@ void tile_wide(const char* a, const char* panel, std::int64_t k, bool bf16, floa
   bf16 ? tile_bf16(a, k * 2, panel, k / 2, acc, kPanel) : tile_f32(a, k * 4, panel, k, acc, kPanel);
 }
 
-const Kernels table = {VP_NAME,       kTile,       VP_BF16,     quantize, quantize_pair,
-                       norm_quantize, linear,      linear_wide, widen,    split_head,
-                       attend,        expand,      tile,        tile_wide,   peak_loop};
+const Kernels table = {VP_NAME, kTile,  VP_BF16,     quantize,     quantize_pair, norm, norm_quantize,
+                       linear,  linear_wide, linear_dense, widen,  split_head,    attend,
+                       expand,  tile,   tile_wide,   peak_loop};
 
 }  // namespace
 

@@ -1,12 +1,12 @@
-"""Whole blocks of networks in the int8 engine: plans, which hold all memory beyond the weights.
+"""Whole networks in the int8 engine: plans, which hold all memory beyond the weights.
 
-    plan = FlowPlan(batch, tokens, hidden, heads, mlp, threads, condition_channels)
-    plan.tokens.copy_(z)
+    plan = FlowPlan(batch, tokens, hidden, heads, mlp, threads, in_channels, condition_channels)
+    plan.enter(latent_in, x)
     plan.expect(condition.shape[1])
     plan.block(stream_weights, cross_weights, modulation, condition)    # and so on
-    z = plan.tokens
+    plan.leave(final_linear, shift, scale, 1e-5, out)
 
-The phases are in csrc/int8_blocks.h; nothing is allocated in a block.
+The phases are in csrc/int8_blocks.h; nothing is allocated in them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitapack.kernels.cpu import Panels, built
+from vitapack.kernels.cpu import TYPES, Panels, built
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +52,39 @@ class CrossWeights:
     proj: Panels
 
 
-class BlockPlan:
-    """All memory of a forward's blocks beyond their weights, for one shape.
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A linear that is kept in float: weight (N, K) contiguous of any float dtype, bias (N) float32
+    or None."""
 
-    `tokens` is the residual stream (B, T, h) float32: write the embedded tokens into it, run
-    blocks, read the result out of it.
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def fields(self, inputs: int) -> dict[str, Any]:
+        """As the engine takes them; ValueError unless the linear has so many inputs."""
+        (n, k), bias = self.weight.shape, self.bias
+        if k != inputs or not self.weight.is_contiguous() or self.weight.dtype not in TYPES:
+            raise ValueError(
+                f"expected a contiguous float weight of {inputs} inputs, found "
+                f"{tuple(self.weight.shape)} {self.weight.dtype}"
+            )
+        if bias is not None and (bias.shape != (n,) or not _plain(bias)):
+            raise ValueError(f"the bias must be contiguous float32 ({n},)")
+        return {
+            "n": n,
+            "k": k,
+            "weight": self.weight.data_ptr(),
+            "type": TYPES[self.weight.dtype],
+            "bias": 0 if bias is None else bias.data_ptr(),
+        }
+
+
+class BlockPlan:
+    """All memory of a forward beyond its weights, for one shape.
+
+    `tokens` is the residual stream (B, T, h) float32: `enter` it, run blocks, `leave` it. The key
+    starts with batch, tokens, hidden, heads, mlp, threads, inputs: the last is the widest row that
+    enters.
     """
 
     def __init__(self, kind: str, key: Sequence[int]) -> None:
@@ -66,6 +94,54 @@ class BlockPlan:
             self._plan.tokens()
         )
         self.tokens = torch.frombuffer(array, dtype=torch.float32).view(batch, tokens, hidden)
+
+    def enter(self, linear: Dense, x: Tensor, token: int = 0) -> None:
+        """The tokens from `token` on = linear(x), computed in float32.
+
+        x (B or 1, n, K) of any float dtype, its rows contiguous.
+        """
+        batch, tokens, hidden = self.tokens.shape
+        inputs = self.key[6]
+        if len(linear.weight) != hidden or x.shape[-1] > inputs or x.shape[0] not in (1, batch):
+            raise ValueError(
+                f"expected rows of (1 or {batch}, n, {inputs} or less) to {hidden} channels, found "
+                f"{tuple(x.shape)} to {len(linear.weight)}"
+            )
+        if not 0 <= token <= tokens - x.shape[1]:
+            raise ValueError(f"{x.shape[1]} tokens from {token} on, of {tokens}")
+        x = x if x.dtype in TYPES else x.float()
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        self._plan.enter(
+            linear.fields(x.shape[-1]), token, x.shape[1], x.data_ptr(), TYPES[x.dtype],
+            x.stride(1), x.stride(0) if x.shape[0] > 1 else 0,
+        )  # fmt: skip
+
+    def leave(
+        self, linear: Dense, shift: Tensor, scale: Tensor, epsilon: float, out: Tensor
+    ) -> None:
+        """out = linear((1 + scale) * LayerNorm(z) + shift) of the last tokens, computed in float32.
+
+        shift and scale (B or 1, h), rows of float32; out (B, n, N) contiguous, float32, bf16 or
+        fp16.
+        """
+        batch, tokens, hidden = self.tokens.shape
+        for part in (shift, scale):
+            if part.shape not in ((1, hidden), (batch, hidden)) or part.dtype != torch.float32:
+                raise ValueError(
+                    f"expected float32 (1 or {batch}, {hidden}), found {tuple(part.shape)}"
+                )
+        if shift.stride() != scale.stride() or shift.stride(1) != 1 or len(shift) != len(scale):
+            raise ValueError("shift and scale must lie alike, in contiguous rows")
+        shape = (batch, min(out.shape[1], tokens), len(linear.weight))
+        if out.shape != shape or not out.is_contiguous() or out.dtype not in TYPES:
+            raise ValueError(
+                f"expected a contiguous float output {shape}, found {tuple(out.shape)}"
+            )
+        self._plan.leave(
+            linear.fields(hidden), tokens - out.shape[1], out.shape[1], shift.data_ptr(),
+            scale.data_ptr(), shift.stride(0) if len(shift) > 1 else 0, epsilon, out.data_ptr(),
+            TYPES[out.dtype],
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -89,10 +165,13 @@ class DitPlan(BlockPlan):
         heads: int,
         mlp: int,
         threads: int,
+        inputs: int,
         repeated: int = 0,
         times: int = 1,
     ) -> None:
-        super().__init__("DitPlan", (batch, tokens, hidden, heads, mlp, threads, repeated, times))
+        super().__init__(
+            "DitPlan", (batch, tokens, hidden, heads, mlp, threads, inputs, repeated, times)
+        )
 
     def double_block(self, streams: Sequence[tuple[int, int, StreamWeights, Tensor]]) -> None:
         """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
@@ -122,10 +201,11 @@ class FlowPlan(BlockPlan):
         heads: int,
         mlp: int,
         threads: int,
+        inputs: int,
         condition_channels: int,
     ) -> None:
         super().__init__(
-            "FlowPlan", (batch, tokens, hidden, heads, mlp, threads, condition_channels)
+            "FlowPlan", (batch, tokens, hidden, heads, mlp, threads, inputs, condition_channels)
         )
         self.condition_tokens = 0
 

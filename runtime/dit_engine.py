@@ -7,16 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, When, layer_norm, multiplicity
-from vitapack.runtime.engine import (
-    Engine,
-    embed,
-    leave,
-    modulation_rows,
-    plain,
-    stream_weights,
-    takes,
-)
+from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, When, multiplicity
+from vitapack.runtime.engine import Engine, dense, modulation_rows, plain, stream_weights, takes
 
 
 class EngineDiT(Engine, DiT):
@@ -29,13 +21,13 @@ class EngineDiT(Engine, DiT):
         batch, split = x.shape[0], cond.shape[1]
         plan = self.scratch.plan_for(
             DitPlan, batch, split + x.shape[1], config.hidden, config.heads, config.mlp_hidden,
-            torch.get_num_threads(), split if repeats > 1 else 0, repeats,
+            torch.get_num_threads(), max(config.in_channels, config.cond_channels),
+            split if repeats > 1 else 0, repeats,
         )  # fmt: skip
         bias = multiplicity(repeats, split, x.shape[1], x)
         z = plan.tokens
-        for b in range(batch):
-            embed(self.cond_in, cond[min(b, len(cond) - 1)], z[b, :split])
-            embed(self.latent_in, x[b], z[b, split:])
+        plan.enter(dense(self.cond_in), cond)
+        plan.enter(dense(self.latent_in), x, split)
         block: Any
         for block in self.double_blocks.values():
             if fused(block):
@@ -61,13 +53,11 @@ class EngineDiT(Engine, DiT):
                 )
             else:
                 z.copy_(block(z.to(x.dtype), when, bias))
-        shift, scale = (part.float() for part in self.final_layer.shift_scale(when))
-        return leave(
-            self.final_layer.linear,
-            lambda rows: layer_norm(rows).mul_(1 + scale).add_(shift),
-            z[:, split:],
-            x.dtype,
-        )
+        final = dense(self.final_layer.linear)
+        shift, scale = (part[:, 0].float() for part in self.final_layer.shift_scale(when))
+        out = torch.empty(*x.shape[:2], len(final.weight), dtype=x.dtype)
+        plan.leave(final, shift, scale, 1e-6, out)
+        return out
 
 
 def fused(block: DoubleBlock | SingleBlock) -> bool:

@@ -1,9 +1,10 @@
 """What the packed networks share that run on the CPU's int8 engine (`dit_engine.py`,
 `flow_engine.py`).
 
-`load_dit(..., compute="a8")` returns such a network, called like any other. Its blocks are the
-same modules with the same parameters; only the order of the arithmetic differs
-(csrc/int8_blocks.h). What the engine cannot take, a block with 16-bit linears or a call that needs
+`load_dit(..., compute="a8")` returns such a network, called like any other. Its modules are the
+same with the same parameters; only the order of the arithmetic differs (csrc/int8_blocks.h). A call
+computes in memory that is planned once for its shape: beside its output nothing is allocated that
+grows with the tokens. What the engine cannot take, a block with 16-bit linears or a call that needs
 gradients, runs in the readable form.
 """
 
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 from vitapack.kernels import dispatch
 from vitapack.runtime.dit import When
 from vitapack.runtime.linear import PackedLinear
-
-FINAL_ROWS = 512  # tokens that leave at a time, so that the last layer's temporaries stay small
 
 
 class Scratch:
@@ -101,21 +100,11 @@ def takes(linears: Iterable[nn.Module]) -> bool:
     return all(isinstance(linear, PackedLinear) and linear.compute == "a8" for linear in linears)
 
 
-def embed(linear: nn.Linear, x: Tensor, out: Tensor) -> None:
-    """linear(x) of rows (n, K) straight into out (n, h) float32."""
-    if x.dtype == linear.weight.dtype == torch.float32:
-        torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-    else:
-        out.copy_(linear(x.to(linear.weight.dtype)))
+def dense(linear: nn.Linear) -> Any:
+    """A linear that is kept in float, as the engine reads it."""
+    from vitapack.kernels.cpu_plans import Dense
 
-
-def leave(linear: nn.Linear, norm: Callable[[Tensor], Tensor], z: Tensor, dtype: Any) -> Tensor:
-    """linear(norm(z)) of z (B, n, h), some rows at a time."""
-    out = z.new_empty(*z.shape[:2], linear.out_features, dtype=dtype)
-    for start in range(0, z.shape[1], FINAL_ROWS):
-        rows = norm(z[:, start : start + FINAL_ROWS])
-        out[:, start : start + FINAL_ROWS] = linear(rows.to(linear.weight.dtype))
-    return out
+    return Dense(linear.weight.detach(), None if linear.bias is None else plain(linear.bias))
 
 
 def modulation_rows(modulation: Any, when: When) -> Tensor:

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from vitapack.runtime.dit import When
-from vitapack.runtime.engine import (
-    Engine,
-    embed,
-    leave,
-    modulation_rows,
-    plain,
-    stream_weights,
-    takes,
-)
+from vitapack.runtime.engine import Engine, dense, modulation_rows, plain, stream_weights, takes
 from vitapack.runtime.trellis import (
     FlowBlock,
     FlowTransformer,
-    OutLayer,
     cube,
     patches,
     place_embedding,
@@ -38,13 +29,12 @@ class EngineFlow(Engine, FlowTransformer):
         tokens = patches(x, config.patch) if config.in_channels else x
         plan = self.scratch.plan_for(
             FlowPlan, *tokens.shape[:2], config.hidden, config.heads, config.mlp_hidden,
-            torch.get_num_threads(), config.cond_channels,
+            torch.get_num_threads(), config.token_channels, config.cond_channels,
         )  # fmt: skip
         z = plan.tokens
         if config.in_channels:
             side = config.resolution // config.patch
-            for b in range(len(z)):
-                embed(self.latent_in, tokens[b], z[b])
+            plan.enter(dense(self.latent_in), tokens)
             z += place_embedding(side, config.hidden)
         else:
             z.copy_(tokens)
@@ -66,7 +56,10 @@ class EngineFlow(Engine, FlowTransformer):
                 z.copy_(block(z.to(x.dtype), cond, when))
         if not config.in_channels:
             return z.to(x.dtype, copy=True)
-        return cube(leave(self.final_layer.linear, OutLayer.norm, z, x.dtype), side, config.patch)
+        none = torch.zeros(1, config.hidden)  # its norm is not modulated
+        out = torch.empty(tokens.shape, dtype=x.dtype)
+        plan.leave(dense(self.final_layer.linear), none, none, 1e-5, out)
+        return cube(out, side, config.patch)
 
 
 def fused(block: FlowBlock) -> bool:

@@ -57,12 +57,12 @@ def test_the_engine_s_plans():
     if not cpu.available():
         pytest.skip("vitapack._C is not built")
     config = DiTConfig(64, 96, 256, 4, (0,), (0,), 4.0, True, False, hunyuan_time(256))
-    plan = DitPlan(2, 900, 256, 4, 1024, torch.get_num_threads())
+    plan = DitPlan(2, 900, 256, 4, 1024, torch.get_num_threads(), 96)
     given = 2 * (2 * 700 * 64 + 200 * 96) * 4
     predicted = step_bytes(config, (700, 64), 200, 2, torch.float32, engine=True)
     assert plan.nbytes + given == pytest.approx(predicted, rel=0.15)
     flow = FlowConfig(10, 8, 1, 96, 256, 4, (0,), 4.0, trellis_time(256))
-    plan = FlowPlan(2, 1000, 256, 4, 1024, torch.get_num_threads(), 96)
+    plan = FlowPlan(2, 1000, 256, 4, 1024, torch.get_num_threads(), 8, 96)
     plan.expect(300)
     given = 2 * (2 * 1000 * 8 + 300 * 96) * 4
     predicted = step_bytes(flow, (8, 10, 10, 10), 300, 2, torch.float32, engine=True)

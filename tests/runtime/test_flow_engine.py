@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from alive_tensors import peak
 
 from vitapack.compressor.compress import compress
 from vitapack.compressor.random_checkpoint import Sizes, write
@@ -165,6 +166,18 @@ def test_scratch_is_planned_once(engine):
     assert torch.equal(engine(*args), before)
     assert engine.scratch_bytes() == size
     assert torch.equal(copy.deepcopy(engine)(*args), before)
+
+
+def test_a_call_allocates_its_patches_and_its_output(case, engine):
+    if case != "int8":
+        pytest.skip("a block with 16-bit linears runs in the readable form; SLAT's x is its tokens")
+    held = []
+    for batch in (1, 3):
+        args = inputs(engine, batch=batch)
+        engine(*args)  # plans its memory, which is torch's neither then nor later
+        held.append(peak(engine, *args) - sum(part.nbytes for part in args))
+    output = 8 * SIDE**3 * 4
+    assert held[1] - held[0] <= 2 * 3 * output + 5000  # as tokens, and as a cube; modulation
 
 
 @pytest.mark.parametrize("condition", [131, 1])
