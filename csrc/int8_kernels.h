@@ -199,6 +199,16 @@ inline void finish_tile(const std::int32_t* acc, const Linear& w, std::int64_t p
   }
 }
 
+// What a tile will be added to, while it multiplies: rows lie pages apart, and no hardware guesses.
+inline void fetch_rows(const Epilogue& e, std::int64_t row, std::int64_t rows, std::int64_t column) {
+#if VP_LEVEL
+  const float* to = static_cast<const float*>(e.out) + row * e.stride + column;
+  for (std::int64_t r = row; r < rows && r < row + kTile; ++r, to += e.stride)
+    for (int c = 0; c < kPanel; c += 16)
+      _mm_prefetch(reinterpret_cast<const char*>(to + c), _MM_HINT_T0);
+#endif
+}
+
 void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::uint8_t* a,
             std::int64_t stride, const float* sx, std::int64_t rows, const Epilogue& e,
             std::int8_t* work) {
@@ -213,6 +223,7 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
       panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * bytes;
     Ahead ahead{w.panels + (p + 1 < last ? p + 1 : p) * bytes, pace};
     for (std::int64_t r = 0; r < rows; r += kTile) {
+      if (e.gate) fetch_rows(e, r, rows, p * kPanel);
       tile_i8(a + r * stride, stride, panel, w.kp / 4, w.start + p * kPanel, acc, kPanel, ahead);
       ahead.next = static_cast<const std::uint8_t*>(ahead.next) + pace * (w.kp / 8);
       finish_tile(acc, w, p, sx, r, rows - r < kTile ? rows - r : kTile, e);
