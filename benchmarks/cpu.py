@@ -28,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,17 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import cpu_furniture, cpu_guided, cpu_int4, cpu_page, cpu_peers, cpu_trellis
+from benchmarks.cpu_mini import (
+    CONDITION,
+    HEAD,
+    HEADS,
+    float32_output,
+    inputs,
+    linear_gops,
+    prepare,
+    relative,
+)
+from benchmarks.timing import Run, all_times, interleaved, register_dots
 from vitapack.kernels import cpu
 from vitapack.runtime.load import load_dit
 
@@ -52,49 +62,6 @@ PARTS = (
 )  # fmt: skip
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
 ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
-CONDITION = 1370  # tokens of DINOv2 at 518 pixels
-HEADS, HEAD = 16, 64
-Run = Callable[[], Any]
-
-
-def interleaved(
-    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
-) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that a slow phase of the machine hits all."""
-    found = all_times(runs, rounds, warm, repeats)
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def all_times(
-    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every round.
-
-    OpenMP's threads spin for some milliseconds after a call, on a core that the next one needs, so
-    that each measurement of `repeats` calls starts after a pause.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    if warm:
-        for run in runs.values():
-            run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            time.sleep(0.05)
-            started = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            times[name].append((time.perf_counter() - started) / repeats)
-    return times
-
-
-def register_dots(seconds: float) -> tuple[Run, float]:
-    """A loop of dot products on registers of about so long, and its 1e9 operations: the VNNI peak,
-    taken in turn with what is measured by it, since the machine's speed wanders by a tenth."""
-    threads = torch.get_num_threads()
-    loops = int(seconds * 5e8)
-    return lambda: cpu.built().int8_peak(loops, threads), 1e-9 * cpu.built().int8_peak(
-        loops, threads
-    )
 
 
 def packed(n: int, k: int, bits: int) -> cpu.Panels:
@@ -171,43 +138,6 @@ def attention(rounds: int) -> dict[str, Any]:
     return {"n_runs": rounds, "rows": rows}
 
 
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.float() - exact).norm() / exact.norm())
-
-
-def prepare(work: Path) -> Path:
-    """The random 2mini checkpoint and its two packed files, made once."""
-    work.mkdir(parents=True, exist_ok=True)
-    model = work / "mini"
-    if not model.exists():
-        vitapack("random-checkpoint", "hunyuan3d-2mini", "--parts", "dit", "-o", model)
-    for plan in ("int8", "int4"):
-        path = work / f"{plan}.safetensors"
-        if not path.exists():
-            vitapack("compress", model, "--plan", plan, "--steps", "5", "-o", path)
-    return model
-
-
-def vitapack(*arguments: Any) -> None:
-    subprocess.run([sys.executable, "-m", "vitapack", *map(str, arguments)], check=True)
-
-
-def inputs(latents: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(latents)
-    x = torch.randn(2, latents, 64, generator=rng)
-    return x, torch.zeros(2), torch.randn(2, CONDITION, 1536, generator=rng)
-
-
-def linear_gops(latents: int) -> dict[str, float]:
-    """1e9 operations of 2mini's blocks: 24 layers of 12 h^2 a token, and attention; less what
-    nobody reads, 10 h^2 and the queries of the condition's tokens in the last layer."""
-    tokens, hidden = latents + CONDITION, HEADS * HEAD
-    return {
-        "linears": 2 * 2e-9 * hidden**2 * (24 * 12 * tokens - 10 * CONDITION),
-        "attention": 2 * 4e-9 * tokens * hidden * (24 * tokens - CONDITION),
-    }
-
-
 def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[str, Any]:
     """The whole forward, interleaved with torch's bf16 in one process; `earlier` rounds count."""
     model = prepare(work)
@@ -238,11 +168,6 @@ def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[
             "share_of_peak": sum(operations.values()) / seconds["w8a8"] / peak,
             "scratch_bytes": eight.scratch_bytes(),  # type: ignore[operator]
         }
-
-
-def guided(work: Path, latents: int, rounds: int) -> dict[str, Any]:
-    x, _, cond = inputs(latents)
-    return cpu_guided.measure(work, prepare(work), (x[:1], cond[:1]), all_times, rounds)
 
 
 def errors(work: Path) -> dict[str, float]:
@@ -306,14 +231,6 @@ def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
         found[f"w{bits}a8"] = {"whole": whole, "seconds": seconds}
     found["peak_gops"] = statistics.median(peaks)
     return found
-
-
-def float32_output(work: Path, latents: int) -> torch.Tensor:
-    """The original in float32, kept: half a minute at 512 latents."""
-    place = work / f"float32-{latents}.pt"
-    if not place.exists():
-        torch.save(load_dit(work / "mini")(*inputs(latents)), place)
-    return torch.load(place, weights_only=True)
 
 
 def memory(work: Path) -> dict[str, Any]:
@@ -384,7 +301,9 @@ def main() -> None:
                 for n in options.latents
             }
         elif part == "guided":
-            found = {str(n): guided(options.work, n, options.rounds) for n in options.latents}
+            found = {
+                str(n): cpu_guided.measure(options.work, n, options.rounds) for n in options.latents
+            }
         elif part == "errors":
             found = errors(options.work)
         elif part == "breakdown":
@@ -393,8 +312,7 @@ def main() -> None:
             found = memory(options.work)
         elif part == "trellis":
             earlier = read(path).get("trellis", {}) if options.add else {}
-            dots = register_dots(1.0)
-            found = cpu_trellis.measure(options.work, all_times, dots, options.rounds, earlier)
+            found = cpu_trellis.measure(options.work, options.rounds, earlier)
         elif part == "furniture":
             found = cpu_furniture.measure(options.work, options.pictures)
         else:

@@ -7,13 +7,14 @@ is a pass of its own on one token (`runtime/denoise.py`), for torch's bf16 too i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cpu_mini import inputs, prepare
 from benchmarks.markdown import table
+from benchmarks.timing import all_times
 from vitapack.runtime.denoise import velocity_of
 from vitapack.runtime.load import load_dit
 from vitapack.runtime.sampling import SamplerDefaults
@@ -26,19 +27,11 @@ ROWS = {
 }
 
 
-def measure(
-    work: Path,
-    model: Path,
-    given: tuple[torch.Tensor, torch.Tensor],
-    timed: Callable[[dict[str, Callable[[], Any]], int, bool], dict[str, list[float]]],
-    rounds: int,
-) -> dict[str, Any]:
-    """Seconds of each row, in turn, and its relative error to float32, which takes two passes.
-
-    given: latents (1, L, 64) and condition tokens (1, N, 1536); `timed` as `cpu.all_times`.
-    """
-    x, cond = given
-    sampler = SamplerDefaults("euler", 5, 5.0)  # as many as cpu.prepare packs
+def measure(work: Path, latents: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each row, in turn, and its relative error to float32, which takes two passes."""
+    model = prepare(work)
+    x, _, cond = (part[:1] for part in inputs(latents))
+    sampler = SamplerDefaults("euler", 5, 5.0)  # as many as `prepare` packs
     half = load_dit(model, dtype=torch.bfloat16)
     eight = load_dit(work / "int8.safetensors", compute="a8")
     four = load_dit(work / "int4.safetensors", compute="a8")
@@ -50,7 +43,7 @@ def measure(
     }
     with torch.inference_mode():
         runs = {name: lambda step=step: step(x, 0.0) for name, step in steps.items()}
-        times = timed(runs, rounds, x.shape[1] <= 512)
+        times = all_times(runs, rounds, warm=x.shape[1] <= 512)
         found = {name: step(x, 0.0) for name, step in steps.items()}
         del half, steps, runs
         exact = velocity_of(load_dit(model), sampler, cond)(x, 0.0)

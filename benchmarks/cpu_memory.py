@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import inputs
+from benchmarks.cpu_mini import inputs
 from vitapack.kernels import cpu
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.load import load_dit

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.cpu_mini import float32_output, inputs, relative
+from benchmarks.timing import interleaved
+from vitapack.runtime.load import load_dit
+
 LATENTS = 512
 NEEDS = {
     "torchao": ("torchao",),
@@ -36,9 +40,6 @@ PEERS = (
 
 def measure(name: str, work: Path, rounds: int) -> dict[str, Any]:
     """Seconds of a peer and of our W8A8 beside it, its error to float32, or why there is none."""
-    from benchmarks.cpu import float32_output, inputs, interleaved, relative
-    from vitapack.runtime.load import load_dit
-
     if name not in PEERS:
         raise SystemExit(f"no peer {name!r}: choose from {', '.join(PEERS)}")
     needs = NEEDS.get(name, NEEDS.get(name.split("-")[0], ()))
@@ -73,8 +74,6 @@ def _missing(package: str) -> bool:
 
 
 def _half(work: Path) -> nn.Module:
-    from vitapack.runtime.load import load_dit
-
     return load_dit(work / "mini", dtype=torch.bfloat16)
 
 
@@ -84,8 +83,6 @@ def _called(module: Any, args: tuple[torch.Tensor, ...], dtype: torch.dtype) -> 
 
 
 def _torch(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
-    from vitapack.runtime.load import load_dit
-
     if name == "torch-fp32":
         return _called(load_dit(work / "mini"), args, torch.float32)
     return _called(torch.compile(_half(work)), args, torch.bfloat16)
@@ -141,8 +138,6 @@ def _openvino(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable
 def _openvino_model(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Path:
     """OpenVINO's file of the model, converted once: that takes minutes."""
     import openvino
-
-    from vitapack.runtime.load import load_dit
 
     place = work / f"{name}.xml"
     if place.exists():

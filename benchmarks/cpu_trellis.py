@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.markdown import table
+from benchmarks.timing import all_times, register_dots
 from vitapack.compressor.compress import compress
 from vitapack.compressor.paper_maps import plan_paper
 from vitapack.compressor.random_checkpoint import write
@@ -50,14 +51,12 @@ def prepare(work: Path) -> Path:
 
 def measure(
     work: Path,
-    timed: Callable[[dict[str, Callable[[], Any]], int, bool], dict[str, list[float]]],
-    register_dots: tuple[Callable[[], Any], float],
     rounds: int,
     earlier: dict[str, Any],
 ) -> dict[str, Any]:
     """Seconds of each row, in turn (`earlier` rounds count), relative errors to float32, and where
-    the time of W8A8 goes; `timed` as `cpu.all_times`, `register_dots` what it gives."""
-    dots, dot_gops = register_dots
+    the time of W8A8 goes."""
+    dots, dot_gops = register_dots(1.0)
     model = prepare(work)
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, 16, 16, 16, generator=rng)
@@ -85,7 +84,7 @@ def measure(
         runs["w8a8"](), runs["mixed"]()  # plans are made; torch needs no such first call
         plan: Any = eight.scratch.plan  # type: ignore[union-attr]
         before, _ = plan.seconds()
-        times = timed(runs, rounds, False)
+        times = all_times(runs, rounds, warm=False)
         after, _ = plan.seconds()
     times = {name: earlier.get("times", {}).get(name, []) + new for name, new in times.items()}
     threads = rounds * torch.get_num_threads()

@@ -1,0 +1,54 @@
+"""Times of things that are compared: taken in turn, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vitapack.kernels import cpu
+
+Run = Callable[[], Any]
+
+
+def interleaved(
+    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
+) -> dict[str, float]:
+    """Median seconds of each, taken in turn so that a slow phase of the machine hits all."""
+    found = all_times(runs, rounds, warm, repeats)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def all_times(
+    runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every round.
+
+    OpenMP's threads spin for some milliseconds after a call, on a core that the next one needs, so
+    that each measurement of `repeats` calls starts after a pause.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if warm:
+        for run in runs.values():
+            run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            time.sleep(0.05)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            times[name].append((time.perf_counter() - started) / repeats)
+    return times
+
+
+def register_dots(seconds: float) -> tuple[Run, float]:
+    """A loop of dot products on registers of about so long, and its 1e9 operations: the VNNI peak,
+    taken in turn with what is measured by it, since the machine's speed wanders by a tenth."""
+    threads = torch.get_num_threads()
+    loops = int(seconds * 5e8)
+    return lambda: cpu.built().int8_peak(loops, threads), 1e-9 * cpu.built().int8_peak(
+        loops, threads
+    )
