@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
 WHAT = ("sizes", "tables", "memory", "gpu", "maps", "passes", "bench", "page")
 PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
-SEEDS = {"step1x-3d": 3}  # of a decoder whose random field has a surface: 0's is below it
+SEEDS = {"hunyuan3d-2mini": 1, "step1x-3d": 3}  # of decoders whose random field has a surface
 
 # Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
 CHILD = """

@@ -226,24 +226,27 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
             "| network | guidance | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows
         ),
         "",
-        *phases_lines(found["phases"]),
+        *phases_lines([row for row in found["phases"] if "skipped" not in row]),
     ]
 
 
-def phases_lines(phases: dict[str, Any]) -> list[str]:
-    """Of `bench`'s one picture to mesh, where it was made."""
-    if "skipped" in phases:
+def phases_lines(ran: list[dict[str, Any]]) -> list[str]:
+    """Of `bench`'s one picture to mesh by each network."""
+    if not ran:
         return []
     rows = [
-        f"| {phase} | {phases['seconds'][phase]:.2f} | {gigabytes(held['predicted'])} / "
-        f"{gigabytes(held['peak'])} |"
-        for phase, held in phases["bytes"].items()
+        f"| {row['name']} | {phase} | {row['seconds'][phase]:.2f} | "
+        f"{gigabytes(held['predicted'])} / {gigabytes(held['peak'])} |"
+        for row in ran
+        for phase, held in row["bytes"].items()
     ]
+    stopped = {f"No mesh came of {row['name']}: {row['stopped']}." for row in ran if row["stopped"]}
     return [
-        f"The packed file from a picture to a mesh, {phases['steps']} steps, grid "
-        f"{phases['resolution']}, n = 1:",
+        f"One picture to a mesh, one network in memory at a time, {ran[0]['steps']} steps, grid "
+        f"{ran[0]['resolution']}, n = 1.",
+        "The original's image encoder is in float32 as well, the packed file's in 8 bits.",
         "",
-        *table("| phase | s | GB |", rows),
+        *table("| network | phase | s | GB |", rows),
         "",
-        *([f"No mesh came of it: {phases['stopped']}.", ""] if phases["stopped"] else ()),
+        *(line for text in sorted(stopped) for line in (text, "")),
     ]

@@ -224,12 +224,10 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
     kind = "ElasticSLatFlowModel" if slat else trellis.STRUCTURE
     texts: dict[str, Any] = {f"{stem}.json": {"name": kind, "args": args}}
     tensors: dict[str, Specs] = {}
+    models = {"slat_flow_model" if slat else "sparse_structure_flow_model": stem}
     if "dit" in parts:
         tensors[f"{stem}.safetensors"] = flow
-    if slat:
-        return Files({name: json.dumps(text, indent=1) for name, text in texts.items()}, tensors)
-    models = {"sparse_structure_flow_model": stem}
-    if "decoder" in parts:
+    if "decoder" in parts and not slat:
         models["sparse_structure_decoder"] = dec
         decoder_args = {
             "out_channels": 1, "latent_channels": 8, "num_res_blocks": 2,
@@ -241,7 +239,7 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
             name: ("F16" if "conv" in name else "F32", shape)
             for name, shape in shapes_of(lambda: OccupancyDecoder(occupancy)).items()
         }
-    if "conditioner" in parts:
+    if "conditioner" in parts and not slat:
         tensors[f"{trellis.ENCODER}.safetensors"] = {
             name: ("F32", shape) for name, shape in _hub(encoder).items()
         }
@@ -250,7 +248,7 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
         "name": "TrellisImageTo3DPipeline",
         "args": {
             "models": models,
-            "sparse_structure_sampler": {
+            "slat_sampler" if slat else "sparse_structure_sampler": {
                 "name": "FlowEulerGuidanceIntervalSampler",
                 "args": {"sigma_min": 1e-5},
                 "params": params,

@@ -57,7 +57,7 @@ def step_bytes(
     by the GPU's operators on packed weights, "a16" or "a8"."""
     h, m, size = config.hidden, config.mlp_hidden, dtype.itemsize
     if isinstance(config, FlowConfig):
-        tokens = (config.resolution // config.patch) ** 3
+        tokens = (config.resolution // config.patch) ** 3 or latents[0]  # SLAT's blocks: any count
         channels = config.token_channels
         given = batch * (2 * tokens * channels + cond_tokens * config.cond_channels) * size
         if engine:

@@ -5,8 +5,9 @@
 
 The packed network and the original in 16 bits (on CPUs also in float32) are timed in the same run,
 one after the other, on the same random latents, each with guidance as one batch of two and in two
-passes (`denoise.velocity_of`); both phases beside the step are timed once where the image encoder
-and the shape decoder are at hand.
+passes (`denoise.velocity_of`); then either makes one picture into a mesh, phase by phase, where the
+image encoder and the shape decoder are at hand. Of TRELLIS' flow of structured latents the
+transformer blocks are timed, on as many tokens as its other flow has.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.load import dit_of
 from vitapack.runtime.memory import PhaseMeter, memory_words, return_memory
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.pipeline import Pipeline, original_of
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, guided_times
-from vitapack.runtime.trellis import Network
+from vitapack.runtime.trellis import FlowConfig, Network
 from vitapack.runtime.weights import is_packed
+
+SLAT_TOKENS = 4096  # a shape's are its surface's cells at 32 a side: some thousands
 
 
 def bench(
@@ -56,18 +59,22 @@ def bench(
 ) -> dict[str, Any]:
     """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
     the file holds no decoder; for a MODEL it is the model itself. `whole_pass`: also a picture to
-    a mesh, in `sampling_steps`. `cuda_graphs`: all networks through graphs (cuda_graph.py). `note`
-    is told what is predicted before each part runs. UserError.
+    a mesh by each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it
+    through graphs (cuda_graph.py). `note` is told what is predicted before each part runs.
+    UserError.
     """
     where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
-    checkpoint = None if is_file and original is None else open_checkpoint(original or path)
+    if original is not None and not is_file:
+        raise UserError(f"{path} is an original itself; --original goes with a packed file")
+    checkpoint = None if is_file else open_checkpoint(path)
     if cuda_graphs:
         expect_gpu(where)
     rows: list[tuple[str, Callable[[], Network], int, int, SamplerDefaults]] = []
     if is_file:
         header = packed.read_header(place)
+        checkpoint = None if original is None else original_of(header, original)
         sampler = SamplerDefaults.from_json(header.sampler)
         load = lambda: packed.load_packed_dit(place, device=where, compute=compute)  # noqa: E731
         held = packed.loaded_bytes(header, torch.float32 if where == "cpu" else torch.float16)
@@ -93,6 +100,10 @@ def bench(
             name, load, size, held, sampler, latents, tokens, where, repeats, cuda_graphs, note
         )
     ]
+    count = sampling_steps or rows[0][-1].steps  # the tables of a packed file serve no other
+    passes = [(f"packed {compute}", path)] if is_file else []
+    if checkpoint is not None:
+        passes.append(("float32" if where == "cpu" else "float16", original or path))
     return {
         "model": str(path),
         "variant": variant,
@@ -102,15 +113,21 @@ def bench(
         "latents": list(latents),
         "cond_tokens": tokens,
         "steps": steps,
-        "phases": _phases(
-            path, original, where, compute, resolution, sampling_steps, cuda_graphs, note
-        )
-        if whole_pass
-        else {"skipped": "not asked for"},
+        "phases": [
+            _phases(name, model, original, where, compute, resolution, count, cuda_graphs, note)
+            for name, model in (passes if whole_pass else ())
+        ],
     }
 
 
 def _latents(file: Path | None, checkpoint: Checkpoint | None, device: str) -> tuple[int, ...]:
+    if file is not None:
+        config = packed.dit_config(packed.read_header(file))
+    else:
+        assert checkpoint is not None
+        config = checkpoint.config
+    if isinstance(config, FlowConfig) and not config.in_channels:
+        return SLAT_TOKENS, config.hidden
     if checkpoint is not None and checkpoint.latents is not None:
         return checkpoint.latents
     if file is not None:
@@ -199,12 +216,13 @@ def _time(
 
 
 def _phases(
+    name: str,
     path: str | Path,
     original: str | Path | None,
     device: str,
     compute: str,
     side: int | None,
-    steps: int | None,
+    steps: int,
     cuda_graphs: bool,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -220,19 +238,21 @@ def _phases(
         if side is not None and hasattr(pipeline.decoder, "resolution"):
             pipeline.decoder.resolution = side
         for phase, count in pipeline.predicted_bytes().items():
-            note(f"{phase}: predicted peak {count / 2**30:.2f} GiB")
+            often = f", {steps} steps" * (phase == "denoise")
+            note(f"{name}, {phase}{often}: predicted peak {count / 2**30:.2f} GiB")
     except UserError as error:
-        return {"skipped": str(error)}
+        return {"name": name, "skipped": str(error)}
     stopped = None
     try:
         pipeline(image, steps=steps)
     except UserError as error:
         stopped = str(error)
     return {
+        "name": name,
         "stopped": stopped,
         "seconds": pipeline.seconds,
         "bytes": pipeline.bytes,
-        "steps": pipeline.settings(steps, None, None).steps,
+        "steps": steps,
         "resolution": getattr(pipeline.decoder, "resolution", None),
         "queries": getattr(pipeline.decoder, "queries", None),
     }
@@ -253,12 +273,14 @@ def describe(result: dict[str, Any]) -> str:
             f"{row['flops']['total'] / 1e12:7.3f} TFLOP a step  {speed}  "
             f"{row['tflops_per_second']:.3f} TFLOP/s{memory}"
         )
-    phases = result["phases"]
-    if "skipped" in phases:
-        lines.append(f"phases not timed: {phases['skipped']}")
-    else:
+    for phases in result["phases"]:
+        name = phases["name"]
+        if "skipped" in phases:
+            lines.append(f"{name}: phases not timed: {phases['skipped']}")
+            continue
         for phase, seconds in phases["seconds"].items():
-            lines.append(f"{phase:14} {seconds:8.2f} s{memory_words(phases['bytes'][phase])}")
+            memory = memory_words(phases["bytes"][phase])
+            lines.append(f"{name + ', ' + phase:24} {seconds:8.2f} s{memory}")
         if phases["stopped"]:
-            lines.append(f"stopped: {phases['stopped']}")
+            lines.append(f"{name}: stopped: {phases['stopped']}")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from vitapack.runtime.trellis import FlowConfig
 COND_TOKENS = 1370
 SPECIAL_TOKENS = {
     "trellis-ss": 1374,
+    "trellis-slat": 1374,
     "step1x-3d-label": 1373,
     "hunyuan3d-2mini-fast": 5330,  # pictures of 1022 px
     "hunyuan3d-2mini-turbo": 5330,

@@ -63,8 +63,9 @@ def load_image(path: Path) -> Image.Image:
 def separate(image: Image.Image, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
     """RGB (H, W, 3) and alpha (H, W), both uint8, of the object in a picture.
 
-    The alpha channel if it has one that is used; else rembg if installed; else a plain background
-    is keyed out. Raises UserError if there is no object, or no way to tell it from the background.
+    The alpha channel if it has one that is used; else a plain background is keyed out; else rembg,
+    if it is installed. Raises UserError if there is no object, or no way to tell it from the
+    background.
     """
     rgba = np.asarray(image.convert("RGBA"))
     rgb, alpha = rgba[..., :3], rgba[..., 3]

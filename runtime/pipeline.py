@@ -152,8 +152,9 @@ class Pipeline:
         if cuda_graphs:
             expect_gpu(where)  # before the original is looked at
         dtype = torch.float32 if where == "cpu" else torch.float16
-        family = FAMILIES[_known(header.family, str(path))]
-        original = None if parts is None else _original(header, parts)
+        config = packed.dit_config(header)
+        family = _family(header.family, config, str(path))
+        original = None if parts is None else original_of(header, parts)
         conditioner = packed_part(header, "conditioner", original)
         decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
         engine = compute == "a8" and where == "cpu" and dispatch.cpu_engine("int8 a8 DiT")
@@ -174,9 +175,7 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=partial(
-                _step_bytes, packed.dit_config(header), decoder, dtype, engine, fused
-            ),
+            step_bytes=partial(_step_bytes, config, decoder, dtype, engine, fused),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -193,7 +192,7 @@ class Pipeline:
     ) -> Pipeline:
         """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
-        family = FAMILIES[_known(checkpoint.family, str(model))]
+        family = _family(checkpoint.family, checkpoint.config, str(model))
         where = chosen_device(device)
         if cuda_graphs:
             expect_gpu(where)  # before its files are hashed
@@ -402,13 +401,20 @@ def _step_bytes(
     return found
 
 
-def _known(family: str, source: str) -> str:
-    if family not in FAMILIES:
-        raise UserError(f"{source}: no family {family!r} here; known are {', '.join(FAMILIES)}")
-    return family
+def _family(name: str, config: DiTConfig | FlowConfig, source: str) -> Any:
+    """What makes pictures and shapes of a network. UserError where nothing does."""
+    if name not in FAMILIES:
+        raise UserError(f"{source}: no family {name!r} here; known are {', '.join(FAMILIES)}")
+    if isinstance(config, FlowConfig) and not config.in_channels:
+        raise UserError(
+            f"{source} is TRELLIS' flow of structured latents, of which only the transformer "
+            "blocks are here: they can be compressed and timed, but no mesh comes of them; the "
+            "sparse-structure flow gives one"
+        )
+    return FAMILIES[name]
 
 
-def _original(header: packed.PackedHeader, parts: str | Path) -> Checkpoint:
+def original_of(header: packed.PackedHeader, parts: str | Path) -> Checkpoint:
     """The checkpoint that a packed file was made from, by its family and size."""
     original = open_checkpoint(parts)
     found = original.source(hashed=False)

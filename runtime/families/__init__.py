@@ -16,7 +16,7 @@ from pathlib import Path
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import furniture, hunyuan3d, step1x3d, trellis
 from vitapack.runtime.families.checkpoint import Checkpoint, Family, Found
-from vitapack.runtime.weights import is_packed
+from vitapack.runtime.weights import is_packed, some
 
 __all__ = ["BUNDLED", "FAMILIES", "Checkpoint", "Family", "open_checkpoint"]
 
@@ -65,6 +65,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             checkpoint = family.read(found)
             for setting in checkpoint.unknown:
                 log.warning("%s is not known here; the tensors fit without it", setting)
+            if checkpoint.ignored:
+                log.info("not needed, on purpose: %s", some(checkpoint.ignored))
             return checkpoint
     raise UserError(f"{found.path} is no model that is known here: {_what_is_there(found)}")
 

@@ -2,8 +2,9 @@
 
 Released layout: a folder with pipeline.json, which names the models by their place below it
 (`ckpts/ss_flow_img_dit_L_16l8_fp16` is a pair of .json and .safetensors); a folder means its
-sparse-structure flow. One model's .json or weight file is read by itself. Of the SLAT flow the
-transformer blocks are read, for size and analysis; its sparse convolutions are named as ignored.
+sparse-structure flow, or the SLAT flow where pipeline.json names no other. One model's .json or
+weight file is read by itself. Of the SLAT flow the transformer blocks are read, to be compressed
+and timed; its sparse convolutions are named as ignored.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def _stem(found: Found) -> Path | None:
         config = stem.with_name(f"{stem.name}.json")
         named = read_json(config).get("name") if config.is_file() else None
         return stem if named in (STRUCTURE, *SLAT) else None
-    return _model(found, "sparse_structure_flow_model")
+    return _model(found, "sparse_structure_flow_model") or _model(found, "slat_flow_model")
 
 
 def _model(found: Found, which: str) -> Path | None:
@@ -265,7 +266,7 @@ def read(found: Found) -> Checkpoint:
     parts = {"model.": Weights(raw.files, stored | left)}
     sections: dict[str, Any] = {"model": {"params": model.args}}
     decoder = None
-    if found.path.is_dir():
+    if found.path.is_dir() and not slat:
         place = _model(found, "sparse_structure_decoder")
         if place is not None:
             part = open_model(place)
@@ -304,7 +305,7 @@ def read(found: Found) -> Checkpoint:
 
 FAMILY = Family(
     name=NAME,
-    looks_for="a folder with pipeline.json that names a sparse_structure_flow_model (TRELLIS)",
+    looks_for="pipeline.json naming a sparse_structure_flow_model, or one flow's .json (TRELLIS)",
     recognises=recognises,
     read=read,
 )

@@ -13,12 +13,14 @@ from vitapack.runtime.families import BUNDLED, open_checkpoint
 from vitapack.runtime.sampling import SamplerDefaults
 
 
-def test_what_a_checkpoint_says(released, tmp_path):
+def test_what_a_checkpoint_says(released, tmp_path, caplog):
     made = released()
     made.tensors["vae.encoder.input_proj.weight"] = torch.zeros(3)
     made.tensors["vae.pre_kl.weight"] = torch.zeros(3)
     made.tensors["conditioner.main_image_encoder.model.norm"] = torch.ones(2).half()
-    checkpoint = open_checkpoint(made.save(tmp_path / "model"))
+    with caplog.at_level("INFO", "vitapack.families"):
+        checkpoint = open_checkpoint(made.save(tmp_path / "model"))
+    assert "on purpose: vae.encoder.input_proj.weight, vae.pre_kl.weight" in caplog.text
     assert checkpoint.family == "hunyuan3d"
     assert checkpoint.variant == "hunyuan3d-2+3"
     assert checkpoint.config.double_blocks == (0, 1)

@@ -48,7 +48,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]} {place[1]}")
 def pickled(request, originals, tmp_path):
-    """A copy of a model's folder (what to open of it), and the file that its weights move to."""
+    """A copy of a model's folder, and the file that its weights move to."""
     name, stem, suffix = request.param
     folder = tmp_path / "model"
     shutil.copytree(
@@ -57,18 +57,14 @@ def pickled(request, originals, tmp_path):
     source = folder / f"{stem}.safetensors"
     tensors = load_file(source)
     source.unlink()
-    opened = folder / f"{stem}{suffix}" if name == "trellis-slat" else folder
-    return opened, folder / f"{stem}{suffix}", tensors
+    return folder, folder / f"{stem}{suffix}", tensors
 
 
 def test_the_same_tensors(pickled, originals, request):
     opened, file, tensors = pickled
     torch.save(tensors, file)
     name = request.node.callspec.params["pickled"][0]
-    place = originals(name)
-    wanted = open_checkpoint(
-        place / f"{PLACES[-1][1]}.safetensors" if name == "trellis-slat" else place
-    )
+    wanted = open_checkpoint(originals(name))
     found = open_checkpoint(opened)
     assert (found.variant, list(found.weights)) == (wanted.variant, list(wanted.weights))
     for tensor in list(wanted.weights)[:: max(1, len(wanted.weights.stored) // 10)]:

@@ -224,7 +224,7 @@ def test_other_places(tmp_path):
     (folder / f"{Trellis.FLOW}.json").unlink()
     assert "cannot read" in refused(folder)
     (folder / "pipeline.json").write_text("{}")
-    assert "names a sparse_structure_flow_model (TRELLIS)" in refused(folder)
+    assert "pipeline.json naming a sparse_structure_flow_model" in refused(folder)
 
 
 def test_pipeline_json_is_read_once(monkeypatch, tmp_path):
