@@ -238,9 +238,10 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
     from torch import nn
 
     from vitapack.compressor.quantize import QUANTIZERS
-    from vitapack.runtime.dit import DiT, Modulation, ModulationTable
+    from vitapack.runtime.dit import DiT
     from vitapack.runtime.dit_gpu import GpuDiT
     from vitapack.runtime.linear import PackedLinear
+    from vitapack.runtime.modulation import Modulation, ModulationTable
 
     with torch.device("meta"):
         dit = (DiT if bits == 16 else GpuDiT)(config).eval().requires_grad_(False)
@@ -313,8 +314,8 @@ def network_times(
     import torch
 
     from vitapack.runtime.cuda_graph import Recording
-    from vitapack.runtime.dit import When
     from vitapack.runtime.linear import PackedLinear
+    from vitapack.runtime.modulation import When
 
     cuda = device.type == "cuda"
     rng = torch.Generator().manual_seed(1)

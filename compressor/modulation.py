@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitapack.compressor.quantize import check_finite
-from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import TimeEmbedding
 from vitapack.runtime.trellis import FlowConfig
 
 HALF_MAX = 65504.0
@@ -64,7 +65,7 @@ class ModulationTables:
 
 
 def exact_sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
-    """`vitapack.runtime.dit.sinusoid` in float64.
+    """`vitapack.runtime.modulation.sinusoid` in float64.
 
     The frequencies are those of the float32 code, rounded as there: they are part of what the
     network learned, and at 1000 rad a float32 rounding moves the angle by 6e-5.

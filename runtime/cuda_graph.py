@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.runtime.container import one_line
-from vitapack.runtime.dit import DiTConfig, When
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import When
 from vitapack.runtime.trellis import FlowConfig, Network
 
 WARM_UPS = 3  # as in torch's notes on CUDA graphs; the first one compiles Triton's kernels

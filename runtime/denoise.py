@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vitapack.runtime import sampling
 from vitapack.runtime.cuda_graph import GraphedNetwork
-from vitapack.runtime.dit import MissingTime, When
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import MissingTime, When
 from vitapack.runtime.trellis import Network
 
 

@@ -23,21 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitapack.runtime.layermap import BLOCK_FIELDS, kept_blocks
+from vitapack.runtime.modulation import (
+    Modulation,
+    ModulationTable,
+    TimeEmbedding,
+    TimeMLP,
+    TimeNodes,
+    When,
+)
 from vitapack.runtime.packed_layout import DOUBLE_SINGLE
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class TimeEmbedding:
-    """How a family turns its time (or guidance) value into the modulation vector."""
-
-    channels: int  # of the sinusoid: 256 (Hunyuan3D) or the hidden size (Step1X-3D)
-    hidden: int  # of the MLP between: the hidden size, or 4x of it
-    scale: float  # t is multiplied by this first: 1000 for t in 0..1, 1 for t in 0..1000
-    max_period: float  # 1000 in Hunyuan3D (its time_factor lands in that argument), else 10000
-    cos_first: bool
-    activation: str  # "silu" or "gelu" (exact)
 
 
 @dataclass(frozen=True)
@@ -84,19 +80,6 @@ class DiTConfig:
 def hunyuan_time(hidden: int) -> TimeEmbedding:
     """The time embedding of the Hunyuan3D family: t in 0..1, [cos | sin] of 256 channels."""
     return TimeEmbedding(256, hidden, 1000.0, 1000.0, cos_first=True, activation="silu")
-
-
-def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
-    """(B,) times to (B, channels) sinusoids, float32.
-
-    Kept in float32 whatever the model's dtype: in fp16 the arguments near 1000 are rounded to 0.5.
-    """
-    half = config.channels // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(config.max_period) * steps / half)
-    angles = (t.float() * config.scale)[:, None] * frequencies
-    parts = [angles.cos(), angles.sin()]
-    return torch.cat(parts if config.cos_first else parts[::-1], dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -158,59 +141,6 @@ class QKNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.query_norm(q), self.key_norm(k)
-
-
-@dataclass
-class When:
-    """What the modulation of one step depends on: t (and guidance), and nothing else.
-
-    `vector` (B or 1, h) feeds modulation linears; `rows` (B or 1,) selects rows of tables.
-    """
-
-    vector: Tensor | None = None
-    rows: Tensor | None = None
-
-
-class Modulation(nn.Module):
-    """`count` chunks (B, 1, h) of lin(SiLU(vec)): shifts, scales and gates."""
-
-    def __init__(self, hidden: int, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.lin = nn.Linear(hidden, count * hidden)
-
-    def forward(self, when: When) -> tuple[Tensor, ...]:
-        assert when.vector is not None
-        return self.lin(when.vector)[:, None].chunk(self.count, dim=-1)
-
-
-class ModulationTable(nn.Module):
-    """The same chunks read from an exact table (T, count*h) at the sampler's own times."""
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.register_buffer("table", table)
-
-    def forward(self, when: When) -> tuple[Tensor, ...]:
-        assert when.rows is not None
-        return self.table[when.rows][:, None].chunk(self.count, dim=-1)
-
-
-class TimeMLP(nn.Module):
-    """in_layer -> activation -> out_layer on a sinusoid: (B,) to (B, h)."""
-
-    def __init__(self, config: TimeEmbedding, out: int) -> None:
-        super().__init__()
-        self.config = config
-        self.in_layer = nn.Linear(config.channels, config.hidden)
-        self.out_layer = nn.Linear(config.hidden, out)
-
-    def forward(self, t: Tensor) -> Tensor:
-        wide = self.in_layer(sinusoid(t, self.config).to(self.in_layer.weight.dtype))
-        return self.out_layer(F.silu(wide) if self.config.activation == "silu" else F.gelu(wide))
 
 
 class StreamAttention(nn.Module):
@@ -314,48 +244,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, when: When) -> Tensor:
         return self.linear(modulate(x, *self.shift_scale(when)))
-
-
-class MissingTime(ValueError):
-    """A time or guidance value that the modulation tables of a packed file do not hold."""
-
-
-class TimeNodes(nn.Module):
-    """Finds the table row of each time: exact nodes only, never between them.
-
-    Interpolating modulation is not safe: at 128 nodes the error is still 45 % with weights that use
-    the sinusoid's fast components, so a time that has no row is an error that lists what there is.
-    """
-
-    nodes: Tensor
-
-    def __init__(self, nodes: Tensor, guidance: float | None, schedules: str) -> None:
-        super().__init__()
-        self.register_buffer("nodes", nodes)  # (T,) float64, ascending
-        self.guidance = guidance
-        self.schedules = schedules
-
-    def forward(self, t: Tensor, guidance: Tensor | None) -> Tensor:
-        wanted = t.double()
-        rows = torch.searchsorted(self.nodes, wanted).clamp(max=len(self.nodes) - 1)
-        before = (rows - 1).clamp(min=0)
-        nearer = (wanted - self.nodes[before]).abs() < (self.nodes[rows] - wanted).abs()
-        rows = torch.where(nearer, before, rows)
-        # float32 rounding of a time near 1000 is 6e-5; schedules lie at least 1e-3 apart there.
-        off = ~((self.nodes[rows] - wanted).abs() <= 1e-6 * (1 + wanted.abs()))  # NaN too
-        if off.any():
-            raise MissingTime(
-                f"no modulation table at t={wanted[off][0].item():.6g}: this file holds "
-                f"{self.schedules}; choose one of these or compress again with --steps"
-            )
-        if guidance is not None and self.guidance is not None:
-            asked = guidance.double()
-            if ((asked - self.guidance).abs() > 1e-3 * (1 + abs(self.guidance))).any():
-                raise MissingTime(
-                    f"the modulation tables hold guidance {self.guidance:g}, "
-                    f"not {asked.flatten()[0].item():g}; compress again with that value"
-                )
-        return rows
 
 
 class DiT(nn.Module):

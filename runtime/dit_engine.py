@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, When, multiplicity
+from vitapack.runtime.dit import DiT, DoubleBlock, SingleBlock, multiplicity
 from vitapack.runtime.engine import Engine, dense, modulation_rows, plain, stream_weights, takes
+from vitapack.runtime.modulation import When
 
 
 class EngineDiT(Engine, DiT):

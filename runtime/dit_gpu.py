@@ -22,11 +22,11 @@ from vitapack.runtime.dit import (
     DoubleBlock,
     SingleBlock,
     StreamAttention,
-    When,
     clipped,
     multiplicity,
 )
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.modulation import When
 
 ops = gpu_ops.ops
 

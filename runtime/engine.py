@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.kernels import dispatch
-from vitapack.runtime.dit import When
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.modulation import When
 
 
 class Scratch:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitapack.runtime.dit import When
 from vitapack.runtime.engine import Engine, dense, modulation_rows, plain, stream_weights, takes
+from vitapack.runtime.modulation import When
 from vitapack.runtime.trellis import (
     FlowBlock,
     FlowTransformer,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import DiT, TimeNodes
+from vitapack.runtime.dit import DiT
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import TimeNodes
 from vitapack.runtime.packed import load_packed_dit, read_header
 
 

@@ -50,7 +50,8 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 
 def dit_config(header: PackedHeader) -> DiTConfig | FlowConfig:
-    from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+    from vitapack.runtime.dit import DiTConfig
+    from vitapack.runtime.modulation import TimeEmbedding
     from vitapack.runtime.trellis import FlowConfig
 
     fields = {name: value for name, value in header.network.items() if name != "kind"}
@@ -104,8 +105,8 @@ def load_packed_dit(
     """
     import torch
 
-    from vitapack.runtime.dit import ModulationTable, TimeNodes
     from vitapack.runtime.linear import COMPUTES, PackedLinear
+    from vitapack.runtime.modulation import ModulationTable, TimeNodes
 
     header = read_header(path)
     if compute not in COMPUTES:

@@ -17,18 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import (
-    DiT,
-    Modulation,
-    TimeEmbedding,
-    TimeMLP,
-    TimeNodes,
-    When,
-    attention,
-    leave_out,
-    mlp,
-    modulate,
-)
+from vitapack.runtime.dit import DiT, attention, leave_out, mlp, modulate
+from vitapack.runtime.modulation import Modulation, TimeEmbedding, TimeMLP, TimeNodes, When
 from vitapack.runtime.packed_layout import FLOW
 
 

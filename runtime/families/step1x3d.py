@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitapack.runtime.conditioner import ImageConditioner, encoder_part, framed_picture
 from vitapack.runtime.decoders import VolumeDecoder, volume_decoder
-from vitapack.runtime.dit import DiTConfig, TimeEmbedding
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -31,6 +31,7 @@ from vitapack.runtime.families.checkpoint import (
     shapes_of,
     weight_file,
 )
+from vitapack.runtime.modulation import TimeEmbedding
 from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig

@@ -18,11 +18,11 @@ from vitapack.compressor.compress import compress
 from vitapack.compressor.quantize import QUANTIZERS
 from vitapack.kernels import cpu
 from vitapack.runtime.container import file_digest
-from vitapack.runtime.dit import MissingTime, ModulationTable
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.layermap import LayerMap
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.modulation import MissingTime, ModulationTable
 from vitapack.runtime.packed import load_packed_dit, read_header, verify
 from vitapack.runtime.packed_layout import BITS_OF, GROUP_OF, plan_linears
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, sample

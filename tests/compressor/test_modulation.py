@@ -8,8 +8,9 @@ from tiny_model import tiny_config, tiny_dit
 
 from vitapack.compressor.compress import network_json
 from vitapack.compressor.modulation import ModulationTables, exact_sinusoid, stored
-from vitapack.runtime.dit import hunyuan_time, sinusoid
+from vitapack.runtime.dit import hunyuan_time
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import sinusoid
 from vitapack.runtime.packed_header import schedule_nodes
 from vitapack.runtime.packed_layout import network_linears
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times

@@ -15,8 +15,8 @@ from benchmarks import gpu
 from vitapack.kernels import gpu_ops, reference, triton_fused, triton_gemm, tune, tuning
 from vitapack.kernels.triton_gemm import Epilogue, Tile
 from vitapack.runtime.activations import step_bytes
-from vitapack.runtime.dit import When
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.modulation import When
 
 torch.set_num_threads(1)
 TILE = Tile(16, 16, 64, 4, 2)

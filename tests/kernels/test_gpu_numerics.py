@@ -42,8 +42,8 @@ def test_expansion_and_row_kernels(device: torch.device) -> None:
 def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -> None:
     """The graph gives the eager step's numbers, also for inputs that it was not recorded with."""
     from vitapack.runtime.cuda_graph import Recording
-    from vitapack.runtime.dit import When
     from vitapack.runtime.linear import PackedLinear
+    from vitapack.runtime.modulation import When
 
     config = gpu.mini(128, 1, 1, 8, 16)
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
 
 
 def test_a_step_compiles(device: torch.device) -> None:
-    from vitapack.runtime.dit import When
+    from vitapack.runtime.modulation import When
 
     with torch.inference_mode():
         dit = gpu.random_network(gpu.mini(128, 1, 1, 8, 16), 8, 64, device)

@@ -14,9 +14,10 @@ from vitapack.runtime.activations import (
     volume_bytes,
 )
 from vitapack.runtime.dinov2 import Dinov2Config, _network
-from vitapack.runtime.dit import DiT, DiTConfig, When, hunyuan_time
+from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
 from vitapack.runtime.dit_gpu import GpuDiT
 from vitapack.runtime.linear import PackedLinear
+from vitapack.runtime.modulation import When
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import (
     FlowConfig,

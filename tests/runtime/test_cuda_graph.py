@@ -30,10 +30,10 @@ from vitapack.kernels import cpu, dispatch
 from vitapack.runtime import cuda_graph
 from vitapack.runtime.cuda_graph import GraphedNetwork, Recording
 from vitapack.runtime.denoise import denoise, velocity_of
-from vitapack.runtime.dit import When
 from vitapack.runtime.dit_gpu import GpuDiT
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.modulation import When
 from vitapack.runtime.packed import load_packed_dit, network_of, read_header
 from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times

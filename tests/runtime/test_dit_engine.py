@@ -11,9 +11,10 @@ from tiny_model import PRUNED, tiny_checkpoint, tiny_map
 from vitapack.compressor.compress import compress
 from vitapack.kernels import cpu, dispatch
 from vitapack.kernels.cpu_plans import DitPlan, StreamWeights
-from vitapack.runtime.dit import DiT, When
+from vitapack.runtime.dit import DiT
 from vitapack.runtime.dit_engine import EngineDiT, fused
 from vitapack.runtime.load import load_dit
+from vitapack.runtime.modulation import When
 from vitapack.runtime.packed_header import read_header
 
 CASES = {

@@ -14,10 +14,10 @@ from tiny_released import tiny_released
 from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import resolve_plan
 from vitapack.runtime import attach
-from vitapack.runtime.dit import MissingTime
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.load import load_dit
+from vitapack.runtime.modulation import MissingTime
 from vitapack.runtime.sampling import SamplerDefaults, classifier_free, sample
 
 

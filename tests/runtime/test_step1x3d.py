@@ -10,7 +10,6 @@ from released_layouts import Step1X, refused
 from vitapack.compressor.compress import compress
 from vitapack.compressor.plan import plan_paper, resolve_plan
 from vitapack.runtime import dit_gpu
-from vitapack.runtime.dit import When
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.checkpoint import network_shapes
@@ -21,6 +20,7 @@ from vitapack.runtime.families.step1x3d import (
     original_shapes,
 )
 from vitapack.runtime.load import load_dit, load_shape_decoder
+from vitapack.runtime.modulation import When
 from vitapack.runtime.packed import load_packed_dit, network_of
 from vitapack.runtime.parts import Source
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times
