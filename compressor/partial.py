@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitapack.runtime.container import Layout, Writer
-from vitapack.runtime.errors import UserError
+from vitapack.runtime.errors import UserError, destination
 
 try:
     import fcntl
@@ -85,6 +85,7 @@ def partial_file(final: Path, layout: Layout) -> Iterator[PartialFile]:
     """The file to fill. Its folder goes when the job succeeds or fails; a job that was interrupted
     (Ctrl-C, a killed process) leaves it for the next run. UserError where nothing can be written.
     """
+    final = destination(final)
     folder = final.with_name(f".{final.name}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ implementation, so `plan_auto` finds them in the model's own curve. No torch nee
 from __future__ import annotations
 
 import bisect
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from vitapack.compressor.vitality_table import (
     CurvePoint,
     Vitality,
 )
-from vitapack.runtime.container import lay_out
+from vitapack.runtime.container import lay_out, one_line, parse_json
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.layermap import BLOCK_FIELDS, BlockEntry, LayerMap, kept_blocks
 from vitapack.runtime.packed_header import KEY, encode, schedule_nodes
@@ -461,12 +460,11 @@ def load_plan(path: str | Path) -> LayerMap:
     """A plan file; FormatError naming the file and the field that is wrong."""
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return LayerMap.from_json(data)
+        return LayerMap.from_json(parse_json(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a plan file") from error
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{path}: not a plan ({error}); run `plan` again") from error
+        raise FormatError(f"{path}: not a plan ({one_line(error)}); run `plan` again") from error
 
 
 def from_options(

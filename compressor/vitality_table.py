@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from vitapack.compressor.bootstrap import mean_interval
+from vitapack.runtime.container import one_line, parse_json
 from vitapack.runtime.errors import FormatError, UserError, atomic_path
-from vitapack.runtime.layermap import KINDS
-from vitapack.runtime.packed_layout import BLOCK_KINDS, network_linears
+from vitapack.runtime.layermap import BLOCK_FIELDS, KINDS
+from vitapack.runtime.packed_header import checked_network
+from vitapack.runtime.sampling import SamplerDefaults
 
 FORMAT = "vitapack-vitality"
 VERSION = 1
@@ -124,22 +126,24 @@ class Vitality:
         """Raises FormatError naming the file and what is wrong with it."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; expected a vitality file") from error
         except ValueError as error:
-            raise FormatError(f"{path}: not JSON ({error}); run `analyze` again") from error
+            raise FormatError(
+                f"{path}: not JSON ({one_line(error)}); run `analyze` again"
+            ) from error
         try:
             return cls.from_json(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"missing {error}" if isinstance(error, KeyError) else error
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            what = f"missing {error}" if isinstance(error, KeyError) else one_line(error)
             raise FormatError(
                 f"{path}: not a vitality file ({what}); run `analyze` again"
             ) from None
 
     @classmethod
     def from_json(cls, data: Any) -> Vitality:
-        """Raises KeyError, TypeError or ValueError for anything but what `to_json` gives."""
+        """The inverse of `to_json`; KeyError, TypeError, ValueError or UserError for others."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'expected an object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
@@ -164,19 +168,38 @@ class Vitality:
         return vitality
 
     def _check(self) -> None:
+        texts = (self.family, self.variant, self.model, self.source_sha256)
+        if not all(isinstance(text, str) and len(text) <= 4096 for text in texts):
+            raise ValueError("family, variant, model and source_sha256 must be short texts")
+        counts = self.totals.values()
+        if not all(type(count) is int and 0 <= count < 10_000 for count in counts):
+            raise ValueError(f"totals {self.totals}: expected counts by block kind")
         wanted = {(kind, i) for kind, n in self.totals.items() for i in range(n)}
         found = [(block.kind, block.index) for block in self.blocks]
         if set(found) != wanted or len(found) != len(wanted) or set(self.totals) - set(KINDS):
             raise ValueError(f"{len(found)} blocks do not match totals {self.totals}")
-        if self.network.get("kind") in BLOCK_KINDS:
-            network_linears(self.network)  # KeyError or TypeError for a damaged architecture
+        if not wanted:
+            raise ValueError("no blocks, so there is nothing to plan")
+        checked_network(self.network)
+        for kind, name in BLOCK_FIELDS.items():
+            if list(self.network.get(name, ())) != list(range(self.totals.get(kind, 0))):
+                raise ValueError(f"network {name} do not match totals {self.totals}")
         if self.settings["metric"] not in METRICS:
             raise ValueError(f"metric {self.settings['metric']!r}")
-        numbers = [x for block in self.blocks for x in (block.mean, block.floor, block.debiased)]
-        numbers += [x for curve in self.curves.values() for p in curve for x in (p.reach, p.iou)]
-        if not all(
-            isinstance(x, (int, float)) and math.isfinite(x) for x in (*numbers, self.scale)
-        ):
+        SamplerDefaults.from_json(self.settings["sampler"])
+        points = [point for curve in self.curves.values() for point in curve]
+        if any((point.kind, point.index) not in wanted for point in points):
+            raise ValueError("a curve removes a block that this network does not have")
+        if not all(isinstance(row, dict) and isinstance(row["image"], str) for row in self.rows):
+            raise ValueError("rows: expected an object with an image each")
+        entries: list[BlockVitality | CurvePoint] = [*self.blocks, *points]
+        numbers = [
+            getattr(entry, field.name)
+            for entry in entries
+            for field in fields(entry)
+            if field.type == "float"
+        ]
+        if not all(type(x) in (int, float) and abs(x) < 1e15 for x in (*numbers, self.scale)):
             raise ValueError("a distance is not a finite number")
         if self.scale <= 0:
             raise ValueError(f"scale {self.scale} is not above 0")

@@ -22,6 +22,34 @@ class FormatError(UserError, ValueError):
     """A file that is not what it claims to be, or not what was asked for."""
 
 
+def destination(final: str | os.PathLike[str]) -> Path:
+    """The file that a result will be written to, links followed; makes its folder.
+
+    To be asked before hours of work rather than after. UserError where no file can be put there.
+    """
+    place, temporary = _beside(final)
+    temporary.unlink()
+    return place
+
+
+def _beside(final: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The final place, and an empty temporary file in its folder. UserError."""
+    try:
+        place = Path(os.path.realpath(final))
+        if place.exists() and not place.is_file():
+            # A rename would put a file there: `-o /dev/null`, by root, takes it from everybody.
+            what = "a folder" if place.is_dir() else "a device or a pipe"
+            raise UserError(f"cannot write {final}: it is {what}; name a file")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{place.stem[:40]}-", suffix=place.suffix, dir=place.parent
+        )
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another place") from error
+    os.close(handle)
+    return place, Path(name)
+
+
 @contextlib.contextmanager
 def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `final`; renames it onto `final` only if the block succeeds.
@@ -30,16 +58,7 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
     name stays as it was. The temporary file keeps the suffix of `final`, since exporters choose
     their format by it. Raises UserError where the folder cannot be written to or the disk is full.
     """
-    final = Path(final)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{final.stem[:40]}-", suffix=final.suffix, dir=final.parent
-        )
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror}; choose another place") from error
-    os.close(handle)
-    temporary = Path(name)
+    place, temporary = _beside(final)
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -48,7 +67,7 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(final)
+        temporary.replace(place)
     except OSError as error:
         raise UserError(
             f"cannot write {final}: {error.strerror or error}; free some space or choose another "

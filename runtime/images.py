@@ -8,25 +8,42 @@ is an explicit error rather than a mesh of somebody's living room.
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vitapack.runtime.container import one_line
 from vitapack.runtime.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
+# What a file may be, whatever its name: not all that pillow knows, which runs Ghostscript on EPS.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Larger pictures are refused before they are decoded. The families put the object on a square of
+# the longer side: 64 million pixels in one row would ask for a square of 10^16 bytes.
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 10_000
+_TOO_LARGE = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side are accepted, scale it down first"
 LEAST_SIDE = 16  # an object of fewer pixels has no shape to see
 PLAIN = 12  # grey levels that a plain background may vary by (JPEG noise of a white ground: ~6)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The picture files that the arguments name, folders expanded in name order."""
+    """The picture files that the arguments name, folders expanded in name order.
+
+    Of a folder hidden files are left out: macOS puts a `._chair.png` beside each `chair.png`.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                p
+                for p in path.iterdir()
+                if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+            )
             if not inside:
                 raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
             found += inside
@@ -38,36 +55,88 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 def load_image(path: Path) -> Image.Image:
-    """The decoded picture. Raises UserError for anything that is not a whole, sane picture."""
+    """The decoded picture, the right way up; the first of a moving one. Raises UserError for
+    anything that is not a whole, sane picture."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected a picture")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path}: a folder, device or pipe; expected a picture file")
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty (0 bytes); expected a PNG, JPEG or WebP")
-        image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(
-                f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are "
-                "accepted, scale it down first"
-            )
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pillow's own limit, twice ours; odd metadata
+            with Image.open(path, formats=FORMATS) as image:
+                _expect_sane(image, str(path))
+                image.load()
+                return _turned(image)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a picture") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: too many pixels; {_TOO_LARGE}") from None
+    except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture; expected a PNG, JPEG or WebP file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: damaged picture ({error}); save it again as PNG") from None
+    except Exception as error:  # decoders meet hostile bytes with whatever they trip over
+        raise UserError(
+            f"{path}: damaged picture ({one_line(error)}); save it again as PNG"
+        ) from None
+
+
+def upright(image: Any, name: str = "image") -> Image.Image:
+    """A picture of 8 bits a channel, turned as its camera says.
+
+    image: of pillow, a path, or an array uint8 (H, W) or (H, W, 3 or 4). UserError for others.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return upright(load_image(Path(image)), name)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+            raise UserError(
+                f"{name}: an array of {image.dtype} {list(image.shape)}; expected uint8 "
+                "[height, width, 3 or 4]"
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"{name}: a {type(image).__name__}; expected a picture of pillow, its path or an array"
+        )
+    _expect_sane(image, name)
+    try:
+        image = _turned(image)
+    except Exception as error:  # it is decoded here where the caller only opened it
+        raise UserError(f"{name}: damaged picture ({one_line(error)})") from None
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip 16 bits to 255 instead of scaling them: all white.
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{name}: 32 bits a pixel; expected 8 or 16, save it as PNG")
+        image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
     return image
 
 
-def separate(image: Image.Image, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """RGB (H, W, 3) and alpha (H, W), both uint8, of the object in a picture.
+def _turned(image: Image.Image) -> Image.Image:
+    """As the camera was held. A copy only where that takes one: a picture may have 256 MB."""
+    normal = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image if normal else ImageOps.exif_transpose(image)
+
+
+def _expect_sane(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise UserError(f"{name}: {image.width} x {image.height} pixels; {_TOO_LARGE}")
+
+
+def separate(image: Any, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """RGB (H, W, 3) and alpha (H, W), both uint8, of the object in a picture (see `upright`).
 
     The alpha channel if it has one that is used; else a plain background is keyed out; else rembg,
     if it is installed. Raises UserError if there is no object, or no way to tell it from the
     background.
     """
-    rgba = np.asarray(image.convert("RGBA"))
+    image = upright(image, name)
+    try:
+        rgba = np.asarray(image.convert("RGBA"))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; save it as PNG in RGB") from None
     rgb, alpha = rgba[..., :3], rgba[..., 3]
     if alpha.min() == 255:
         alpha = _remove_background(image, rgb, name)

@@ -39,7 +39,7 @@ class BlockEntry:
             raise ValueError(f"block kind {self.kind!r}: expected one of {', '.join(KINDS)}")
         if not isinstance(self.index, int) or isinstance(self.index, bool) or self.index < 0:
             raise ValueError(f"block index {self.index!r}: expected an integer >= 0")
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"{self.kind} {self.index}: bits {self.bits!r}: expected 4, 8 or 16")
         if self.vitality is not None and not math.isfinite(self.vitality):
             raise ValueError(f"{self.kind} {self.index}: vitality {self.vitality} is not finite")
@@ -101,21 +101,23 @@ class LayerMap:
             raise ValueError(f"layer map: missing fields {', '.join(missing)}")
         totals = data["totals"]
         if not isinstance(totals, dict) or not all(
-            kind in KINDS and isinstance(count, int) and 0 <= count < 10_000
+            kind in KINDS and type(count) is int and 0 <= count < 10_000
             for kind, count in totals.items()
         ):
             raise ValueError(f"layer map: totals {totals!r}: expected counts by block kind")
         if not isinstance(data["blocks"], list):
             raise ValueError("layer map: blocks: expected a list")
+        if not isinstance(data["family"], str) or not isinstance(data.get("how", ""), str):
+            raise ValueError("layer map: family and how: expected texts")
         try:
             blocks = tuple(BlockEntry(**block) for block in data["blocks"])
         except TypeError as error:
             raise ValueError(f"layer map: a block entry is malformed: {error}") from None
         return cls(
-            family=str(data["family"]),
+            family=data["family"],
             totals=dict(totals),
             blocks=blocks,
-            how=str(data.get("how", "")),
+            how=data.get("how", ""),
             group=data.get("group", 32),
             notes=dict(data.get("notes") or {}),
         )

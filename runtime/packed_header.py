@@ -174,7 +174,7 @@ def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
     _keys("metadata", data, ("format", *FIELDS))
     for name in ("tool", "family", "variant", "quantizer"):
         _check(f"{name}", data[name], _text, "a short text")
-    network = _network(data["network"])
+    network = checked_network(data["network"])
     layer_map = LayerMap.from_json(data["layer_map"])
     for kind in KINDS:
         if kind not in BLOCK_KINDS[network["kind"]]:
@@ -240,7 +240,9 @@ def _check_tensors(header: PackedHeader) -> None:
             )
 
 
-def _network(data: Any) -> dict[str, Any]:
+def checked_network(data: Any) -> dict[str, Any]:
+    """The architecture as a packed file and a vitality table state it; ValueError naming the field
+    that is wrong."""
     _object("network", data)
     _choice("network kind", data.get("kind"), tuple(BLOCK_KINDS))
     count: Callable[[Any], bool] = lambda v: type(v) is int and 1 <= v <= 1 << 20  # noqa: E731

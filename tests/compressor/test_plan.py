@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -409,8 +410,12 @@ def test_vitality_file(tmp_path: Path) -> None:
         ({"surprise": 1}, "unknown fields surprise"),
         ({"totals": {"double": 1, "single": 3}}, "do not match totals"),
         ({"scale": 0}, "scale 0"),
-        ({"scale": float("nan")}, "finite"),
-        ({"network": {"kind": "double-single-dit"}}, "missing 'hidden'"),
+        ({"scale": float("nan")}, "NaN is not a JSON number"),
+        ({"scale": 10**30}, "finite"),
+        ({"totals": {"double": 10**9}}, "expected counts"),
+        ({"totals": {}, "blocks": []}, "no blocks"),
+        ({"rows": [{"distance": 1}]}, "missing 'image'"),
+        ({"network": {"kind": "double-single-dit"}}, "network: missing cond_channels"),
         ({"blocks": [{"kind": "double"}]}, "missing 10|required"),
         ({"settings": {"metric": "emd2"}}, "metric"),
         ({"blocks": None}, "not a vitality file"),
@@ -430,6 +435,51 @@ def test_vitality_file(tmp_path: Path) -> None:
             file.write_text(json.dumps({k: v for k, v in good.items() if k != missing}))
             with pytest.raises(FormatError, match=missing):
                 Vitality.load(file)
+
+
+def paths(value: object, at: tuple = ()) -> Iterator[tuple]:
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield (*at, key)
+            yield from paths(inner, (*at, key))
+
+
+ODD = (None, [], {}, "x", -1, 0, True, 1.5, 8.0, 10**9, 10**30, 1e308, [1], {"a": [1]}, "9" * 5000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_files_edited_by_hand_are_one_line_or_a_plan(tmp_path_factory, data) -> None:
+    folder = tmp_path_factory.mktemp("edited")
+    vitality = table({"double": [0.5, 0.4], "single": [0.3, 0.2]}, curve=[("single", 1, 0.01)])
+    whole = vitality.to_json() | {"rows": [{"image": "a", "removed": []}]}
+    whole = data.draw(st.sampled_from([whole, plan.plan_auto(vitality).to_json()]))
+    made = json.loads(json.dumps(whole))
+    *parents, last = data.draw(st.sampled_from(list(paths(made))))
+    place = made
+    for key in parents:
+        place = place[key]
+    if data.draw(st.integers(0, 9)):
+        place[last] = data.draw(st.sampled_from(ODD))
+    else:
+        del place[last]
+    file = folder / "edited.json"
+    file.write_text(json.dumps(made))
+    target = data.draw(st.sampled_from([None, 10**9]))
+    line, found = "", None
+    try:
+        if "network" in whole:
+            found = plan.from_options(file, target_size=target)
+        else:
+            found = plan.load_plan(file)
+    except UserError as error:
+        line = str(error)
+    if found is None:
+        assert str(file) in line
+        assert "\n" not in line
+        assert len(line) < 600
+    else:
+        assert LayerMap.from_json(json.loads(found.dumps())) == found
 
 
 def test_ranking_is_least_vital_first() -> None:

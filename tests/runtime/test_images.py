@@ -1,5 +1,9 @@
 """Pictures: what is accepted, what is refused in one line, where the object ends up."""
 
+import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +108,103 @@ def test_folders_are_expanded_in_order(tmp_path: Path) -> None:
         find_images([tmp_path / "sub"])
     with pytest.raises(UserError, match="no such file or folder"):
         find_images([tmp_path / "nowhere"])
+
+
+def test_of_a_folder_only_visible_files_count(tmp_path: Path) -> None:
+    for name in ("chair.png", "._chair.png"):  # the second as macOS writes it beside the first
+        (tmp_path / name).touch()
+    (tmp_path / "more.png").mkdir()
+    assert [p.name for p in find_images([tmp_path])] == ["chair.png"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_taken_as_the_camera_was_held(tmp_path: Path, orientation: int) -> None:
+    """Phones write sideways and say so: an object on its side would become another shape."""
+    rgb = np.full((60, 90, 3), 255, np.uint8)
+    rgb[10:50, 10:30] = (200, 60, 0)
+    rgb[30:50, 30:60] = (0, 60, 200)
+    turns = {
+        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]  # fmt: skip
+    written = Image.fromarray(rgb)
+    for turn in turns:
+        written = written.transpose(turn)
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    for suffix in (".png", ".webp", ".tif"):
+        path = tmp_path / f"chair{suffix}"
+        written.save(path, exif=tag, **({"lossless": True} if suffix == ".webp" else {}))
+        for picture in (load_image(path), Image.open(path), path, str(path)):
+            np.testing.assert_array_equal(separate(picture)[0], rgb)
+
+
+def test_every_way_to_keep_a_pixel_gives_the_same_picture(tmp_path: Path) -> None:
+    """16 bits a channel would be clipped to white by pillow, a GIF closes with its file."""
+    rgb, alpha = disc(grey=17 * 5)
+    grey = Image.fromarray(rgb[..., 0])
+    wide = np.asarray(grey).astype(np.uint16) * 257
+    kinds = {
+        "grey.png": grey, "wide.png": Image.fromarray(wide), "cmyk.tif": grey.convert("CMYK"),
+        "wide.tif": Image.fromarray(wide), "int.tif": Image.fromarray(wide.astype(np.int32)),
+        "palette.png": grey.quantize(4), "palette.gif": grey.convert("RGB"),
+    }  # fmt: skip
+    for name, picture in kinds.items():
+        picture.save(tmp_path / name)
+        found = separate(load_image(tmp_path / name), name)
+        np.testing.assert_array_equal(found[0], rgb, err_msg=name)
+        np.testing.assert_array_equal(found[1] > 0, alpha > 0, err_msg=name)
+    np.testing.assert_array_equal(separate(rgb)[1], separate(grey)[1])
+    moving = tmp_path / "moving.webp"
+    grey.save(moving, save_all=True, append_images=[grey.rotate(90)], lossless=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a file left open is a ResourceWarning
+        np.testing.assert_array_equal(separate(load_image(moving))[0], rgb)
+
+
+def test_what_no_picture_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    # Pillow would hand this one to Ghostscript.
+    (tmp_path / "program.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\n%%EOF\n"
+    )
+    Image.fromarray(np.ones((40, 40), np.float32)).save(tmp_path / "float.tif")
+    for name, words in (
+        ("pipe.png", "pipe; expected a picture file"),
+        ("folder.png", "a folder"),
+        ("program.png", "not a picture"),
+        ("float.tif", "32 bits a pixel; expected 8 or 16"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            separate(load_image(tmp_path / name), name)
+        assert "\n" not in str(caught.value)
+    for odd, words in (
+        (Image.new("La", (40, 40)), "La to L not supported; save it as PNG"),
+        (np.zeros((40, 40, 3)), r"array of float64 \[40, 40, 3\]; expected uint8"),
+        (np.zeros((40, 40, 2), np.uint8), "expected uint8"),
+        (b"png", "a bytes; expected a picture"),
+        (None, "a NoneType; expected a picture"),
+    ):
+        with pytest.raises(UserError, match=words):
+            separate(odd)
+
+
+def test_sizes_that_would_fill_the_memory(tmp_path: Path) -> None:
+    size = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        bomb += struct.pack(">I", len(body)) + kind + body
+        bomb += struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    Image.new("1", (10_001, 16)).save(tmp_path / "row.png")  # its square has 100 million pixels
+    for name in ("bomb.png", "row.png"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match="10000 a side are accepted, scale it down"):
+                load_image(tmp_path / name)
+    with pytest.raises(UserError, match="10001 x 16 pixels"):
+        separate(Image.open(tmp_path / "row.png"))
