@@ -238,13 +238,15 @@ def phases_lines(ran: list[dict[str, Any]]) -> list[str]:
         f"| {row['name']} | {phase} | {row['seconds'][phase]:.2f} | "
         f"{gigabytes(held['predicted'])} / {gigabytes(held['peak'])} |"
         for row in ran
-        for phase, held in row["bytes"].items()
+        for phase in PHASES
+        if (held := row["bytes"].get(phase))
     ]
     stopped = {f"No mesh came of {row['name']}: {row['stopped']}." for row in ran if row["stopped"]}
     return [
         f"One picture to a mesh, one network in memory at a time, {ran[0]['steps']} steps, grid "
         f"{ran[0]['resolution']}, n = 1.",
-        "The original's image encoder is in float32 as well, the packed file's in 8 bits.",
+        "The original's image encoder is in float32, the packed file's in 8 bits, into which it is",
+        "brought as it is read: seconds include loading.",
         "",
         *table("| network | phase | s | GB |", rows),
         "",
