@@ -34,7 +34,7 @@ def announce(layer: str, device: str, path: str, why: str, level: int = logging.
 
 
 @functools.cache
-def _gpu_kernels(device: torch.device) -> tuple[bool, str]:
+def gpu_support(device: torch.device) -> tuple[bool, str]:
     """Whether the Triton kernels serve a CUDA device, and why (not)."""
     from vitapack.kernels import tuning
 
@@ -45,14 +45,31 @@ def _gpu_kernels(device: torch.device) -> tuple[bool, str]:
         return False, "triton is not installed: pip install triton"
     if tuning.table_arch(arch) is None:
         return False, f"no kernels for sm_{arch}, only for {', '.join(map(str, tuning.ARCHS))}"
+    if fault := _fault(device):
+        return False, f"triton {triton.__version__} does not work here: {fault}"
     return True, f"sm_{arch}, triton {triton.__version__}"
+
+
+def _fault(device: torch.device) -> str:
+    """What keeps a first small kernel from running, in one line; nothing if it runs.
+
+    Triton builds its launcher with the machine's C compiler and Python's headers, and its binaries
+    with a ptxas that the driver may be too old for: all that shows at the first launch.
+    """
+    from vitapack.kernels.gpu_ops import ops
+
+    try:
+        codes, _ = ops.join(None, torch.ones(1, 16, device=device), False, True)
+        return "" if codes.eq(127).all() else "a first kernel gave wrong numbers"
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def gpu_kernels(layer: str, device: torch.device) -> bool:
     """Whether the Triton kernels serve `layer` on a CUDA device; warns where they do not."""
     if torch.compiler.is_compiling():  # the operators refuse unknown hardware by themselves
         return True
-    ready, why = _gpu_kernels(device)
+    ready, why = gpu_support(device)
     if not ready:
         announce(layer, str(device), "plain PyTorch", f"{why}; slow", logging.WARNING)
     return ready
@@ -76,7 +93,7 @@ def _gpu_path(op: str, device: torch.device, rows: int, dtype: torch.dtype) -> t
 
     choice = tuning.default_choice(op, tuning.arch_of(device), rows)
     assert choice is not None
-    why = f"{choice.source}, about {rows} rows; {_gpu_kernels(device)[1]}; compiled, not timed"
+    why = f"{choice.source}, about {rows} rows; {gpu_support(device)[1]}; compiled, not timed"
     if op.endswith("a16") and dtype != torch.float16:
         return "expand to scratch + cuBLAS", f"activations are {dtype}, the kernel takes float16"
     how = {"fused": f"Triton {op}", "dense": "expand to scratch + cuBLAS"}
@@ -94,7 +111,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, int8: bool, bias: Tensor | None =
     if bias is not None:
         announce("attention with a bias", str(q.device), "torch SDPA", "its kernels take one")
         return F.scaled_dot_product_attention(q, k, v, bias)
-    ready = int8 and q.device.type == "cuda" and _sage() and q.shape[-1] in (64, 96, 128)
+    traced = torch.compiler.is_compiling()  # which cannot look for it, nor take its kernels
+    ready = int8 and q.device.type == "cuda" and not traced and _sage()
+    ready = ready and q.shape[-1] in (64, 96, 128)
     if ready and torch.cuda.current_stream(q.device) == torch.cuda.default_stream(q.device):
         announce("attention", str(q.device), "SageAttention", "installed, and activations are int8")
         return _sage()(q, k, v, tensor_layout="HND", is_causal=False)

@@ -320,6 +320,12 @@ def test_the_unbroken_source_passes_the_same_check(kernels: ctypes.CDLL) -> None
     assert in_a_child(lambda: verdict_on(kernels)) == "nobody"
 
 
+built = pytest.mark.skipif(
+    not emd_cuda.LIBRARY.is_file(), reason="the CUDA library is not built: no nvcc was there"
+)
+
+
+@built
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HARD)
 def test_on_a_gpu(name: str) -> None:
@@ -333,6 +339,7 @@ def test_on_a_gpu(name: str) -> None:
     assert torch.equal(batch.distance, single.distance.expand(9))
 
 
+@built
 @pytest.mark.gpu
 def test_a_large_pair_on_a_gpu() -> None:
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_checks
+from vitapack.kernels import dispatch
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1, 64, 64), (1, 1024, 1024), (37, 50, 200), (16, 1, 7), (300, 1024, 1024),
@@ -18,7 +19,11 @@ SHAPES = [(1, 64, 64), (1, 1024, 1024), (37, 50, 200), (16, 1, 7), (300, 1024, 1
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda", 0)
+    found = torch.device("cuda", 0)
+    ready, why = dispatch.gpu_support(found)
+    if not ready:
+        pytest.skip(why)
+    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,11 +65,16 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
             assert torch.equal(recording(x, cond), dit.velocity(x, when, cond))
 
 
-def test_a_step_compiles(device: torch.device) -> None:
+@pytest.mark.parametrize("compute", ["a16", "a8"])
+def test_a_step_compiles(device: torch.device, compute: str) -> None:
+    from vitapack.runtime.linear import PackedLinear
     from vitapack.runtime.modulation import When
 
     with torch.inference_mode():
         dit = gpu.random_network(gpu.mini(128, 1, 1, 8, 16), 8, 64, device)
+        for module in dit.modules():
+            if isinstance(module, PackedLinear):
+                module.compute = compute
         x = torch.randn(2, 70, 8, device=device).half()
         cond = torch.randn(2, 33, 16, device=device).half()
         when = When(rows=torch.zeros(1, dtype=torch.long, device=device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +114,9 @@ def test_unknown_hardware_is_said_aloud(
     from vitapack.kernels import tuning
 
     device = torch.device("cuda:7")
+    monkeypatch.setattr(dispatch, "_fault", lambda device: "")
     for arch, ready in ((75, False), (120, False), (86, True), (87, True)):
-        dispatch._gpu_kernels.cache_clear()
+        dispatch.gpu_support.cache_clear()
         dispatch.announce.cache_clear()
         monkeypatch.setattr(tuning, "arch_of", lambda device, arch=arch: arch)
         caplog.clear()
@@ -124,7 +126,39 @@ def test_unknown_hardware_is_said_aloud(
         lines = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert len(lines) == (0 if ready else 1)
         assert ready or f"no kernels for sm_{arch}" in lines[0].getMessage()
-    dispatch._gpu_kernels.cache_clear()
+    dispatch.gpu_support.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        (RuntimeError("Failed to find C compiler.\nPlease specify"), "find C compiler. Please"),
+        (torch.zeros(1, 16), "a first kernel gave wrong numbers"),
+        (torch.full((1, 16), 127), ""),
+    ],
+)
+def test_a_triton_that_cannot_launch_is_said_aloud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, codes: object, said: str
+) -> None:
+    """A machine without a compiler, a driver older than ptxas: plain PyTorch, not a traceback."""
+    from vitapack.kernels import gpu_ops, tuning
+
+    def join(*arguments: object) -> tuple[object, None]:
+        if isinstance(codes, Exception):
+            raise codes
+        return codes, None
+
+    device = torch.device("cpu")  # where a tensor can be made
+    monkeypatch.setattr(tuning, "arch_of", lambda device: 86)
+    monkeypatch.setattr(gpu_ops, "ops", SimpleNamespace(join=join))
+    dispatch.gpu_support.cache_clear()
+    dispatch.announce.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vitapack.kernels"):
+        assert dispatch.gpu_kernels("DiT", device) is not bool(said)
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == bool(said)
+    assert not said or (said in lines[0] and "does not work here" in lines[0])
+    dispatch.gpu_support.cache_clear()
 
 
 @pytest.mark.gpu
