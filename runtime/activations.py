@@ -23,10 +23,13 @@ CUBLAS = 32 << 20  # torch's workspace for it, a stream: 32 MiB on sm_90, 8 on o
 ENGINE_ROWS = 192  # rows of a block that a thread of the CPU engine takes at a time (int8_blocks.h)
 
 
-def base_bytes(device: str) -> int:
+def base_bytes(device: str, cuda_graphs: bool = False) -> int:
     """What peaks stand on: on a CPU the process as it is now, with its libraries once they work; on
-    a GPU cuBLAS' workspace, since torch's own allocations are counted there."""
-    return (resident() or 0) + LIBRARIES if device == "cpu" else CUBLAS
+    a GPU cuBLAS' workspace, since torch's own allocations are counted there, and with `cuda_graphs`
+    another one on the stream that they are recorded on."""
+    if device == "cpu":
+        return (resident() or 0) + LIBRARIES
+    return CUBLAS * (1 + cuda_graphs)
 
 
 def encoder_bytes(

@@ -90,7 +90,7 @@ class Pipeline:
         self._step_bytes = step_bytes
         self.device, self.cuda_graphs = device, cuda_graphs
         self._graphs: GraphedNetwork | None = None
-        self._base = base_bytes(device)
+        self._base = base_bytes(device, cuda_graphs)
         lacks_transformers = hasattr(conditioner, "encoder") and "transformers" not in sys.modules
         if device == "cpu" and lacks_transformers:
             self._base += TRANSFORMERS  # its encoder will need them
