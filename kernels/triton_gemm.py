@@ -60,8 +60,12 @@ xor.b32 $0, u, 0x80808080; }
 _WORDS = re.compile(r"// words ([^;\n]+);([^;\n]+)")
 
 
+class SplitWords(RuntimeError):
+    """A binary that would give wrong numbers, see `check_words`."""
+
+
 def check_words(ptx: str) -> None:
-    """Raises RuntimeError if a compiled kernel unpacks one int4 word with two different groups.
+    """Raises SplitWords if a compiled kernel unpacks one int4 word with two different groups.
 
     The unpacking PTX reads s and c once for four neighbouring weights. That is right as long as
     Triton keeps four neighbours of one row in a register, which its layouts do; a version that did
@@ -70,7 +74,7 @@ def check_words(ptx: str) -> None:
     for match in _WORDS.finditer(ptx):
         for names in match.groups():
             if len(set(names.split())) != 1:
-                raise RuntimeError(
+                raise SplitWords(
                     f"this Triton ({triton.__version__}) splits an int4 word over rows "
                     f"({match.group(0).strip()}); use the reference path and report it"
                 )

@@ -7,6 +7,7 @@ Also runs in Triton's interpreter (TRITON_INTERPRET=1), where its times mean not
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,12 @@ from vitapack.kernels.gpu_ops import ops, run_choice
 from vitapack.kernels.triton_gemm import Tile
 from vitapack.kernels.tuning import Choice
 
+log = logging.getLogger("vitapack.kernels")
 Report = Callable[[int, int, str], None]  # done, total, what
+# What compilers and drivers raise for a single configuration: too large for this chip, or refused.
+REFUSALS = ("OutOfResources", "PTXASError", "CompilationError", "SplitWords")
 
+L2_BYTES = 256 << 20  # more than any GPU's L2 cache holds
 # Twelve hand-picked tiles: few enough to compile in a minute or two, and wide enough in shape that
 # the best of published tables lies near one of them. (bm, bn, warps, stages); bk follows the op.
 TILES = (
@@ -64,8 +69,9 @@ def tune(
     """Tunes every (linear, rows, activation mode, with and without gate), saved one by one.
 
     Returns what was chosen now: {key: {"how", "tile", "us", "default_us"}}. Keys that the cache
-    holds are skipped unless `again`, so that an interrupted run goes on. Raises ValueError on
-    hardware without kernels, RuntimeError where no candidate is right.
+    holds are skipped unless `again`, so that an interrupted run goes on; so are, in this run, GEMMs
+    that the GPU has no memory for. Raises ValueError on hardware without kernels, RuntimeError
+    where no candidate is right.
     """
     arch, name = tuning._properties(device.index)
     if tuning.table_arch(arch) is None:
@@ -83,7 +89,13 @@ def tune(
     chosen = {}
     for number, (key, op, shape, m, gate) in enumerate(jobs):
         report(number, len(jobs), key)
-        best, row = _fastest(device, op, shape, m, gate, repeats)
+        try:
+            # Events are recorded on the current device, which need not be this one.
+            with torch.cuda.device(device if device.type == "cuda" else -1):
+                best, row = _fastest(device, op, shape, m, gate, repeats)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("%s: no memory left on the GPU; not tuned", key)
+            continue
         tuning.save(arch, name, {key: best}, {key: row})
         chosen[key] = row
     report(len(jobs), len(jobs), "tuned")
@@ -102,8 +114,8 @@ def _fastest(
     for choice in dict.fromkeys([default, *candidates(op, m)]):
         try:
             out = call(choice)
-        except Exception as error:  # a tile too large for this chip; ptxas or Triton refuses it
-            if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
+        except Exception as error:
+            if type(error).__name__ not in REFUSALS:
                 raise
             continue
         # fp16 output: 5e-4 of rounding, and of scratch weights as much again.
@@ -154,28 +166,34 @@ def _problem(
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
-    """Median microseconds of a call, in batches of 2 ms on a GPU."""
-    if device.type != "cuda":
-        start = time.perf_counter()
+    """Median microseconds of a call."""
+    if device.type == "cuda":
+        return statistics.median(kernel_us(call, repeats))
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
+
+
+def kernel_us(call: Callable[[], object], count: int) -> list[float]:
+    """Microseconds of single calls on the current GPU, after two that warm up.
+
+    Every call finds its inputs in the GPU's memory, as weights are that were last read a step ago,
+    and none waits for the host: that enqueues all of them while the GPU sleeps. Launching takes
+    some 50 us of Python, as long as a small GEMM, and would make all candidates equal.
+    """
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    # In cycles, of which there are 2 in a nanosecond at most; twice what the host should need.
+    torch.cuda._sleep(int(4e9 * count * (host + 1e-4)))
+    for first, last in events:
+        flush.zero_()
+        first.record()
         call()
-        return 1e6 * (time.perf_counter() - start)
-
-    count = batch_count(call)
-    return statistics.median(batch_us(call, count) for _ in range(repeats))
-
-
-def batch_us(call: Callable[[], object], count: int) -> float:
-    """Microseconds of a call on the current GPU: `count` of them between two events."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(count):
-        call()
-    last.record()
-    last.synchronize()
-    return 1e3 * first.elapsed_time(last) / count
-
-
-def batch_count(call: Callable[[], object]) -> int:
-    """How many calls make a batch of 2 ms, after a warm-up of three: 1 to 200."""
-    batch_us(call, 3)
-    return max(1, min(200, int(2000 / max(batch_us(call, 2), 1.0))))
+        last.record()
+    torch.cuda.synchronize()
+    return [1e3 * first.elapsed_time(last) for first, last in events]

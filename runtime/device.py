@@ -12,9 +12,12 @@ def chosen_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(f"no device {name!r}: torch sees {count} CUDA GPUs, counted from 0")
     return name

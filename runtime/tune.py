@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from vitapack.kernels import dispatch
+from vitapack.runtime.device import chosen_device
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.packed_header import read_header
 from vitapack.runtime.packed_layout import GROUP_OF, W16, network_linears
@@ -28,6 +30,12 @@ def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys(shapes))
 
 
+def rows_of(tokens: list[int]) -> list[int]:
+    """Rows of the GEMMs of a guided step in two passes: each stream by itself and all together, and
+    the same with a single condition token (`denoise.velocity_of`)."""
+    return sorted({1, tokens[0] + 1, *tokens, sum(tokens)})
+
+
 def tune_packed(
     path: str | os.PathLike[str],
     tokens: list[int],
@@ -36,7 +44,7 @@ def tune_packed(
     again: bool = False,
     progress: Report = lambda done, total, what: None,
 ) -> dict[str, Any]:
-    """Tunes a file's linears at batch 2 (guidance) for these token counts and for all together.
+    """Tunes a file's linears for latents and condition of these lengths, see `rows_of`.
 
     Returns {"gpu", "cache", "choices"}. Raises UserError without a GPU that has kernels.
     """
@@ -51,14 +59,16 @@ def tune_packed(
         from vitapack.kernels.tune import Shape, tune
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install vitapack[gpu]") from error
-    if not tuning.INTERPRETED and not (where.type == "cuda" and torch.cuda.is_available()):
-        raise UserError(f"no CUDA GPU for {device!r}: tuning measures on the GPU itself")
-    rows = [2 * count for count in dict.fromkeys([*tokens, sum(tokens)])]
+    if not tuning.INTERPRETED:
+        if not (where.type == "cuda" and torch.cuda.is_available()):
+            raise UserError(f"no CUDA GPU for {device!r}: tuning measures on the GPU itself")
+        ready, why = dispatch.gpu_support(torch.device(chosen_device(device)))
+        if not ready:
+            raise UserError(f"nothing to tune: {why}")
+    shapes = [Shape(*shape) for shape in found]
     try:
         with torch.inference_mode():
-            choices = tune(
-                where, [Shape(*shape) for shape in found], rows, again=again, report=progress
-            )
+            choices = tune(where, shapes, rows_of(tokens), again=again, report=progress)
     except ValueError as error:
         raise UserError(str(error)) from error
     arch, name = tuning._properties(where.index)

@@ -272,6 +272,24 @@ def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.Mon
         assert {entry["how"] for entry in row.values()} <= {"dense", "apart"}
         with pytest.raises(RuntimeError, match="no candidate agrees"):
             tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
+
+        def refusing(error: Exception) -> None:
+            def run(choice: tuning.Choice, *rest: object) -> Tensor:
+                if choice.how == "fused":
+                    raise error
+                return good(choice, *rest)
+
+            monkeypatch.setattr(tune, "run_choice", run)
+
+        # One that the compiler refuses, or that `check_words` does, is left out like a wrong one.
+        refusing(triton_gemm.SplitWords("splits an int4 word over rows"))
+        row = tune.tune(device, [shapes[1]], [3], ("a16",), again=True)
+        assert {entry["how"] for entry in row.values()} <= {"dense", "apart"}
+        refusing(torch.cuda.OutOfMemoryError("CUDA out of memory"))  # the next GEMM may be smaller
+        assert tune.tune(device, [shapes[1]], [3], ("a8",), again=True) == {}
+        refusing(TypeError("a mistake"))
+        with pytest.raises(TypeError, match="a mistake"):
+            tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
     tuning._cached.cache_clear()
     tuning._choose.cache_clear()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,5 +134,33 @@ def test_the_cache_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tuning._choose.cache_clear()
     with pytest.raises(ValueError, match="delete it, or run"):
         tuning.choose("w8a8", device, 4000, 1024, 4096, 0)
+    tuning._cached.cache_clear()
+    tuning._choose.cache_clear()
+
+
+def test_tuning_times_on_the_gpu_that_it_tunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events of the current device say nothing of kernels on another one."""
+    tune = pytest.importorskip("vitapack.kernels.tune", exc_type=ImportError)
+    current, seen = [torch.device("cuda:0")], []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def fastest(*arguments: object) -> tuple[tuning.Choice, dict[str, object]]:
+        seen.append(current[-1])
+        return tuning.Choice("dense", None, ""), {}
+
+    monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_properties", lambda index: (86, "NVIDIA RTX A6000"))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(tune, "_fastest", fastest)
+    tuning._cached.cache_clear()
+    tune.tune(torch.device("cuda:1"), [tune.Shape(16, 64, 0)], [4], ("a16",))
+    assert seen == 2 * [torch.device("cuda:1")]
     tuning._cached.cache_clear()
     tuning._choose.cache_clear()
