@@ -1,18 +1,20 @@
 """The GPU kernels on the GPU at hand: right first, then fast, then the whole network. One command.
 
-    python -m benchmarks.gpu                    # about 5 minutes; benchmarks/results/gpu-<name>.*
+    python -m benchmarks.gpu                    # benchmarks/results/gpu-<name>.*
     python -m benchmarks.gpu --cpu --out x.json # rehearsal without a GPU, in Triton's interpreter
 
 1. Every operator against float64 (`gpu_checks.py`), odd shapes, outliers and NaN included.
 2. GEMMs of the network's linears: ours, their expand-and-cuBLAS rivals, torch._int_mm and cuBLAS
-   fp16 in the same run, interleaved, medians; as fractions of what cuBLAS reaches at 8192^3 here
-   and, where the clock can be read, of the chip's peak.
+   fp16 in the same run, interleaved, medians, inputs in the GPU's memory and launches hidden; as
+   fractions of what cuBLAS reaches at 8192^3 here and, where the clock can be read, of the chip's
+   peak.
 3. Row kernels in GB/s, against the plain PyTorch operations that they replace.
 4. Hunyuan3D-2mini with random weights: fp16 against int8 and int4, weight-only and with int8
-   activations, eager and as a CUDA graph; error to float32 and peak memory.
+   activations, eager (launches included) and as a CUDA graph; error to float32 and peak memory.
 
-Exit code 1 if a check fails; the report says which, and its timings mean nothing then. Clocks are
-not locked: run it on an idle machine.
+What cannot run here, for want of memory say, is named in the report, and the rest goes on; JSON and
+Markdown are written after every part. Exit code 1 if a check fails or something could not run; the
+timings mean nothing where a check fails. Clocks are not locked: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -29,10 +31,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from vitapack.runtime.container import one_line
+from vitapack.runtime.errors import atomic_path
 
 RESULTS = Path(__file__).parent / "results"
 # Multiply-adds a cycle and SM, fp16 with 32-bit accumulators and int8, by compute capability. The
@@ -42,6 +48,22 @@ LINEARS = [  # (N, K) of Hunyuan3D-2mini
     (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (7168, 1024), (1024, 5120),
 ]  # fmt: skip
 Timed = dict[str, Callable[[], Any]]
+SMI = {"driver": "driver_version", "clock_mhz": "clocks.max.sm", "power_limit_w": "power.limit"}
+SINGLE = 3  # calls of one kernel in a row
+
+
+class Broken(list[dict[str, str]]):
+    """What could not run, and why: said at once, kept for the report."""
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Whatever fails inside is one line, and the run goes on after it."""
+        try:
+            yield
+        except Exception as error:
+            why = one_line(f"{type(error).__name__}: {error}")
+            self.append({"what": what, "why": why})
+            progress(f"NOT RUN {what}: {why}")
 
 
 def device_facts(device: Any) -> dict[str, Any]:
@@ -58,9 +80,12 @@ def device_facts(device: Any) -> dict[str, Any]:
     facts |= {
         "device": properties.name, "arch": 10 * properties.major + properties.minor,
         "sms": properties.multi_processor_count, "memory_gib": properties.total_memory / 2**30,
-        "cuda": torch.version.cuda, "driver": smi("driver_version"),
-        "clock_mhz": smi("clocks.max.sm"), "power_limit_w": smi("power.limit"),
+        "cuda": torch.version.cuda,
     }  # fmt: skip
+    # By its name: nvidia-smi and CUDA count a machine's GPUs in different orders.
+    gpu = f"GPU-{properties.uuid}"
+    for name, field in SMI.items():
+        facts[name] = smi(gpu, field)
     clock = re.match(r"\d+", facts["clock_mhz"] or "")
     rate = RATE.get(facts["arch"])
     if clock and rate:
@@ -70,12 +95,11 @@ def device_facts(device: Any) -> dict[str, Any]:
     return facts
 
 
-def smi(field: str) -> str | None:
-    """One field of nvidia-smi for the first visible GPU; None where it cannot be read."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+def smi(gpu: str, field: str) -> str | None:
+    """One field of nvidia-smi; None where it cannot be read."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", f"--id={visible}", f"--query-gpu={field}", "--format=csv,noheader"],
+            ["nvidia-smi", f"--id={gpu}", f"--query-gpu={field}", "--format=csv,noheader"],
             capture_output=True, text=True, timeout=20, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
@@ -84,28 +108,40 @@ def smi(field: str) -> str | None:
     return lines[0].strip() if lines else None
 
 
-def measure(calls: Timed, device: Any, repeats: int) -> dict[str, dict[str, float]]:
-    """Median and p90 microseconds of each call, interleaved, after a warm-up of its own.
+def measure(
+    calls: Timed, device: Any, repeats: int, broken: Broken, what: str, *, launches: bool = False
+) -> dict[str, dict[str, float]]:
+    """Median and p90 microseconds of each call, interleaved; none of one that fails.
 
-    On a GPU a sample is a batch of calls between two events, long enough (2 ms) that launches of
-    the next overlap with the work of the last; inputs of these sizes stay in L2 for all of them.
+    On a GPU those of its kernels alone (`tune.kernel_us`), or with `launches` from an idle GPU on.
     """
-    from vitapack.kernels.tune import batch_count, batch_us
+    import torch
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    cuda = device.type == "cuda"
+    from vitapack.kernels.tune import kernel_us
 
-    def once(call: Callable[[], Any], count: int) -> float:
-        if cuda:
-            return batch_us(call, count)
-        start = time.perf_counter()
+    def once(call: Callable[[], Any]) -> list[float]:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return [1e6 * (time.perf_counter() - start)]
+        if not launches:
+            return kernel_us(call, SINGLE)
+        torch.cuda.synchronize()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         call()
-        return 1e6 * (time.perf_counter() - start)
+        last.record()
+        torch.cuda.synchronize()
+        return [1e3 * first.elapsed_time(last)]
 
-    inner = {name: batch_count(call) if cuda else 1 for name, call in calls.items()}
+    samples: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        with broken.noting(f"{what}, {name}"):
+            once(call)  # warms up
+            samples[name] = []
     for _ in range(repeats):
-        for name, call in calls.items():
-            samples[name].append(once(call, inner[name]))
+        for name, times in samples.items():
+            times += once(calls[name])
     return {
         name: {
             "us": statistics.median(times),
@@ -116,56 +152,55 @@ def measure(calls: Timed, device: Any, repeats: int) -> dict[str, dict[str, floa
     }
 
 
-def measured_peaks(device: Any, size: int, repeats: int) -> dict[str, float]:
+def ratio(times: dict[str, dict[str, float]], of: str, to: str) -> float | None:
+    """How many times as long `of` takes as `to`; None where one was not measured."""
+    return times[of]["us"] / times[to]["us"] if of in times and to in times else None
+
+
+def measured_peaks(device: Any, size: int, repeats: int, broken: Broken) -> dict[str, float]:
     """TFLOP/s of cuBLAS at size^3 in fp16, and TOP/s of torch._int_mm in int8."""
     import torch
 
     a = torch.randn(size, size, device=device).half()
     ia = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
     calls: Timed = {"fp16": lambda: a @ a.t(), "int8": lambda: torch._int_mm(ia, ia.t())}
-    times = measure(calls, device, repeats)
+    times = measure(calls, device, repeats, broken, f"{size}^3")
     return {name: 2e-6 * size**3 / row["us"] for name, row in times.items()}
 
 
 def gemm_times(
-    device: Any, rows: list[int], linears: list[tuple[int, int]], repeats: int, groups: list[int]
-) -> list[dict[str, Any]]:
+    device: Any, m: int, n: int, k: int, repeats: int, groups: list[int], broken: Broken
+) -> dict[str, Any]:
+    """One linear in all its forms."""
     import torch
     import torch.nn.functional as F
 
     from benchmarks import gpu_checks
     from benchmarks.gpu_checks import ops
 
-    random_weight = functools.cache(gpu_checks.random_weight)
-    results = []
-    for m in rows:
-        for n, k in linears:
-            x = torch.randn(m, k, device=device).half()
-            xq, sx = ops.join(None, x, False, True)
-            sx = sx.flatten()
-            bias = torch.randn(n, device=device).half()
-            dense = (torch.randn(n, k, device=device) * 0.02).half()
-            calls: Timed = {"cuBLAS fp16": functools.partial(F.linear, x, dense, bias)}
-            if m > 16 and not (n % 8 or k % 8):
-                w = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-                calls["torch._int_mm, no epilogue"] = functools.partial(torch._int_mm, xq, w.t())
-            calls["quantize x"] = functools.partial(ops.join, None, x, False, True)
-            for group in groups:
-                parts = random_weight(n, k, group, device).parts
-                label = f"w4-g{group}" if group else "w8"
-                tail = (bias, -1, None, None, 1, torch.float16)
-                calls[f"{label}a16"] = functools.partial(ops.gemm, x, None, *parts, *tail)
-                calls[f"{label}a8"] = functools.partial(ops.gemm, xq, sx, *parts, *tail)
-                calls[f"{label} expand + cuBLAS"] = functools.partial(
-                    _expand_and_multiply, x, parts, bias
-                )
-            times = measure(calls, device, repeats)
-            for row in times.values():
-                row["tflops"] = 2e-6 * m * n * k / row["us"]
-                row["speedup"] = times["cuBLAS fp16"]["us"] / row["us"]
-            results.append({"m": m, "n": n, "k": k, "times": times})
-            progress(f"GEMM {m}x{n}x{k}")
-    return results
+    x = torch.randn(m, k, device=device).half()
+    xq, sx = ops.join(None, x, False, True)
+    sx = sx.flatten()
+    bias = torch.randn(n, device=device).half()
+    dense = (torch.randn(n, k, device=device) * 0.02).half()
+    calls: Timed = {"cuBLAS fp16": functools.partial(F.linear, x, dense, bias)}
+    if m > 16 and not (n % 8 or k % 8):
+        w = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+        calls["torch._int_mm, no epilogue"] = functools.partial(torch._int_mm, xq, w.t())
+    calls["quantize x"] = functools.partial(ops.join, None, x, False, True)
+    for group in groups:
+        parts = gpu_checks.random_weight(n, k, group, device).parts
+        label = f"w4-g{group}" if group else "w8"
+        tail = (bias, -1, None, None, 1, torch.float16)
+        calls[f"{label}a16"] = functools.partial(ops.gemm, x, None, *parts, *tail)
+        calls[f"{label}a8"] = functools.partial(ops.gemm, xq, sx, *parts, *tail)
+        calls[f"{label} expand + cuBLAS"] = functools.partial(_expand_and_multiply, x, parts, bias)
+    times = measure(calls, device, repeats, broken, f"GEMM {m}x{n}x{k}")
+    rows: dict[str, dict[str, Any]] = {}
+    for name, row in times.items():
+        speedup = ratio(times, "cuBLAS fp16", name)
+        rows[name] = row | {"tflops": 2e-6 * m * n * k / row["us"], "speedup": speedup}
+    return {"m": m, "n": n, "k": k, "times": rows}
 
 
 def _expand_and_multiply(x: Any, parts: tuple[Any, ...], bias: Any) -> Any:
@@ -179,7 +214,9 @@ def _expand_and_multiply(x: Any, parts: tuple[Any, ...], bias: Any) -> Any:
     return F.linear(x, weight, bias)
 
 
-def row_times(device: Any, shape: tuple[int, int, int], repeats: int) -> list[dict[str, Any]]:
+def row_times(
+    device: Any, shape: tuple[int, int, int], repeats: int, broken: Broken
+) -> list[dict[str, Any]]:
     """Fused row kernels and what they replace, at (batch, tokens, width)."""
     import torch
     import torch.nn.functional as F
@@ -219,11 +256,12 @@ def row_times(device: Any, shape: tuple[int, int, int], repeats: int) -> list[di
     ]  # fmt: skip
     results = []
     for name, moved, ours, plain in cases:
-        times = measure({"ours": ours, "plain": plain}, device, repeats)
-        results.append({
-            "name": name, "times": times, "gb_s": moved / times["ours"]["us"] / 1e3,
-            "speedup": times["plain"]["us"] / times["ours"]["us"],
-        })  # fmt: skip
+        times = measure({"ours": ours, "plain": plain}, device, repeats, broken, name)
+        if "ours" in times:
+            results.append({
+                "name": name, "times": times, "gb_s": moved / times["ours"]["us"] / 1e3,
+                "speedup": ratio(times, "plain", "ours"),
+            })  # fmt: skip
         progress(name)
     return results
 
@@ -308,7 +346,7 @@ def plain_step(dit: Any, x: Any, when: Any, cond: Any) -> Any:
 
 
 def network_times(
-    device: Any, config: Any, latents: int, condition: int, repeats: int
+    device: Any, config: Any, latents: int, condition: int, repeats: int, broken: Broken
 ) -> list[dict[str, Any]]:
     """The whole step: batch 2, every width and activation mode, against fp16 in the same run."""
     import torch
@@ -325,48 +363,55 @@ def network_times(
     forms = [("fp16", 16, "a16")] + [
         (f"int{bits} {compute}", bits, compute) for bits in (8, 4) for compute in ("a16", "a8")
     ]
-    exact = None
+    exact = recording = None
     steps: Timed = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, bits, compute in forms:
-        dit = random_network(config, bits, 64, device)
-        for module in dit.modules():
-            if isinstance(module, PackedLinear):
-                module.compute = compute
-        if cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        weights = sum(t.nbytes for t in dit.state_dict().values())
-        call = functools.partial(plain_step, dit) if bits == 16 else dit.velocity
-        step = functools.partial(call, x, when, cond)
-        before = torch.cuda.memory_allocated(device) if cuda else 0
-        out = step()
-        if bits == 16:  # the same weights in float32, then back: halves become floats exactly
-            wide = dit.float()
-            exact = plain_step(wide, x.float(), when, cond.float())
-            dit.half()
-        assert exact is not None
-        error = ((out.float() - exact).norm() / exact.norm()).item()
-        rows[name] = {"name": name, "weights_bytes": weights, "error": error}
-        if cuda and bits != 16:
-            rows[name]["activation_bytes"] = torch.cuda.max_memory_allocated(device) - before
-        elif cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-            step()
-            rows[name]["activation_bytes"] = torch.cuda.max_memory_allocated(device) - before
-        steps[name] = step
-        if cuda:
-            recording = Recording(lambda x, cond, call=call: call(x, when, cond), (x, cond), None)
-            steps[f"{name}, graph"] = functools.partial(recording, x, cond)
-        progress(f"network {name}")
-    times = measure(steps, device, repeats)
+        what = f"network of {latents} + {condition} tokens, {name}"
+        with broken.noting(what):
+            dit = random_network(config, bits, 64, device)
+            for module in dit.modules():
+                if isinstance(module, PackedLinear):
+                    module.compute = compute
+            weights = sum(t.nbytes for t in dit.state_dict().values())
+            call = functools.partial(plain_step, dit) if bits == 16 else dit.velocity
+            step = functools.partial(call, x, when, cond)
+            out = step().float()
+            row: dict[str, Any] = {"name": name, "weights_bytes": weights}
+            if bits == 16:
+                with broken.noting(f"{what}, in float32"):
+                    exact = in_float32(dit, x, when, cond)
+            if exact is not None:
+                row["error"] = ((out - exact).norm() / exact.norm()).item()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                step()
+                row["activation_bytes"] = torch.cuda.max_memory_allocated(device) - before
+            rows[name], steps[name] = row, step
+        if cuda and name in steps:
+            with broken.noting(f"{what}, as a CUDA graph"):
+                recording = Recording(
+                    lambda x, cond, call=call: call(x, when, cond), (x, cond), recording
+                )
+                steps[f"{name}, graph"] = functools.partial(recording, x, cond)
+        progress(what)
+    times = measure(steps, device, repeats, broken, f"step of {latents} latents", launches=True)
     for name, row in rows.items():
-        row["times"] = times[name]
-        row["speedup"] = times["fp16"]["us"] / times[name]["us"]
-        if cuda:
-            row["graph_times"] = times[f"{name}, graph"]
-            row["graph_speedup"] = times["fp16, graph"]["us"] / times[f"{name}, graph"]["us"]
-    return list(rows.values())
+        for graph in ("", ", graph"):
+            if f"{name}{graph}" in times:
+                key = "graph_" if graph else ""
+                row[f"{key}times"] = times[f"{name}{graph}"]
+                row[f"{key}speedup"] = ratio(times, f"fp16{graph}", f"{name}{graph}")
+    return [row for row in rows.values() if "times" in row]
+
+
+def in_float32(dit: Any, x: Any, when: Any, cond: Any) -> Any:
+    """A step with the same weights in float32, then back: halves become floats exactly."""
+    try:
+        return plain_step(dit.float(), x.float(), when, cond.float())
+    finally:
+        dit.half()
 
 
 def mini(hidden: int = 1024, double: int = 8, single: int = 16, channels: int = 64,
@@ -380,7 +425,9 @@ def mini(hidden: int = 1024, double: int = 8, single: int = 16, channels: int = 
     )  # fmt: skip
 
 
-def run(device: Any, rehearsal: bool, repeats: int) -> dict[str, Any]:
+def run(
+    device: Any, rehearsal: bool, repeats: int, write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """All parts. The rehearsal takes every path that needs no GPU, at the smallest sizes."""
     import torch
 
@@ -394,37 +441,55 @@ def run(device: Any, rehearsal: bool, repeats: int) -> dict[str, Any]:
     ]  # fmt: skip
     dtypes = half_only if rehearsal else (torch.float16, torch.bfloat16, torch.float32)
     row_shapes = [(2, 4, 64)] if rehearsal else [(2, 7, 40), (2, 1882, 1024), (1, 3, 2048)]
-    checks = [
-        *gpu_checks.gemm_checks(device, shapes, dtypes),
-        *gpu_checks.expand_checks(device, 70, 200),
-        *gpu_checks.row_checks(device, row_shapes),
-    ]
+    linears = [(16, 64)] if rehearsal else LINEARS
+    groups = [0, 64] if rehearsal else [0, 64, 128]
+    config = mini(64, 1, 1, 8, 16) if rehearsal else mini()
+    condition = 3 if rehearsal else 1370
+
+    broken = Broken()
+    checks: list[gpu_checks.Check] = []
+    result: dict[str, Any] = {
+        "facts": device_facts(device), "checks": [], "failed": 0, "broken": broken,
+        "measured_peaks": {}, "gemms": [], "rows": [], "networks": [],
+    }  # fmt: skip
+    for shape in shapes:
+        with broken.noting(f"checks of GEMMs {shape}"):
+            for check in gpu_checks.gemm_checks(device, [shape], dtypes):
+                checks.append(check)
+    with broken.noting("checks of the expansion"):
+        for check in gpu_checks.expand_checks(device, 70, 200):
+            checks.append(check)
+    for shape in row_shapes:
+        with broken.noting(f"checks of row kernels {shape}"):
+            for check in gpu_checks.row_checks(device, [shape]):
+                checks.append(check)
     failed = [check for check in checks if not check.passed]
     progress(f"{len(checks)} checks, {len(failed)} failed")
     for check in failed:
         progress(f"FAILED {check.name}: {check.error:.3g}, allowed {check.allowed:.3g}")
-    result: dict[str, Any] = {
-        "facts": device_facts(device),
-        "checks": [asdict(check) | {"passed": check.passed} for check in checks],
-        "failed": len(failed),
-    }
-    if rehearsal:
-        result["measured_peaks"] = measured_peaks(device, 64, 1)
-        result["gemms"] = gemm_times(device, [20], [(16, 64)], 1, [0, 64])
-        result["rows"] = row_times(device, (2, 3, 64), 1)
-        result["networks"] = [
-            {"latents": 4, "condition": 3,
-             "forms": network_times(device, mini(64, 1, 1, 8, 16), 4, 3, 1)}
-        ]  # fmt: skip
-    else:
-        result["measured_peaks"] = measured_peaks(device, 8192, repeats)
-        result["gemms"] = gemm_times(device, [2, 128, 3764, 8884], LINEARS, repeats, [0, 64, 128])
-        result["rows"] = row_times(device, (2, 4442, 1024), repeats)
-        result["networks"] = [
-            {"latents": latents, "condition": 1370,
-             "forms": network_times(device, mini(), latents, 1370, repeats)}
-            for latents in (512, 3072)
-        ]  # fmt: skip
+    result["checks"] = [asdict(check) | {"passed": check.passed} for check in checks]
+    result["failed"] = len(failed)
+    write(result)
+
+    with broken.noting("peaks"):
+        size = 64 if rehearsal else 8192
+        result["measured_peaks"] = measured_peaks(device, size, repeats, broken)
+    for m in [20] if rehearsal else [2, 128, 3764, 8884]:
+        for n, k in linears:
+            with broken.noting(f"GEMM {m}x{n}x{k}"):
+                result["gemms"].append(gemm_times(device, m, n, k, repeats, groups, broken))
+                progress(f"GEMM {m}x{n}x{k}")
+        write(result)
+    with broken.noting("row kernels"):
+        shape = (2, 3, 64) if rehearsal else (2, 4442, 1024)
+        result["rows"] = row_times(device, shape, repeats, broken)
+    write(result)
+    for latents in [4] if rehearsal else [512, 3072]:
+        with broken.noting(f"network of {latents} latents"):
+            forms = network_times(device, config, latents, condition, repeats, broken)
+            network = {"latents": latents, "condition": condition, "forms": forms}
+            result["networks"].append(network)
+        write(result)
     return result
 
 
@@ -446,25 +511,30 @@ def markdown(result: dict[str, Any]) -> str:
         f"- FAILED {check['name']}: error {check['error']:.3g}, allowed {check['allowed']:.3g}"
         for check in result["checks"] if not check["passed"]
     ]  # fmt: skip
-    out += ["", f"cuBLAS fp16 reaches {peaks['fp16']:.1f} TFLOP/s at 8192^3, torch._int_mm "
-            f"{peaks['int8']:.1f} TOP/s" + (f"; the chip's peaks are {theory['fp16']:.0f} and "
-            f"{theory['int8']:.0f}" if theory else "") + ".", "", "## GEMMs", "",
+    out += [f"- NOT RUN {row['what']}: {row['why']}" for row in result["broken"]]
+    best = {"fp16": "cuBLAS fp16 reaches {:.1f} TFLOP/s", "int8": "torch._int_mm {:.1f} TOP/s"}
+    reached = [words.format(peaks[name]) for name, words in best.items() if name in peaks]
+    out += ["", "At 8192^3: " + (", ".join(reached) or "not measured")
+            + (f"; the chip's peaks are {theory['fp16']:.0f} and {theory['int8']:.0f}"
+               if theory else "") + ".", "", "## GEMMs", "",
             "Medians. Fractions are of cuBLAS' own best rate above in the arithmetic used.",
             ""]  # fmt: skip
     rows = []
     for gemm in result["gemms"]:
         for name, row in gemm["times"].items():
-            integer = name.endswith("a8") or "int_mm" in name
-            share = row["tflops"] / peaks["int8" if integer else "fp16"]
-            rate = ("", "") if name == "quantize x" else (f"{row['tflops']:.1f}", f"{share:.0%}")
+            best_rate = peaks.get("int8" if name.endswith("a8") or "int_mm" in name else "fp16")
+            rate = share = ""
+            if name != "quantize x":
+                rate = f"{row['tflops']:.1f}"
+                share = f"{row['tflops'] / best_rate:.0%}" if best_rate else ""
             rows.append(
                 f"| {gemm['m']}x{gemm['n']}x{gemm['k']} | {name} | {row['us']:.1f} | "
-                f"{row['p90_us']:.1f} | {rate[0]} | {rate[1]} | {row['speedup']:.2f} |"
+                f"{row['p90_us']:.1f} | {rate} | {share} | {figure(row['speedup'])} |"
             )
     out += table("| M x N x K | kernel | us | p90 | T(FL)OP/s | of best | x cuBLAS fp16 |", rows)
     rows = [
         f"| {row['name']} | {row['times']['ours']['us']:.1f} | {row['gb_s']:.0f} | "
-        f"{row['speedup']:.2f} |"
+        f"{figure(row['speedup'])} |"
         for row in result["rows"]
     ]
     out += ["", "## Row kernels", "", *table("| kernel | us | GB/s | x plain PyTorch |", rows)]
@@ -474,17 +544,22 @@ def markdown(result: dict[str, Any]) -> str:
             graph = row.get("graph_times")
             rows.append(
                 f"| {network['latents']} + {network['condition']} | {row['name']} | "
-                f"{row['times']['us'] / 1e3:.2f} | {row['speedup']:.2f} | "
-                + (f"{graph['us'] / 1e3:.2f} | {row['graph_speedup']:.2f} | " if graph else "| | ")
+                f"{row['times']['us'] / 1e3:.2f} | {figure(row['speedup'])} | "
+                + (f"{graph['us'] / 1e3:.2f} | {figure(row['graph_speedup'])} | " if graph
+                   else "| | ")
                 + f"{row['weights_bytes'] / 1e6:.0f} | "
-                f"{row.get('activation_bytes', 0) / 1e6:.0f} | {row['error']:.4f} |"
-            )
+                f"{row.get('activation_bytes', 0) / 1e6:.0f} | {figure(row.get('error'), 4)} |"
+            )  # fmt: skip
     head = (
         "| tokens | weights | ms | x fp16 | graph ms | x fp16 graph | MB of weights | MB beyond "
         "| error to fp32 |"
     )
     out += ["", "## Whole network, batch 2, random weights", "", *table(head, rows)]
     return "\n".join([*out, ""])
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def progress(line: str) -> None:
@@ -509,20 +584,25 @@ def main() -> int:
         progress("a rehearsal's figures mean nothing: name a file with --out")
         return 2
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
-    from vitapack.kernels import tuning
+    from vitapack.kernels import dispatch
 
-    if tuning.table_arch(tuning.arch_of(device)) is None:
-        progress(f"no kernels for sm_{tuning.arch_of(device)}, only for {tuning.ARCHS}")
-        return 2
+    if not options.cpu:
+        ready, why = dispatch.gpu_support(device)
+        if not ready:
+            progress(why)
+            return 2
+
+    def write(result: dict[str, Any]) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", result["facts"]["device"].lower()).strip("-")
+        out = options.out or RESULTS / f"gpu-{slug}.json"
+        with atomic_path(out) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+        out.with_suffix(".md").write_text(markdown(result))
+
     with torch.inference_mode():
-        result = run(device, options.cpu, options.repeats)
-    slug = re.sub(r"[^a-z0-9]+", "-", result["facts"]["device"].lower()).strip("-")
-    out = options.out or RESULTS / f"gpu-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(result))
+        result = run(device, options.cpu, options.repeats, write)
     print(markdown(result))
-    return 1 if result["failed"] else 0
+    return 1 if result["failed"] or result["broken"] else 0
 
 
 if __name__ == "__main__":

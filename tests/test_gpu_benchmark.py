@@ -38,6 +38,47 @@ def test_the_rehearsal_checks_every_operator_and_runs_the_network(tmp_path: Path
     assert "| 4 + 3 | int4 a8 |" in page
 
 
+def test_what_cannot_run_is_named_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel, a rival, a check, a network for which there is no memory: a line each."""
+    import torch
+
+    from benchmarks import gpu, gpu_checks
+
+    def refuse(*arguments: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    random_network = gpu.random_network
+    monkeypatch.setattr(gpu, "_expand_and_multiply", refuse)
+    monkeypatch.setattr(gpu_checks, "row_checks", refuse)
+    monkeypatch.setattr(
+        gpu,
+        "random_network",
+        lambda config, bits, *rest: (refuse if bits == 16 else random_network)(config, bits, *rest),
+    )
+    pages: list[str] = []
+    with torch.inference_mode():
+        result = gpu.run(
+            torch.device("cpu"), True, 1, lambda result: pages.append(gpu.markdown(result))
+        )
+    named = [row["what"] for row in result["broken"]]
+    assert named == [
+        "checks of row kernels (2, 4, 64)", "GEMM 20x16x64, w8 expand + cuBLAS",
+        "GEMM 20x16x64, w4-g64 expand + cuBLAS", "network of 4 + 3 tokens, fp16",
+    ]  # fmt: skip
+    why = "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert {row["why"] for row in result["broken"]} == {why}
+    assert f"NOT RUN {named[0]}: {why}\n" in capsys.readouterr().err
+    assert result["checks"]
+    assert {"cuBLAS fp16", "w8a16", "w4-g64a8"} <= set(result["gemms"][0]["times"])
+    forms = {row["name"]: row["speedup"] for row in result["networks"][0]["forms"]}
+    assert forms == dict.fromkeys(["int8 a16", "int8 a8", "int4 a16", "int4 a8"])
+    assert len(pages) == 4  # and each of them a page, with what there was so far
+    assert f"- NOT RUN {named[-1]}: {why}" in pages[-1]
+    assert "| 4 + 3 | int4 a8 |" in pages[-1]
+
+
 def test_without_a_gpu_it_says_so() -> None:
     import torch
 

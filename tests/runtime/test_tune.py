@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from benchmarks import gpu
 from vitapack.kernels import dispatch
 from vitapack.runtime import dit_gpu
-from vitapack.runtime.dit import When
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.modulation import When
 from vitapack.runtime.tune import describe, rows_of, shapes_of, tune_packed
 
 GOLDEN = Path(__file__).parents[1] / "data" / "packed_v1.safetensors"
