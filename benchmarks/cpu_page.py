@@ -192,9 +192,12 @@ def peers_text(part: dict[str, Any]) -> str:
             f"| {name} | {peer:.2f} | {ours:.2f} | {ours / peer:.2f} | {found['error']:.2%} "
             f"| {found['n_runs']} |"
         )
-    return "### Other libraries, 512 + 1370 tokens\n\n" + lines(
+    text = "### Other libraries, 512 + 1370 tokens\n\n" + lines(
         "| | seconds | our W8A8 beside it | ours / theirs | error to fp32 | n |", rows
     )
+    if any(name.startswith("ggml") for name in part):
+        text += "\n\nggml holds GGUF's formats: ggml-python, built with GGML_LLAMAFILE=ON."
+    return text
 
 
 def memory_text(part: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ What is not installed is said in the table, not left out. Peers quantize the lin
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ LATENTS = 512
 NEEDS = {
     "torchao": ("torchao",),
     "quanto": ("optimum.quanto",),
+    "ggml": ("ggml",),
     "openvino": ("openvino",),
     "openvino-int8": ("openvino", "nncf"),
 }
@@ -33,6 +35,8 @@ PEERS = (
     "torchao-int4-weights",
     "quanto-int8",
     "quanto-int4",
+    "ggml-q8_0",
+    "ggml-q4_k",
     "openvino-bf16",
     "openvino-int8",
 )
@@ -124,6 +128,51 @@ def _quanto(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[
     return _called(module, args, torch.bfloat16)
 
 
+class GgmlLinear(nn.Module):
+    """A linear on a weight in one of GGUF's formats, by ggml's own CPU kernel (ggml-python)."""
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        import ggml
+
+        super().__init__()
+        self.ggml, self.kind = ggml, getattr(ggml, f"GGML_TYPE_{kind.upper()}")
+        (self.n, self.k), self.bias = linear.weight.shape, linear.bias
+        weight = linear.weight.detach().float().contiguous()
+        self.codes = torch.empty(ggml.ggml_row_size(self.kind, self.k) * self.n, dtype=torch.uint8)
+        rows = ctypes.cast(weight.data_ptr(), ctypes.POINTER(ctypes.c_float))
+        ggml.ggml_quantize_chunk(
+            self.kind, rows, ctypes.c_void_p(self.codes.data_ptr()), 0, self.n, self.k, None
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ggml, rows = self.ggml, x.reshape(-1, self.k).contiguous()
+        out = torch.empty(len(rows), self.n)
+        context = ggml.ggml_init(ggml.ggml_init_params(1 << 20, None, True))
+        weight = ggml.ggml_new_tensor_2d(context, self.kind, self.k, self.n)
+        given = ggml.ggml_new_tensor_2d(context, ggml.GGML_TYPE_F32, self.k, len(rows))
+        product = ggml.ggml_mul_mat(context, weight, given)
+        for tensor, memory in ((weight, self.codes), (given, rows), (product, out)):
+            tensor.contents.data = memory.data_ptr()
+        graph = ggml.ggml_new_graph(context)
+        ggml.ggml_build_forward_expand(graph, product)
+        plan = ggml.ggml_graph_plan(graph, torch.get_num_threads(), None)
+        work = torch.empty(plan.work_size, dtype=torch.uint8)
+        plan.work_data = ctypes.cast(work.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+        status = ggml.ggml_graph_compute(graph, ctypes.byref(plan))
+        ggml.ggml_free(context)
+        if status:
+            raise RuntimeError(f"ggml gave status {status}")
+        return (out if self.bias is None else out.add_(self.bias)).view(*x.shape[:-1], self.n)
+
+
+def _ggml(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    module: Any = load_dit(work / "mini")
+    for place, linear in list(module.named_modules()):
+        if _block_linears(linear, place):
+            module.set_submodule(place, GgmlLinear(linear, name.split("-")[1]))
+    return _called(module, args, torch.float32)
+
+
 def _openvino(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
     import openvino
 
@@ -161,4 +210,10 @@ def _openvino_model(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Pa
     return place
 
 
-BUILD = {"torch": _torch, "torchao": _torchao, "quanto": _quanto, "openvino": _openvino}
+BUILD = {
+    "torch": _torch,
+    "torchao": _torchao,
+    "quanto": _quanto,
+    "ggml": _ggml,
+    "openvino": _openvino,
+}
