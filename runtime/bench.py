@@ -162,7 +162,7 @@ def _time(
 ) -> list[dict[str, Any]]:
     """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
     return_memory()
-    base = base_bytes(device)
+    base = base_bytes(device, cuda_graphs)
     meter = PhaseMeter({}, device)
     with meter("load"):
         network = load()
