@@ -357,11 +357,11 @@ def describe(result: Mapping[str, Any]) -> str:
     lines = [
         f"{len(result['pairs'])} pairs, alignment {settings['align']}, {settings['resolution']} "
         f"voxels, tau {settings['tau']:g} (the reference is 2 long)",
-        f"{'':16}{'mean':>9}{'median':>9}   95 % interval",
+        f"{'':16}{'mean':>10} {'median':>10}   95 % interval",
     ]
     for name, entry in result["summary"].items():
         lines.append(
-            f"{METRICS[name].label:16}{entry['mean']:9.4g}{entry['median']:9.4g}   "
+            f"{METRICS[name].label:16}{entry['mean']:10.4g} {entry['median']:10.4g}   "
             f"{entry['low']:.4g} to {entry['high']:.4g}"
         )
     for key, what in (("only_in_reference", "reference"), ("only_in_candidate", "candidate")):

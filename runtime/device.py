@@ -11,13 +11,13 @@ def chosen_device(name: str) -> str:
     """A device that is there; "auto" is the GPU where torch sees one. UserError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
+    kind, _, index = name.partition(":")
+    # Not "cpu:0", which would be taken for a GPU below, nor what torch knows and nothing here does.
+    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-        if (device.index or 0) >= (count := torch.cuda.device_count()):
+        if int(index[:9] or 0) >= (count := torch.cuda.device_count()):
             raise UserError(f"no device {name!r}: torch sees {count} CUDA GPUs, counted from 0")
     return name

@@ -56,6 +56,8 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
         for name in ("double_blocks", "single_blocks"):
             kept = getattr(self, name)
             if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):

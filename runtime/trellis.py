@@ -42,6 +42,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
         if self.resolution % self.patch:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {self.patch}")
         kept = self.blocks

@@ -115,6 +115,21 @@ def test_doctor_says_what_is_lacking(capsys: pytest.CaptureFixture[str]) -> None
         (["plan", "nowhere.json", "-o", "p.json"], "nowhere.json"),
         (["plan", "v.json", "-o", "p.json", "--target-size", "small"], "small"),
         (["evaluate", "nowhere", "elsewhere"], "nowhere"),
+        *[
+            (["generate", "furniture", PICTURE, "-o", "x", *words], expected)
+            for words, expected in (
+                (["--seed", "-1"], "--seed: '-1': expected a whole number, 0 to 2^63 - 1"),
+                (["--seed", str(2**70)], "expected a whole number, 0 to 2^63 - 1"),
+                (["--steps", "many"], "'many': expected a whole number of at least 1"),
+                (["--steps", "9" * 5000], "expected a whole number of at least 1"),
+                (["--device", "meta"], "no device 'meta': expected auto, cpu, cuda or cuda:N"),
+                (["--device", "cpu:0"], "no device 'cpu:0': expected auto, cpu, cuda or cuda:N"),
+            )
+        ],
+        *[
+            (["plan", "v.json", "-o", "p.json", "--target-size", size], "such as 450MB")
+            for size in ("infMB", "1e400MB", "nanMB", "450XB", "MB", "450")
+        ],
         (["polish"], "polish"),
         ([], "COMMAND"),
     ],
@@ -184,5 +199,16 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
     finally:
         process.kill()  # one that ignores it would go on for the hour of its analysis
     assert process.returncode == 130, err
-    assert err.strip().splitlines() == ["vitapack: interrupted; nothing half-written was left"]
+    assert err.strip().splitlines() == [
+        "vitapack: interrupted; nothing half-written has a final name, run it again to go on"
+    ]
     assert not (tmp_path / "v.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    packed, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("vitapack.runtime.pipeline.Pipeline.__call__", None)  # never asked
+    (tmp_path / "file").touch()
+    line = complaint(capsys, "generate", packed, PICTURE, "-o", tmp_path / "file", "--quiet")
+    assert "cannot write" in line

@@ -11,13 +11,13 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import vitapack
-from vitapack.runtime.errors import UserError, atomic_path
+from vitapack.runtime.errors import UserError, atomic_path, destination
 
 VIEWS = ("front", "left", "back", "right")  # as in the conditioner, which imports torch
 Report = Callable[[int, int, str], None]  # done, total, what
@@ -69,10 +69,10 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         part.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def read_images(paths: Sequence[Path]) -> list[tuple[str, Any]]:
+def read_images(paths: Sequence[Path], limit: int | None = None) -> list[tuple[str, Any]]:
     from vitapack.runtime.images import find_images, load_image
 
-    return [(path.stem, load_image(path)) for path in find_images(list(paths))]
+    return [(path.stem, load_image(path)) for path in find_images(list(paths))[:limit]]
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -87,7 +87,8 @@ def analyze(options: argparse.Namespace) -> None:
     from vitapack.compressor import vitality
     from vitapack.runtime.pipeline import Pipeline
 
-    images = read_images([options.images])[: options.limit]
+    destination(options.out)
+    images = read_images([options.images], options.limit)
     pipeline = Pipeline.from_model(options.model, device=options.device)
     with progress(options.quiet) as report:
         result = vitality.analyze(
@@ -152,6 +153,8 @@ def generate(options: argparse.Namespace) -> None:
     views = max(map(len, objects))
     if "" not in objects[0]:
         pipeline.check_views(objects[0])
+    for places in objects[:1]:
+        destination(target_of(options, places))  # now, not after the first mesh
     if not options.quiet:
         predicted = pipeline.predicted_bytes(views=views, one_batch=options.one_batch)
         print(f"memory: {predicted_line(predicted)}", file=sys.stderr)
@@ -159,13 +162,14 @@ def generate(options: argparse.Namespace) -> None:
         for number, places in enumerate(objects):
             path = next(iter(places.values()))
             report(number, len(objects), "meshes")
-            target = options.out / f"{path.stem}.{options.format}"
+            target = target_of(options, places)
             try:
                 images = {view: load_image(place) for view, place in places.items()}
                 mesh = pipeline(
                     images.get("", images), name=str(path), seed=options.seed,
                     steps=options.steps, guidance=options.guidance, sampler=options.sampler,
                     one_batch=options.one_batch,
+                    progress=lambda done, total: report(done, total, "steps"),
                 )  # fmt: skip
             except UserError as error:
                 # One bad picture must not cost the folder its other meshes.
@@ -191,6 +195,12 @@ def generate(options: argparse.Namespace) -> None:
         for line in failed:
             print(f"vitapack: {line}", file=sys.stderr)
         raise UserError(f"{len(failed)} of {len(objects)} pictures gave no mesh (named above)")
+
+
+def target_of(options: argparse.Namespace, places: dict[str, Path]) -> Path:
+    """The mesh of one object is called as its first picture."""
+    name: Path = options.out / f"{next(iter(places.values())).stem}.{options.format}"
+    return name
 
 
 def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
@@ -252,6 +262,8 @@ def predicted_line(predicted: dict[str, int]) -> str:
 def evaluate(options: argparse.Namespace) -> None:
     from vitapack.compressor import metrics
 
+    if options.out:
+        destination(options.out)
     with progress(options.quiet) as report:
         settings = metrics.EvaluateSettings(
             resolution=options.resolution, points=options.points, tau=options.tau,
@@ -275,6 +287,8 @@ def inspect(options: argparse.Namespace) -> None:
 def bench(options: argparse.Namespace) -> None:
     from vitapack.runtime import bench as runner
 
+    if options.out:
+        destination(options.out)
     result = runner.bench(
         options.model, original=options.original, device=options.device, compute=options.compute,
         repeats=options.repeats, cond_tokens=options.cond_tokens, resolution=options.resolution,
@@ -317,10 +331,15 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
+    if not text.isdecimal() or not 1 <= int(text[:20]) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    if not text.isdecimal() or int(text[:20]) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 to 2^63 - 1")
+    return int(text)
 
 
 def steps_list(text: str) -> list[int]:
@@ -332,7 +351,9 @@ def size_bytes(text: str) -> int:
     units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     for unit in sorted(units, key=len, reverse=True):
         if text.upper().endswith(unit):
-            return int(float(text[: -len(unit)]) * units[unit])
+            with suppress(ValueError, OverflowError):
+                return int(float(text[: -len(unit)]) * units[unit])
+            break
     raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 450MB or 0.45GiB")
 
 
@@ -369,7 +390,7 @@ def build_parser() -> Parser:
     sub.add_argument("--points", type=at_least_one, default=10_000)
     sub.add_argument("--steps", type=at_least_one)
     sub.add_argument("--guidance", type=float)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed_number, default=0)
     sub.add_argument("--limit", type=at_least_one, help="use only so many pictures")
     sub.add_argument("--jobs", type=at_least_one, default=1, help="worker processes (CPU)")
     sub.add_argument("--resume", action="store_true", help="go on after an interruption")
@@ -420,7 +441,7 @@ def build_parser() -> Parser:
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
     sub.add_argument("--steps", type=at_least_one)
     sub.add_argument("--guidance", type=float)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed_number, default=0)
     sub.add_argument("--sampler", choices=("euler", "unipc", "consistency"))
     sub.add_argument("--device", default="auto")
     sub.add_argument("--compute", choices=("a16", "a8"), default="a16")
@@ -482,7 +503,7 @@ def build_parser() -> Parser:
     sub.add_argument("--parts", type=lambda text: text.split(","),
                      default=["dit", "decoder", "conditioner"],
                      help="some of dit,decoder,conditioner; all by default")  # fmt: skip
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=seed_number, default=0)
 
     sub = command(
         tune,
@@ -507,7 +528,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(_complain(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; nothing half-written was left", 130))
+        sys.exit(
+            _complain(
+                "interrupted; nothing half-written has a final name, run it again to go on", 130
+            )
+        )
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:

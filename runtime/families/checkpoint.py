@@ -25,7 +25,10 @@ from vitapack.runtime.packed import network_of
 from vitapack.runtime.packed_header import PARTS
 from vitapack.runtime.sampling import SamplerDefaults
 from vitapack.runtime.trellis import FlowConfig
-from vitapack.runtime.weights import INDEX, PICKLED, Weights, dtype_name, open_weights, some
+from vitapack.runtime.weights import INDEX, MOST, PICKLED, Weights, dtype_name, open_weights, some
+
+# A released config.yaml has 3 KB. PyYAML takes a second for 100 KB of it.
+MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +142,13 @@ class Found:
         path = self.folder / "config.yaml"
         if not path.is_file():
             return None
+        if path.stat().st_size > MAX_CONFIG:
+            raise FormatError(
+                f"{path} has {path.stat().st_size} bytes; expected at most {MAX_CONFIG}"
+            )
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            _expect_finite(found)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise FormatError(f"{path} is not YAML: {one_line(error)}") from error
         except OSError as error:
@@ -193,6 +201,20 @@ class Found:
         return listing(self.folder)
 
 
+def _expect_finite(found: Any) -> None:
+    """ValueError for aliases of aliases ("a billion laughs"): small in memory, endless in words."""
+    waiting, entries = [found], 0
+    while waiting:
+        value = waiting.pop()
+        entries += 1
+        if entries > MOST:
+            raise ValueError(f"more than {MOST} entries, aliases resolved")
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+
+
 def listing(folder: Path) -> str:
     """A few of the names in a folder."""
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
@@ -232,6 +254,8 @@ class Params:
     """Hyper-parameters from a config file, taken one by one and checked."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        if not isinstance(values, Mapping):
+            raise FormatError(f"{where}: a {type(values).__name__}; expected settings by name")
         self.values, self.where, self.taken = values, where, set[str]()
 
     def take(self, name: str, kind: type, default: Any = None) -> Any:
@@ -243,6 +267,8 @@ class Params:
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise FormatError(f"{self.where}: {name} is {value!r}; expected a {kind.__name__}")
+        if kind is float and not 0 <= abs(value) <= 1e9:
+            raise FormatError(f"{self.where}: {name} is {value!r}; expected at most 1e9")
         return kind(value)
 
     def size(self, name: str, default: int | None = None, least: int = 1) -> int:
@@ -250,6 +276,13 @@ class Params:
         value = self.take(name, int, default)
         if not least <= value <= 1_000_000:
             raise FormatError(f"{self.where}: {name} is {value}; expected {least} to 1000000")
+        return value
+
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """Of layers, from `least` to a thousand: each is a module, and takes 1 ms to make."""
+        value = self.size(name, default, least)
+        if value > 1000:
+            raise FormatError(f"{self.where}: {name} is {value}; expected at most 1000")
         return value
 
     def drop(self, *names: str) -> None:

@@ -135,10 +135,18 @@ def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderCon
     """`conditioner.params` of a config.yaml. FormatError."""
     params = Params(values, where)
     config = FurnitureEncoderConfig(
-        width=params.size("width"), heads=params.size("heads"), layers=params.size("layers")
+        width=params.size("width"), heads=params.size("heads"), layers=params.count("layers")
     )
     params.done()
+    _expect_heads(config, where)
     return config
+
+
+def _expect_heads(config: FurnitureEncoderConfig | FurnitureVAEConfig, where: str) -> None:
+    if config.width % config.heads:
+        raise FormatError(
+            f"{where}: width {config.width} is not a multiple of heads {config.heads}"
+        )
 
 
 def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
@@ -148,10 +156,13 @@ def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
         latent_channels=params.size("latent_channels"),
         width=params.size("width"),
         heads=params.size("heads"),
-        layers=params.size("layers"),
+        layers=params.count("layers"),
         scale_factor=params.take("scale_factor", float, 1.0),
     )
     params.done()
+    if not config.scale_factor > 0:
+        raise FormatError(f"{where}: scale_factor is {config.scale_factor}; expected above 0")
+    _expect_heads(config, where)
     return config
 
 

@@ -110,7 +110,7 @@ def decoder_config(
         channels=params.size("embed_dim", 64),
         width=width,
         heads=params.size("heads", 16),
-        layers=params.size("num_decoder_layers", 16),
+        layers=params.count("num_decoder_layers", 16),
         num_freqs=params.size("num_freqs", 8),
         include_pi=params.take("include_pi", bool, True),
         qkv_bias=params.take("qkv_bias", bool, True),

@@ -182,7 +182,7 @@ def decoder_config(
         channels=params.size("embed_dim", 64),
         width=params.size("width", 768),
         heads=params.size("heads", 12),
-        layers=params.size("num_decoder_layers", 16),
+        layers=params.count("num_decoder_layers", 16),
         num_freqs=params.size("num_freqs", 8),
         include_pi=params.take("include_pi", bool, False),
         qkv_bias=params.take("qkv_bias", bool, False),

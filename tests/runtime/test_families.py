@@ -1,6 +1,8 @@
 """Detection, hyper-parameters and strictness: one plain line for everything that can be wrong."""
 
+import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -164,6 +166,10 @@ def change(path, value):
         (change("model.params.num_heads", 5), "not a multiple of heads 5"),
         (change("model.params.depth", 10**6), "expected <= 1000"),
         (change("model.params.rope", True), "unknown rope; known are"),
+        (change("model.params.mlp_ratio", float("nan")), "mlp_ratio is nan; expected at most 1e9"),
+        (change("model.params.mlp_ratio", 1e300), "mlp_ratio is 1e+300; expected at most 1e9"),
+        (change("model.params.mlp_ratio", -1), "mlp_ratio is -1.0; expected above 0"),
+        (change("vae.params.num_decoder_layers", 10**6), "is 1000000; expected at most 1000"),
         (change("vae.params.scale_factor", 0.0), "scale_factor is 0.0"),
         (change("vae.params.heads", 7), "do not divide one another"),
         (change("scheduler.target", "x.DDIMScheduler"), "scheduler is DDIMScheduler; expected"),
@@ -185,12 +191,45 @@ def test_configurations_that_cannot_be(spoil, message, released, tmp_path):
         ("model: {", "config.yaml is not YAML"),
         ("!!python/object/apply:os.system ['true']", "config.yaml is not YAML"),
         ("\x00", "config.yaml is not YAML"),
+        ("a: &a [*a]", "more than 100000 entries, aliases resolved"),
+        ("#" * (1 << 20) + "\n", "has 1048577 bytes; expected at most 1048576"),
     ],
 )
 def test_config_that_is_no_config(text, message, released, tmp_path):
     folder = released().save(tmp_path / "model")
     (folder / "config.yaml").write_text(text)
     assert message in refused(folder)
+
+
+def test_a_billion_laughs(released, tmp_path):
+    """Aliases of aliases are small in memory; the words of a refusal would never end."""
+    folder = released().save(tmp_path / "model")
+    place = folder / "config.yaml"
+    laughs = "a: &a [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n"
+    for last, name in itertools.pairwise("abcdefghij"):
+        laughs += f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n"
+    text = place.read_text()
+    for setting in ("hidden_size", "scale_factor", "target"):
+        place.write_text(laughs + re.sub(f"{setting}: .*", f"{setting}: *j", text))
+        assert "aliases resolved" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (change("pipeline", "euler"), "pipeline: a str; expected settings by name"),
+        (change("conditioner.params.heads", 7), "width 192 is not a multiple of heads 7"),
+        (change("vae.params.heads", 7), "width 192 is not a multiple of heads 7"),
+        (change("vae.params.scale_factor", 0.0), "scale_factor is 0.0; expected above 0"),
+        (change("conditioner.params.layers", 10**6), "layers is 1000000; expected at most 1000"),
+    ],
+)
+def test_furniture_configurations_that_cannot_be(spoil, message, tmp_path):
+    config = yaml.safe_load((BUNDLED["furniture"] / "config.yaml").read_text())
+    spoil(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "model.safetensors").symlink_to(BUNDLED["furniture"] / "model.fp16.safetensors")
+    assert message in refused(tmp_path)
 
 
 def test_places_without_a_model(released, tmp_path):
