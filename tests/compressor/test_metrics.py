@@ -312,7 +312,7 @@ def test_folders_of_mixed_formats(tmp_path):
     assert summary["low"] <= summary["mean"] <= summary["high"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     text = describe(result)
-    narrow = {"mean": 0.00041034, "median": 0.00041035, "low": 0.0, "high": 1.0, "n": 2}
+    narrow = {"mean": 0.00041034, "median": 0.00041034, "low": 0.0, "high": 1.0, "n": 2}
     line = describe(result | {"summary": {"chamfer_squared": narrow}}).splitlines()[2]
     assert line.split()[1:3] == ["0.0004103", "0.0004103"]  # two columns, not one number
     assert "V-IoU" in text
