@@ -215,11 +215,18 @@ class TensorReader:
         import torch
 
         info = self.header.tensors[name]
+        try:
+            dtype = torch_dtype(info.dtype)
+        except KeyError:
+            raise FormatError(
+                f"{self.header.path}: tensor {name!r} is stored as {info.dtype}, which no packed "
+                "model is"
+            ) from None
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         self.file.seek(self.header.data_start + info.start)
         if self.file.readinto(buffer.numpy().data) != info.nbytes:
             raise FormatError(f"{self.header.path}: tensor {name!r} is cut off")
-        return buffer.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+        return buffer.view(dtype).view(info.shape).to(self.device)
 
     def floats(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """As `read`, in another float dtype; FormatError if a value is NaN or infinite."""
@@ -232,7 +239,7 @@ class TensorReader:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """The torch dtype of a safetensors dtype name; KeyError for what no model here has."""
     import torch
 
     return {

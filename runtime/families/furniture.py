@@ -41,7 +41,7 @@ from vitapack.runtime.furniture_model import (
     anchors,
 )
 from vitapack.runtime.images import recentre, separate
-from vitapack.runtime.parts import Source
+from vitapack.runtime.parts import Source, fill
 from vitapack.runtime.sampling import SamplerDefaults
 
 NAME = "furniture"
@@ -92,10 +92,9 @@ def preprocess(image: Image.Image, name: str = "image") -> Tensor:
 class Conditioner:
     """A picture to condition tokens (1, 50, width); unconditional tokens are zeros."""
 
-    def __init__(self, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        config = encoder_config(params, "conditioner")
-        self.encoder = FurnitureEncoder(config).eval()
-        self.encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    def __init__(self, source: Source) -> None:
+        config = encoder_config(source.config, f"{source.where}: conditioner")
+        self.encoder = fill(lambda: FurnitureEncoder(config), source, torch.float32, "cpu")
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, name: str = "image") -> Tensor:
@@ -107,10 +106,9 @@ class ShapeDecoder:
 
     bounds = BOUNDS
 
-    def __init__(self, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        config = decoder_config(params, "shape decoder")
-        self.decoder = FurnitureDecoder(config).eval()
-        self.decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    def __init__(self, source: Source) -> None:
+        config = decoder_config(source.config, f"{source.where}: shape decoder")
+        self.decoder = fill(lambda: FurnitureDecoder(config), source, torch.float32, "cpu")
         self.latent_shape = (LATENT_TOKENS, config.latent_channels)
         self.anchors = anchors()
 
@@ -124,11 +122,11 @@ def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
 ) -> Conditioner:
     """Both parts are small: in memory at once, in float32, on the CPU."""
-    return Conditioner(source.config, {name: source.read(name) for name in source.shapes})
+    return Conditioner(source)
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> ShapeDecoder:
-    return ShapeDecoder(source.config, {name: source.read(name) for name in source.shapes})
+    return ShapeDecoder(source)
 
 
 def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:

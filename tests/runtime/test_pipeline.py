@@ -1,5 +1,6 @@
 """Picture to mesh on the bundled model, original and packed."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from vitapack.compressor.compress import compress
 from vitapack.compressor.metrics import grid_iou
+from vitapack.runtime.container import lay_out, read_container, write_container
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import open_checkpoint
 from vitapack.runtime.families.furniture import held_out
@@ -123,3 +125,43 @@ def test_it_goes_to_another_process(original: Pipeline) -> None:
     assert there.predicted_bytes() == original.predicted_bytes()
     here = original.latents(cond, original.noise(0), steps=1)
     assert torch.equal(there.latents(cond, there.noise(0), steps=1), here)
+
+
+VAE_TENSOR = "vae.blocks.0.attn.kv.bias"
+
+
+@pytest.mark.parametrize(
+    ("setting", "tensors", "message"),
+    [
+        (("shape_decoder", "width", 10**6), {}, "tensors do not fit FurnitureDecoder"),
+        (("shape_decoder", "layers", 10**6), {}, "layers is 1000000; expected at most 1000"),
+        (("conditioner", "width", 10**6), {}, "tensors do not fit FurnitureEncoder"),
+        (("conditioner", "heads", 7), {}, "width 192 is not a multiple of heads 7"),
+        (None, {VAE_TENSOR: None}, "do not fit FurnitureDecoder: blocks.0.attn.kv.bias"),
+        (None, {VAE_TENSOR: ("F16", (3,))}, "do not fit FurnitureDecoder"),
+        (None, {"vae.extra": ("F16", (3,))}, "do not fit FurnitureDecoder: extra"),
+        (None, {VAE_TENSOR: ("U64", (384,))}, "is stored as U64, which no packed model is"),
+    ],
+)
+def test_embedded_parts_that_lie(setting, tensors, message, packed_path, tmp_path) -> None:
+    """A width of a million would ask for 4 TB."""
+    held = read_container(packed_path)
+    data = json.loads(held.metadata["vitapack"])
+    if setting is not None:
+        part, name, value = setting
+        data[part]["config"][name] = value
+    specs = {name: (info.dtype, info.shape) for name, info in held.tensors.items()} | tensors
+    layout = lay_out({n: s for n, s in specs.items() if s}, {"vitapack": json.dumps(data)})
+    raw = packed_path.read_bytes()[held.data_start :]
+
+    def content(name: str) -> bytes:
+        if name in tensors:
+            return bytes(layout.tensors[name].nbytes)
+        return raw[held.tensors[name].start : held.tensors[name].end]
+
+    path = tmp_path / "hostile.safetensors"
+    write_container(path, layout, ((name, content(name)) for name in layout.tensors))
+    with pytest.raises(UserError, match=message) as caught:
+        Pipeline.from_packed(path, "cpu")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
