@@ -96,12 +96,12 @@ def bench(
     latents = _latents(place if is_file else None, checkpoint, where)
     tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
     count = sampling_steps or rows[0][-1].steps  # the tables of a packed file serve no other
-    passes = [(f"packed {compute}", path)] if is_file else []
+    passes = [(f"packed {compute}", path, original, compute)] if is_file else []
     if checkpoint is not None:
-        passes.append(("float32" if where == "cpu" else "float16", original or path))
+        passes.append(("float32" if where == "cpu" else "float16", original or path, None, "a16"))
     phases = [
-        _phases(name, model, original, where, compute, resolution, count, cuda_graphs, note)
-        for name, model in (passes if whole_pass else ())
+        _phases(name, model, parts, computes, where, resolution, count, cuda_graphs, note)
+        for name, model, parts, computes in (passes if whole_pass else ())
     ]
     keep_holes()  # which the lean passes have none of
     steps = [
@@ -222,9 +222,9 @@ def _time(
 def _phases(
     name: str,
     path: str | Path,
-    original: str | Path | None,
-    device: str,
+    parts: str | Path | None,
     compute: str,
+    device: str,
     side: int | None,
     steps: int,
     cuda_graphs: bool,
@@ -237,7 +237,7 @@ def _phases(
     return_memory()
     try:
         pipeline = Pipeline.open(
-            path, device, compute, parts=original, memory="lean", cuda_graphs=cuda_graphs
+            path, device, compute, parts=parts, memory="lean", cuda_graphs=cuda_graphs
         )
         if side is not None and hasattr(pipeline.decoder, "resolution"):
             pipeline.decoder.resolution = side

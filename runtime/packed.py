@@ -136,7 +136,7 @@ def load_packed_dit(
                 }
                 packed = PackedLinear(
                     linear.inputs,
-                    reader.floats(f"{prefix}.weight.scale", torch.float32),
+                    reader.scales(f"{prefix}.weight.scale"),
                     bias,
                     group_size=GROUP_OF.get(layout, 0),
                     # Modulation runs once a step on one row: int8 activations would only cost.
@@ -236,6 +236,17 @@ class TensorReader:
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{self.header.path}: tensor {name!r} holds NaN or infinite values")
         return tensor.to(dtype)
+
+    def scales(self, name: str) -> torch.Tensor:
+        """As `floats`, in float32; FormatError if one is not above 0."""
+        import torch
+
+        scales = self.floats(name, torch.float32)
+        if not (scales > 0).all():
+            raise FormatError(
+                f"{self.header.path}: tensor {name!r} holds {scales.min():.3g}; scales are above 0"
+            )
+        return scales
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -116,12 +116,19 @@ class Pipeline:
         memory: str = "resident",
         cuda_graphs: bool = False,
     ) -> Pipeline:
-        """A packed file, an original checkpoint (folder or file), or a bundled model's name."""
+        """A packed file, an original checkpoint (folder or file), or a bundled model's name.
+
+        UserError where an original is to compute in "a8", or to take `parts` of another.
+        """
         place = Path(path)
         if str(path) not in BUNDLED and is_packed(place):
             return cls.from_packed(
                 place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
             )
+        if compute != "a16":
+            raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
+        if parts is not None:
+            raise UserError(f"{path} is an original, which has its own parts: leave --parts out")
         return cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
 
     @classmethod

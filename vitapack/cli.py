@@ -530,7 +530,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(
             _complain(
-                "interrupted; nothing half-written has a final name, run it again to go on", 130
+                "interrupted; nothing half-written has a final name; run it again (analyze with "
+                "--resume) to go on",
+                130,
             )
         )
     except BrokenPipeError:

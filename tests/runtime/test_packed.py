@@ -295,6 +295,12 @@ def test_broken_numbers_are_named(tmp_path):
         file = write_packed(tmp_path / "m.safetensors", tensors=tensors)
         with pytest.raises(FormatError, match=f"tensor '{name}' holds NaN or infinite values"):
             load_packed_dit(file)
+    for value in (0.0, -0.5):
+        tensors = arrays()
+        tensors["model.single_blocks.0.linear1.weight.scale"][1] = value
+        file = write_packed(tmp_path / "m.safetensors", tensors=tensors)
+        with pytest.raises(FormatError, match=f"holds {value:.3g}; scales are above 0"):
+            load_packed_dit(file)
     tensors = arrays()
     tensors["modulation.t"][1] = 0.25
     file = write_packed(tmp_path / "m.safetensors", tensors=tensors)

@@ -127,6 +127,13 @@ def test_it_goes_to_another_process(original: Pipeline) -> None:
     assert torch.equal(there.latents(cond, there.noise(0), steps=1), here)
 
 
+def test_an_original_takes_nothing_of_a_packed_file(tmp_path) -> None:
+    with pytest.raises(UserError, match="furniture is not packed, so it cannot compute in a8"):
+        Pipeline.open("furniture", "cpu", "a8")
+    with pytest.raises(UserError, match="has its own parts: leave --parts out"):
+        Pipeline.open("furniture", "cpu", parts=tmp_path)
+
+
 VAE_TENSOR = "vae.blocks.0.attn.kv.bias"
 
 
