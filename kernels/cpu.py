@@ -286,7 +286,7 @@ def _quantize(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Te
     k = x.shape[-1]
     rows = _rows_of(x, k)
     xq = torch.empty(rows.shape[0], k, dtype=torch.int8)
-    sx = torch.empty(rows.shape[0], 1)
+    sx = torch.empty(rows.shape[0], 1, dtype=torch.float32)
     built().int8_quantize(
         rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], k, _address(shift),
         _address(scale), xq.data_ptr(), sx.data_ptr(),
@@ -324,6 +324,6 @@ class Attention:
         batch, tokens, _, heads, dim = self.shape
         norms = [None if n is None else n.float().contiguous() for n in (query_norm, key_norm)]
         qkv = qkv.contiguous()
-        out = torch.empty(batch, tokens, heads * dim)
+        out = torch.empty(batch, tokens, heads * dim, dtype=torch.float32)
         self.handle.run(qkv.data_ptr(), out.data_ptr(), *(_address(n) for n in norms))
         return out

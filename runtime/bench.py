@@ -173,8 +173,8 @@ def _time(
     served = place.is_cuda and computes and dispatch.gpu_kernels("DiT", place.device)
     fused = max(computes) if served else ""  # "a8" before the modulation's "a16"
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *latents, generator=rng).to(place.device)
-    cond = torch.randn(1, tokens, config.cond_channels, generator=rng)
+    x = torch.randn(1, *latents, generator=rng, dtype=torch.float32).to(place.device)
+    cond = torch.randn(1, tokens, config.cond_channels, generator=rng, dtype=torch.float32)
     guided = guided_times(sampler)
     t = next(t for t in evaluation_times(sampler) if guided is None or t in guided)
     found = []

@@ -81,7 +81,7 @@ class ImageConditioner:
 
     def _encode(self, image: Image.Image, name: str) -> Tensor:
         pixels = self.prepare(image, name)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        mean, std = torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None]
         encoder = self.encoder()
         place = next(encoder.parameters()).device
         tokens = encoder(((pixels - mean) / std)[None].to(place)).last_hidden_state

@@ -58,7 +58,7 @@ def velocity_of(
     """
     where = next(p for p in network.parameters() if p.is_floating_point())
     cond = cond.to(where)
-    embedded = torch.tensor([settings.guidance], device=where.device)
+    embedded = torch.tensor([settings.guidance], dtype=torch.float32, device=where.device)
     guidance = embedded if network.config.guidance_embed else None
 
     @functools.cache

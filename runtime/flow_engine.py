@@ -56,7 +56,7 @@ class EngineFlow(Engine, FlowTransformer):
                 z.copy_(block(z.to(x.dtype), cond, when))
         if not config.in_channels:
             return z.to(x.dtype, copy=True)
-        none = torch.zeros(1, config.hidden)  # its norm is not modulated
+        none = torch.zeros(1, config.hidden, dtype=torch.float32)  # its norm is not modulated
         out = torch.empty(tokens.shape, dtype=x.dtype)
         plan.leave(dense(self.final_layer.linear), none, none, 1e-5, out)
         return cube(out, side, config.patch)

@@ -288,7 +288,8 @@ class Pipeline:
     def noise(self, seed: int) -> Tensor:
         """(1, L, C), for TRELLIS (1, C, R, R, R): the same for the same seed on every device."""
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((1, *self.decoder.latent_shape), generator=generator)
+        shape = (1, *self.decoder.latent_shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         anchors = getattr(self.decoder, "anchors", None)  # places that some latents carry along
         return noise if anchors is None else torch.cat([noise, anchors[None]], dim=-1)
 

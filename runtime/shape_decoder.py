@@ -186,7 +186,7 @@ class GeoDecoder(nn.Module):
 
 def fourier(points: Tensor, config: ShapeDecoderConfig) -> Tensor:
     """(..., 3) to (..., 3 + 6 F): [p | sin(p 2^j) | cos(p 2^j)], coordinate-major inside each."""
-    frequencies = 2.0 ** torch.arange(config.num_freqs, device=points.device)
+    frequencies = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device)
     if config.include_pi:
         frequencies = frequencies * torch.pi
     angles = (points[..., None] * frequencies).flatten(-2)

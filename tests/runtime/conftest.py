@@ -1,6 +1,7 @@
 """Golden files of the reference networks, and checkpoints in the released layout made from them."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,19 @@ def released():
         return Released(Golden(dit), Golden(vae))
 
     return make
+
+
+@pytest.fixture
+def default_bfloat16():
+    """A context in which torch's default dtype is bfloat16, as a host program may have set it."""
+
+    @contextmanager
+    def default():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return default

@@ -127,6 +127,15 @@ def test_it_goes_to_another_process(original: Pipeline) -> None:
     assert torch.equal(there.latents(cond, there.noise(0), steps=1), here)
 
 
+@pytest.mark.parametrize("compute", ["a16", "a8"])
+def test_torch_s_default_dtype_changes_nothing(compute, packed_path, default_bfloat16) -> None:
+    image = PICTURES[0].image_path
+    expected = Pipeline.from_packed(packed_path, "cpu", compute)(image, seed=1, steps=2)
+    with default_bfloat16():
+        found = Pipeline.from_packed(packed_path, "cpu", compute)(image, seed=1, steps=2)
+    np.testing.assert_array_equal(found.vertices, expected.vertices)
+
+
 def test_an_original_takes_nothing_of_a_packed_file(tmp_path) -> None:
     with pytest.raises(UserError, match="furniture is not packed, so it cannot compute in a8"):
         Pipeline.open("furniture", "cpu", "a8")

@@ -77,6 +77,21 @@ def test_guidance_in_two_passes_is_one_batch(name, folders):
     assert not torch.allclose(pipeline.latents(cond, noise, steps=3, guidance=1.0), one)
 
 
+@pytest.mark.parametrize("name", ["hunyuan3d-2mini", "step1x-3d-label", "trellis-ss"])
+def test_torch_s_default_dtype_changes_nothing(name, folders, default_bfloat16):
+    def made():
+        pipeline = resolution(Pipeline.from_model(folders(name), device="cpu"))
+        cond = pipeline.condition(chair())
+        return cond, pipeline.latents(cond, pipeline.noise(0), steps=2), pipeline(chair(), steps=2)
+
+    expected = made()
+    with default_bfloat16():
+        found = made()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert (found[2].vertices == expected[2].vertices).all()
+
+
 def test_label_tokens_follow_the_picture_s(folders):
     plain, label = (
         Pipeline.from_model(folders(name), device="cpu").condition(chair())
