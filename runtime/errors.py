@@ -23,12 +23,16 @@ class FormatError(UserError, ValueError):
 
 
 def destination(final: str | os.PathLike[str]) -> Path:
-    """The file that a result will be written to, links followed; makes its folder.
+    """The file that a result will be written to, links followed. UserError where none can be.
 
-    To be asked before hours of work rather than after. UserError where no file can be put there.
+    To be asked before hours of work rather than after: nothing is left there, no folder either.
     """
+    parent = Path(os.path.realpath(final)).parent
+    made = [folder for folder in (parent, *parent.parents) if not os.path.exists(folder)]
     place, temporary = _beside(final)
     temporary.unlink()
+    for folder in made:
+        folder.rmdir()
     return place
 
 

@@ -232,8 +232,8 @@ def load(path: str | Path) -> Mesh:
     """Reads a mesh file (scenes are flattened, polygons cut into triangles) with its metadata.
 
     STL repeats each vertex per face; equal ones are merged. Other formats keep their vertices.
-    Raises FormatError naming the file where it is missing, damaged, a bare point cloud, or holds
-    NaN or infinite vertices.
+    Raises FormatError naming the file where it is missing, damaged, a bare point cloud, of no area,
+    or holds NaN or infinite vertices.
     """
     import trimesh
 
@@ -263,6 +263,8 @@ def load(path: str | Path) -> Mesh:
         mesh = Mesh(vertices, faces, read_metadata(path))
     except ValueError as error:
         raise FormatError(f"{path}: {_one_line(error)}") from error
+    if not _face_areas(mesh).any():
+        raise FormatError(f"{path}: its {len(faces)} triangles have no area; expected a surface")
     return _merged(mesh) if suffix == ".stl" else mesh
 
 

@@ -274,6 +274,12 @@ def test_nan_vertices_in_a_file_are_named(tmp_path):
         load(tmp_path / "x.obj")
 
 
+def test_a_file_of_no_area_is_named(tmp_path):
+    (tmp_path / "x.obj").write_text("v 0 0 0\nv 0 1 0\nv 0 2 0\nf 1 2 3\n")
+    with pytest.raises(FormatError, match=r"x\.obj: its 1 triangles have no area"):
+        load(tmp_path / "x.obj")
+
+
 def test_foreign_files_have_quads_and_no_metadata(tmp_path):
     (tmp_path / "quad.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3 4\n")
     mesh = load(tmp_path / "quad.obj")
