@@ -28,7 +28,7 @@ def destination(final: str | os.PathLike[str]) -> Path:
     To be asked before hours of work rather than after: nothing is left there, no folder either.
     """
     parent = Path(os.path.realpath(final)).parent
-    made = [folder for folder in (parent, *parent.parents) if not os.path.exists(folder)]
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     place, temporary = _beside(final)
     temporary.unlink()
     for folder in made:

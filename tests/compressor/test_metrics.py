@@ -352,7 +352,7 @@ def test_folder_mistakes_are_plain_lines(tmp_path):
         ("", "empty"),
         ("v 0 0 0\nv 1 0 0\nv 0 1 0\n", "no triangles"),
         ("v 0 0 0\nv 1 nan 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
-        ("v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "no size"),
+        ("v 0 0 0\nv 0 0 0\nv 0 0 0\nf 1 2 3\n", "no area"),
     ],
 )
 def test_unreadable_meshes_are_named(tmp_path, body, word):
