@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitapack.kernels.reference import quantize_activations
+from vitapack.kernels import cpu, reference
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.memory import return_memory
@@ -161,11 +161,7 @@ def fill(
         if stored:
             q8, scale = source.read(f"{name}{Q8}"), source.read(f"{name}{SCALE}")
         else:
-            # Rows of a weight are scaled as tokens are, by their largest value; in slices, since
-            # the float32 copies of a whole one take eight times its packed bytes.
-            sliced = [quantize_activations(w) for w in source.read(f"{name}.weight").split(512)]
-            q8, scale = (torch.cat(parts) for parts in zip(*sliced, strict=True))
-            scale = scale[:, 0]
+            q8, scale = in_8_bits(source.read(f"{name}.weight"))
         bias = None if part.bias is None else source.read(f"{name}.bias").to(device, dtype)
         packed = PackedLinear(part.in_features, scale.to(device), bias, q8=q8.to(device))
         parent, _, leaf = name.rpartition(".")
@@ -177,6 +173,17 @@ def fill(
             owner = module.get_submodule(parent)
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     return module.eval().requires_grad_(False)
+
+
+def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) as int8 and a scale a row, float32 (N): rows are quantized as tokens are, by
+    their largest value. DINOv2 giant takes the CPU engine 0.8 s, plain PyTorch 7.5."""
+    if cpu.available() and weight.dtype in cpu.TYPES:
+        codes, scale = cpu.quantize_activations(weight)
+    else:  # in slices: the float32 copies of a whole one take eight times its packed bytes
+        sliced = [reference.quantize_activations(rows) for rows in weight.split(512)]
+        codes, scale = (torch.cat(parts) for parts in zip(*sliced, strict=True))
+    return codes, scale[:, 0]
 
 
 def filled_bytes(
