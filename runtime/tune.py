@@ -53,7 +53,10 @@ def tune_packed(
     found = shapes_of(path)
     if not found:
         raise UserError(f"{path}: no linear is packed, so there is nothing to tune")
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"no device {device!r}: expected cuda or cuda:N") from None
     try:
         from vitapack.kernels import tuning
         from vitapack.kernels.tune import Shape, tune

@@ -42,6 +42,11 @@ def test_the_rows_are_those_of_a_guided_step(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(seen) == rows_of([50, 30])
 
 
+def test_what_is_no_device_is_one_plain_line() -> None:
+    with pytest.raises(UserError, match="no device 'rubbish': expected cuda"):
+        tune_packed(GOLDEN, [512, 1370], device="rubbish")
+
+
 def test_without_a_gpu_it_is_one_plain_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
