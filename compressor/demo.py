@@ -248,7 +248,8 @@ def write_pictures(folder: Path, columns: dict[str, list[Made]]) -> None:
         for title, made in zip(columns, row, strict=True):
             if made.mesh is not None:
                 picture = render(made.mesh, frame=frame_of(*meshes))
-                with atomic_path(folder / f"{made.name}-{title.replace(' ', '-')}.png") as part:
+                name = f"{made.name}-{title.replace(',', '').replace(' ', '-')}.png"
+                with atomic_path(folder / name) as part:
                     Image.fromarray(picture).save(part)
 
 
