@@ -4,8 +4,8 @@
 `load_dit(..., compute="a8")` returns such a network, called like any other. Its modules are the
 same with the same parameters; only the order of the arithmetic differs (csrc/int8_blocks.h). A call
 computes in memory that is planned once for its shape: beside its output nothing is allocated that
-grows with the tokens (but TRELLIS' latent cube as patches). What the engine cannot take, a block with 16-bit linears or a call that needs
-gradients, runs in the readable form.
+grows with the tokens (but TRELLIS' latent cube as patches). What the engine cannot take, a block
+with 16-bit linears or a call that needs gradients, runs in the readable form.
 """
 
 from __future__ import annotations
