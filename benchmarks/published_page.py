@@ -131,8 +131,7 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
         cells = [f"{gigabytes(p['predicted'])} / {gigabytes(p['peak'])}" for p in parts]
         peak = max(part["peak"] for part in parts)
         nodes, queries = (row["resolution"] + 1) ** 3, row["queries"]
-        spent = row.get("seconds")  # none where other work had stopped the process
-        seconds = " + ".join(f"{spent[phase]:.0f}" for phase in PHASES) if spent else "-"
+        seconds = " + ".join(f"{row['seconds'][phase]:.0f}" for phase in PHASES)
         rows.append(
             f"| {row['model']} | {row['compute']} | {row['steps']} | {row['resolution']} | "
             f"{' | '.join(cells)} | {gigabytes(peak)} | "
@@ -144,7 +143,7 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
         "",
         "The paper's map packed, encoder in 8 bits, guidance in two passes, few steps, n = 1. GB",
         "of the whole process: predicted before the run / peak; seconds by phase. A grid of 64",
-        "cells is small enough to be dense; no seconds where other work had stopped the process.",
+        "cells is small enough to be dense.",
         "The random decoder's surface is smooth (`random-checkpoint` damps its high frequencies)",
         "and about as large as an object's.",
         "",

@@ -47,8 +47,8 @@ def all_times(
 def register_dots(seconds: float) -> tuple[Run, float]:
     """A loop of dot products on registers of about so long, and its 1e9 operations: the VNNI peak,
     taken in turn with what is measured by it, since the machine's speed wanders by a tenth."""
-    threads = torch.get_num_threads()
-    loops = int(seconds * 5e8)
-    return lambda: cpu.built().int8_peak(loops, threads), 1e-9 * cpu.built().int8_peak(
-        loops, threads
-    )
+
+    def run() -> float:
+        return 1e-9 * cpu.built().int8_peak(int(seconds * 5e8), torch.get_num_threads())
+
+    return run, run()

@@ -126,6 +126,7 @@ std::vector<BlockPlan::Rows> BlockPlan::row_blocks(const std::vector<Span>& span
 void BlockPlan::enter(const Kernels& k, const Dense& w, const Span& to, const char* x, Type type,
                       std::int64_t stride, std::int64_t batch_stride) {
   const std::int64_t size = std::int64_t(size_of(type)), wide = round_up(w.k, kBlock) + 16;
+  // As many rows as fit, so that weights are turned seldom: whole tiles, of 4, 6 or 16.
   const std::int64_t fit = kRowBlock * scratch_[0].wide_stride / wide;
   const auto blocks = row_blocks({to}, fit / 48 * 48);
   phase(std::int64_t(blocks.size()), [&](std::int64_t unit, RowScratch& own) {

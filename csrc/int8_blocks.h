@@ -28,7 +28,8 @@ enum Operation {
 constexpr const char* kOperationNames[kOperations] = {
     "layer norm, modulation, quantization", "linear qkv", "q and k norm, quantization of heads",
     "attention", "quantization", "linear proj", "linear up, GELU", "linear down", "linear2",
-    "linear q of cross-attention", "linear k and v of the condition", "cross-attention", "first and last linears"};
+    "linear q of cross-attention", "linear k and v of the condition", "cross-attention",
+    "first and last linears"};
 
 class Laps {
  public:
@@ -103,8 +104,8 @@ class BlockPlan {
  public:
   virtual ~BlockPlan() = default;
   virtual std::size_t bytes() const;
-  // The tokens of a span = a linear of x (batch, tokens, k) of any type, with `stride` elements from
-  // row to row and `batch_stride` from one batch entry to the next.
+  // The tokens of a span = a linear of x (batch, tokens, k) of any type, with `stride` elements
+  // from row to row and `batch_stride` from one batch entry to the next.
   void enter(const Kernels& k, const Dense& w, const Span& to, const char* x, Type type,
              std::int64_t stride, std::int64_t batch_stride);
   // out (batch, tokens, n) of any type = a linear of (1 + scale) * LayerNorm + shift of a span's
@@ -126,8 +127,8 @@ class BlockPlan {
     std::int64_t batch, token, rows;
   };
 
-  // `widest` quantized and float rows of the network's linears. Each of the first `repeated` tokens stands
-  // for `times` equal ones: as a key of attention it has `times` its weight.
+  // `widest` quantized and float rows of the network's linears. Each of the first `repeated` tokens
+  // stands for `times` equal ones: as a key of attention it has `times` its weight.
   BlockPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
             std::int64_t mlp, int threads, std::int64_t widest_input, std::int64_t widest_float,
             std::int64_t repeated = 0, float times = 1);

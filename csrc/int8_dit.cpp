@@ -32,7 +32,8 @@ Linear rows_from(const Linear& w, std::int64_t from) {
 }  // namespace
 
 DitPlan::DitPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-                 std::int64_t mlp, int threads, std::int64_t inputs, std::int64_t repeated, float times)
+                 std::int64_t mlp, int threads, std::int64_t inputs, std::int64_t repeated,
+                 float times)
     : BlockPlan(batch, tokens, hidden, heads, mlp, threads, hidden + mlp,
                 std::max({3 * hidden, mlp + kPanel, inputs}), repeated, times) {}
 

@@ -17,7 +17,8 @@ constexpr float kLeastSquare = 1e-24f;
 }  // namespace
 
 FlowPlan::FlowPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
-                   std::int64_t mlp, int threads, std::int64_t inputs, std::int64_t condition_channels)
+                   std::int64_t mlp, int threads, std::int64_t inputs,
+                   std::int64_t condition_channels)
     : BlockPlan(batch, tokens, hidden, heads, mlp, threads,
                 std::max({hidden, mlp, condition_channels}), std::max({3 * hidden, mlp, inputs})),
       condition_channels_(condition_channels), condition_(batch * heads, 0, 0, hidden / heads),

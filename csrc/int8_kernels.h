@@ -200,7 +200,8 @@ inline void finish_tile(const std::int32_t* acc, const Linear& w, std::int64_t p
 }
 
 // What a tile will be added to, while it multiplies: rows lie pages apart, and no hardware guesses.
-inline void fetch_rows(const Epilogue& e, std::int64_t row, std::int64_t rows, std::int64_t column) {
+inline void fetch_rows(const Epilogue& e, std::int64_t row, std::int64_t rows,
+                       std::int64_t column) {
 #if VP_LEVEL
   const float* to = static_cast<const float*>(e.out) + row * e.stride + column;
   for (std::int64_t r = row; r < rows && r < row + kTile; ++r, to += e.stride)
@@ -296,9 +297,24 @@ inline void finish_wide(const float* acc, const Channels& to, std::int64_t row, 
   }
 }
 
+// Rows of float32, or of bf16, times a panel of either.
+inline void multiply_wide(const void* a, std::int64_t stride, bool bf16, std::int64_t rows,
+                          const void* panel, std::int64_t k, const Channels& to,
+                          const Epilogue& e) {
+  alignas(64) float acc[kTile * kPanel];
+  const std::int64_t step = stride * (bf16 ? 2 : 4);
+  const char* from = static_cast<const char*>(a);
+  for (std::int64_t r = 0; r < rows; r += kTile, from += kTile * step) {
+    if (bf16)
+      tile_bf16(from, step, static_cast<const char*>(panel), k / 2, acc, kPanel);
+    else
+      tile_f32_by_parts(from, step, static_cast<const char*>(panel), k, acc);
+    finish_wide(acc, to, r, rows - r < kTile ? rows - r : kTile, e);
+  }
+}
+
 void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const void* a,
                  std::int64_t stride, bool bf16, std::int64_t rows, const Epilogue& e, void* work) {
-  alignas(64) float acc[kTile * kPanel];
   const std::int64_t bytes = bf16 ? 2 : 4;
   // The s8 panel of a 4-bit weight takes the end of the scratch, behind the widened one.
   std::int8_t* expanded = static_cast<std::int8_t*>(work) + kPanel * w.kp * bytes;
@@ -309,15 +325,7 @@ void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const v
     else
       panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
     widen_panel(panel, w.kp, bf16, work);
-    for (std::int64_t r = 0; r < rows; r += kTile) {
-      const char* from = static_cast<const char*>(a) + r * stride * bytes;
-      if (bf16)
-        tile_bf16(from, stride * 2, static_cast<const char*>(work), w.kp / 2, acc, kPanel);
-      else
-        tile_f32_by_parts(from, stride * 4, static_cast<const char*>(work), w.kp, acc);
-      finish_wide(acc, {p * kPanel, w.n, w.scale, w.bias}, r, rows - r < kTile ? rows - r : kTile,
-                  e);
-    }
+    multiply_wide(a, stride, bf16, rows, work, w.kp, {p * kPanel, w.n, w.scale, w.bias}, e);
   }
 }
 
@@ -337,15 +345,9 @@ inline void turn_panel(const Dense& w, std::int64_t panel, float* out) {
 
 void linear_dense(const Dense& w, const float* a, std::int64_t stride, std::int64_t rows,
                   const Epilogue& e, float* work) {
-  alignas(64) float acc[kTile * kPanel];
   for (std::int64_t p = 0; p < w.panel_count(); ++p) {
     turn_panel(w, p, work);
-    for (std::int64_t r = 0; r < rows; r += kTile) {
-      tile_f32_by_parts(reinterpret_cast<const char*>(a + r * stride), stride * 4,
-                        reinterpret_cast<const char*>(work), w.k, acc);
-      finish_wide(acc, {p * kPanel, w.n, nullptr, w.bias}, r, rows - r < kTile ? rows - r : kTile,
-                  e);
-    }
+    multiply_wide(a, stride, false, rows, work, w.k, {p * kPanel, w.n, nullptr, w.bias}, e);
   }
 }
 
@@ -365,9 +367,9 @@ void tile_wide(const char* a, const char* panel, std::int64_t k, bool bf16, floa
   bf16 ? tile_bf16(a, k * 2, panel, k / 2, acc, kPanel) : tile_f32(a, k * 4, panel, k, acc, kPanel);
 }
 
-const Kernels table = {VP_NAME, kTile,  VP_BF16,     quantize,     quantize_pair, norm, norm_quantize,
-                       linear,  linear_wide, linear_dense, widen,  split_head,    attend,
-                       expand,  tile,   tile_wide,   peak_loop};
+const Kernels table = {VP_NAME,       kTile,  VP_BF16,     quantize,     quantize_pair, norm,
+                       norm_quantize, linear, linear_wide, linear_dense, widen,         split_head,
+                       attend,        expand, tile,        tile_wide,    peak_loop};
 
 }  // namespace
 

@@ -93,21 +93,6 @@ def bf16_pays() -> bool:
     return _bf16_pays(instruction_set())
 
 
-def peak_gops(seconds: float = 0.2, threads: int | None = None) -> float:
-    """Dot-product operations per second (2 per multiply-add), in 1e9, of a loop on registers."""
-    import time
-
-    loops = 1_000_000
-    threads = threads or torch.get_num_threads()
-    built().int8_peak(loops // 10, threads)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        done = built().int8_peak(loops, threads)
-        best = max(best, done / (time.perf_counter() - start) / 1e9)
-    return best
-
-
 @dataclass(frozen=True, eq=False)
 class Panels:
     """A packed weight (N, K) in the engine's order; holds the tensors that `handle` points to.

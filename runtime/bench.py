@@ -30,6 +30,7 @@ from vitapack.runtime.activations import base_bytes, step_bytes
 from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import velocity_of
 from vitapack.runtime.device import chosen_device
+from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.engine import Engine
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
@@ -59,11 +60,10 @@ def bench(
     cuda_graphs: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """JSON of everything measured. `original` is needed for latents' sizes and for comparison where
-    the file holds no decoder; for a MODEL it is the model itself. `whole_pass`: also a picture to
-    a mesh by each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it
-    through graphs (cuda_graph.py). `note` is told what is predicted before each part runs.
-    UserError.
+    """JSON of everything measured. `original`, of a packed file, is compared with it, and needed
+    for latents' sizes where the file holds no decoder. `whole_pass`: also a picture to a mesh by
+    each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it through
+    graphs (cuda_graph.py). `note` is told what is predicted before each part runs. UserError.
     """
     where = chosen_device(device)
     place = resolve(path)
@@ -93,7 +93,8 @@ def bench(
                 )
             )
     variant = header.variant if is_file else checkpoint.variant  # type: ignore[union-attr]
-    latents = _latents(place if is_file else None, checkpoint, where)
+    config = packed.dit_config(header) if is_file else checkpoint.config  # type: ignore[union-attr]
+    latents = _latents(config, place if is_file else None, checkpoint, where)
     tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
     count = sampling_steps or rows[0][-1].steps  # the tables of a packed file serve no other
     passes = [(f"packed {compute}", path, original, compute)] if is_file else []
@@ -124,12 +125,9 @@ def bench(
     }
 
 
-def _latents(file: Path | None, checkpoint: Checkpoint | None, device: str) -> tuple[int, ...]:
-    if file is not None:
-        config = packed.dit_config(packed.read_header(file))
-    else:
-        assert checkpoint is not None
-        config = checkpoint.config
+def _latents(
+    config: DiTConfig | FlowConfig, file: Path | None, checkpoint: Checkpoint | None, device: str
+) -> tuple[int, ...]:
     if isinstance(config, FlowConfig) and not config.in_channels:
         return SLAT_TOKENS, config.hidden
     if checkpoint is not None and checkpoint.latents is not None:

@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,35 @@ from vitapack.runtime.packed_layout import DOUBLE_SINGLE
 Network = TypeVar("Network", bound=nn.Module)
 
 
+class BlockSizes:
+    """What all networks' hyper-parameters say of their blocks."""
+
+    hidden: int
+    heads: int
+    mlp_ratio: float
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
+        for kind, kept in kept_blocks(self).items():
+            if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
+                raise ValueError(
+                    f"{BLOCK_FIELDS[kind]} {kept} must be ascending distinct original indices"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(BlockSizes):
     """Hyper-parameters of one (possibly pruned) network."""
 
     network_kind: ClassVar[str] = DOUBLE_SINGLE
@@ -52,24 +79,6 @@ class DiTConfig:
     qkv_bias: bool
     guidance_embed: bool
     time: TimeEmbedding
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
-        for name in ("double_blocks", "single_blocks"):
-            kept = getattr(self, name)
-            if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
-                raise ValueError(f"{name} {kept} must be ascending distinct original indices")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
 
     @property
     def clips(self) -> bool:
@@ -160,14 +169,7 @@ class StreamAttention(nn.Module):
         return *self.norm(q, k), v
 
 
-class Widths(Protocol):
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def mlp_hidden(self) -> int: ...
-
-
-def mlp(config: Widths) -> nn.Sequential:
+def mlp(config: BlockSizes) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(config.hidden, config.mlp_hidden),
         nn.GELU(approximate="tanh"),

@@ -46,9 +46,14 @@ def load_dit(
         from vitapack.runtime.packed import load_packed_dit
 
         return load_packed_dit(packed, device=device, compute=compute, dtype=dtype)
+    expect_floats(path, compute)
+    return dit_of(open_checkpoint(path), dtype, device)
+
+
+def expect_floats(path: str | os.PathLike[str], compute: str) -> None:
+    """UserError unless an original checkpoint can compute so: it has no packed linears."""
     if compute != "a16":
         raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
-    return dit_of(open_checkpoint(path), dtype, device)
 
 
 def dit_of(

@@ -41,7 +41,7 @@ from vitapack.runtime.families import (
     trellis,
 )
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS
-from vitapack.runtime.load import dit_of
+from vitapack.runtime.load import dit_of, expect_floats
 from vitapack.runtime.memory import PhaseMeter, keep_no_holes
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.parts import Part, packed_part, part_of
@@ -125,8 +125,7 @@ class Pipeline:
             return cls.from_packed(
                 place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
             )
-        if compute != "a16":
-            raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
+        expect_floats(path, compute)
         if parts is not None:
             raise UserError(f"{path} is an original, which has its own parts: leave --parts out")
         return cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.dit import DiT, attention, leave_out, mlp, modulate
+from vitapack.runtime.dit import BlockSizes, DiT, attention, leave_out, mlp, modulate
 from vitapack.runtime.modulation import Modulation, TimeEmbedding, TimeMLP, TimeNodes, When
 from vitapack.runtime.packed_layout import FLOW
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(BlockSizes):
     """Hyper-parameters of one (possibly pruned) flow transformer."""
 
     network_kind: ClassVar[str] = FLOW
@@ -40,23 +40,9 @@ class FlowConfig:
     time: TimeEmbedding
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
+        super().__post_init__()
         if self.resolution % self.patch:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {self.patch}")
-        kept = self.blocks
-        if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
-            raise ValueError(f"blocks {kept} must be ascending distinct original indices")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
 
     @property
     def token_channels(self) -> int:

@@ -1,9 +1,12 @@
-"""Shared by all tests: where data lies, and GPU tests that are skipped out loud."""
+"""Shared by all tests: where data lies, instruction sets, GPU tests that are skipped out loud."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from vitapack.kernels import cpu
 
 DATA = Path(__file__).parent / "data"
 
@@ -15,6 +18,14 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     return DATA
+
+
+@pytest.fixture(params=cpu.instruction_sets() if cpu.available() else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn, in use while the test runs."""
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set("")
 
 
 @pytest.fixture(autouse=True)

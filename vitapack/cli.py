@@ -153,8 +153,7 @@ def generate(options: argparse.Namespace) -> None:
     views = max(map(len, objects))
     if "" not in objects[0]:
         pipeline.check_views(objects[0])
-    for places in objects[:1]:
-        destination(target_of(options, places))  # now, not after the first mesh
+    destination(target_of(options, objects[0]))  # now, not after the first mesh
     if not options.quiet:
         predicted = pipeline.predicted_bytes(views=views, one_batch=options.one_batch)
         print(f"memory: {predicted_line(predicted)}", file=sys.stderr)
@@ -199,8 +198,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def target_of(options: argparse.Namespace, places: dict[str, Path]) -> Path:
     """The mesh of one object is called as its first picture."""
-    name: Path = options.out / f"{next(iter(places.values())).stem}.{options.format}"
-    return name
+    return Path(options.out, f"{next(iter(places.values())).stem}.{options.format}")
 
 
 def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:

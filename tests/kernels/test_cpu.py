@@ -21,13 +21,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=SETS)
-def isa(request):
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set("")
-
-
 def int8_weight(n, k, seed=0):
     rng = torch.Generator().manual_seed(seed)
     q8 = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)

@@ -4,17 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitapack.kernels import cpu
 from vitapack.kernels.cpu_plans import Dense, DitPlan
 
 HIDDEN = 72
-
-
-@pytest.fixture(params=cpu.instruction_sets())
-def isa(request):
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set("")
 
 
 def plan_of(tokens, inputs, batch=2, threads=2):

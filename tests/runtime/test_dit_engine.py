@@ -25,13 +25,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=cpu.instruction_sets())
-def isa(request):
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set("")
-
-
 @pytest.fixture(scope="module", params=list(CASES))
 def packed(request, tmp_path_factory):
     """A packed file, and a time (and guidance) that its tables hold."""

@@ -8,7 +8,6 @@ from alive_tensors import peak
 
 from vitapack.compressor.compress import compress
 from vitapack.compressor.random_checkpoint import Sizes, write
-from vitapack.kernels import cpu
 from vitapack.kernels.cpu_plans import FlowPlan
 from vitapack.runtime.dinov2 import Dinov2Config
 from vitapack.runtime.families import open_checkpoint
@@ -31,13 +30,6 @@ CASES = {  # heads of a whole panel, and of less
     "mixed": (120, 3, layer_map(8, 0, 16, 4), "trellis-ss"),
     "slat": (128, 2, layer_map(8, 4), "trellis-slat"),
 }
-
-
-@pytest.fixture(params=cpu.instruction_sets())
-def isa(request):
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set("")
 
 
 @pytest.fixture(scope="module", params=list(CASES))
