@@ -105,6 +105,24 @@ def step_bytes(
     return given + batch * max(single, double if config.double_blocks else 0) * size
 
 
+def denoise_bytes(
+    config: DiTConfig | FlowConfig,
+    latents: tuple[int, ...],
+    dtype: torch.dtype,
+    engine: bool,
+    fused: str,
+    cond_tokens: int,
+    batch: int,
+) -> int:
+    """A run's steps, guidance as one batch of two or in two passes; embedded, it has one."""
+    batch = 1 if config.guidance_embed else batch
+    found = step_bytes(config, latents, cond_tokens, batch, dtype, engine=engine, fused=fused)
+    # A DiT keeps its memory for either pass; the flow transformer's is the same.
+    if engine and batch == 1 and isinstance(config, DiTConfig) and not config.guidance_embed:
+        found += step_bytes(config, latents, 1, 1, dtype, engine=True)
+    return found
+
+
 def volume_bytes(config: ShapeDecoderConfig, chunk: int, dtype: torch.dtype) -> int:
     """The shape decoder: its transformer on all latents, or its cross-attention on one chunk."""
     width, geo = config.width, config.geo_width

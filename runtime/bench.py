@@ -36,9 +36,10 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS, guided_flops
 from vitapack.runtime.linear import PackedLinear
-from vitapack.runtime.load import dit_of
-from vitapack.runtime.memory import PhaseMeter, keep_holes, memory_words, return_memory
-from vitapack.runtime.pipeline import Pipeline, original_of
+from vitapack.runtime.load import dit_of, original_of
+from vitapack.runtime.memory import keep_holes, return_memory
+from vitapack.runtime.phases import PhaseMeter, memory_words
+from vitapack.runtime.pipeline import Pipeline
 from vitapack.runtime.sampling import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.trellis import FlowConfig, Network
 from vitapack.runtime.weights import is_packed

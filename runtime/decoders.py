@@ -51,6 +51,9 @@ class VolumeDecoder:
         """Of the surface's extraction, which needs no network."""
         return surface_bytes(self.resolution) if self.device == "cpu" else 0
 
+    def begin(self, device: str) -> None:
+        self.decoder.begin(device)
+
     def free(self) -> None:
         self.decoder.free()
 
@@ -90,6 +93,9 @@ class OccupancyGrid:
     @property
     def surface_bytes(self) -> int:
         return surface_bytes(self.config.side) if self.device == "cpu" else 0
+
+    def begin(self, device: str) -> None:
+        self.decoder.begin(device)
 
     def free(self) -> None:
         self.decoder.free()

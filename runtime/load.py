@@ -18,6 +18,7 @@ from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import Checkpoint, open_checkpoint, resolve
 from vitapack.runtime.linear import COMPUTES
 from vitapack.runtime.packed import network_of
+from vitapack.runtime.packed_header import PackedHeader
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import Network, OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.weights import is_packed
@@ -64,6 +65,19 @@ def dit_of(
     """The network of an open original checkpoint; see `load_dit`."""
     tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.names())
     return build(lambda: network_of(checkpoint.config), tensors, dtype, device)
+
+
+def original_of(header: PackedHeader, parts: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint that a packed file was made from, by its family and size."""
+    original = open_checkpoint(parts)
+    found = original.source(hashed=False)
+    if (original.family, found["bytes"]) != (header.family, header.source["bytes"]):
+        raise UserError(
+            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not what "
+            f"{header.path} was made from: {header.variant}, {header.source['name']} of "
+            f"{header.source['bytes']} bytes"
+        )
+    return original
 
 
 def load_shape_decoder(

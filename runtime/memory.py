@@ -1,12 +1,7 @@
-"""What a phase takes: seconds, and the peak of memory while it ran.
+"""The process' memory: how much it holds, how much at most, and how it gives back what it freed.
 
-    meter = PhaseMeter({"decode": 900_000_000}, "cuda:0")
-    with meter("decode"): ...
-    meter.bytes["decode"]    # {"predicted": ..., "peak": ..., "reserved": None}
-
-On Linux the kernel's own high-water mark of the process is reset at the start of each phase, so the
-figure holds everything: weights, activations, the allocator's holes. On a CUDA device it is torch's
-peak of memory allocated there, and of memory reserved for it, instead.
+On Linux the kernel's own high-water mark is read and reset, so the figures hold everything:
+weights, activations, the allocator's holes. Elsewhere they are None and the rest has no effect.
 """
 
 from __future__ import annotations
@@ -15,9 +10,6 @@ import ctypes
 import ctypes.util
 import functools
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
@@ -80,44 +72,3 @@ def _glibc() -> ctypes.CDLL | None:
     name = ctypes.util.find_library("c") if sys.platform == "linux" else None
     libc = ctypes.CDLL(name) if name else None
     return libc if libc is not None and hasattr(libc, "malloc_trim") else None
-
-
-class PhaseMeter:
-    """Seconds and bytes by phase: predicted, peak, and what torch reserved on a GPU."""
-
-    def __init__(self, predicted: Mapping[str, int], device: str = "cpu") -> None:
-        self.predicted, self.device = predicted, device
-        self.seconds: dict[str, float] = {}
-        self.bytes: dict[str, dict[str, int | None]] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        import torch
-
-        gpu = torch.device(self.device).type == "cuda"
-        if gpu:
-            torch.cuda.init()  # the first phase comes before any tensor, and without statistics
-            torch.cuda.reset_peak_memory_stats(self.device)
-        reset_peak()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:  # a phase that fails was measured as well
-            self.seconds[phase] = time.perf_counter() - start
-            self.bytes[phase] = {
-                "predicted": self.predicted.get(phase),
-                "peak": torch.cuda.max_memory_allocated(self.device)
-                if gpu
-                else resident(peak=True),
-                "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
-            }
-
-
-def memory_words(found: Mapping[str, int | None]) -> str:
-    """A phase's bytes for people, as the end of a line; nothing where no peak is known."""
-    if not found["peak"]:
-        return ""
-    predicted, reserved = found["predicted"], found["reserved"]
-    words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
-    words += f", reserved {reserved / 2**30:.2f}" if reserved else ""
-    return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

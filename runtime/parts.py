@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.kernels import cpu, reference
+from vitapack.runtime.ahead import ahead
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.linear import PackedLinear
 from vitapack.runtime.memory import return_memory
@@ -61,14 +63,22 @@ class Part(Generic[T]):
 
     def __init__(self, load: Callable[[], T], nbytes: int, working_bytes: int = 0) -> None:
         self._load: Callable[[], T] | None = load
+        self._coming: Callable[[], T] | None = None
         self._network: T | None = None
         self.nbytes, self.working_bytes = nbytes, working_bytes
 
     def __call__(self) -> T:
         if self._network is None:
-            assert self._load is not None
-            self._network = self._load()
+            load, self._coming = self._coming or self._load, None
+            assert load is not None
+            self._network = load()
         return self._network
+
+    def begin(self, device: str) -> None:
+        """Has it loaded beside other work (ahead.py); calling it waits for that, and raises what
+        went wrong."""
+        if self._network is None and self._coming is None and self._load is not None:
+            self._coming = ahead(self._load, device)
 
     @property
     def loaded(self) -> bool:
@@ -76,12 +86,15 @@ class Part(Generic[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: the network itself, since a loader cannot travel."""
-        return vars(self) | {"_load": None, "_network": self()}
+        return vars(self) | {"_load": None, "_coming": None, "_network": self()}
 
     def free(self) -> None:
         if self._load is None:
             return
-        self._network = None
+        if self._coming is not None:
+            with suppress(Exception):
+                self._coming()
+        self._network = self._coming = None
         gc.collect()
         return_memory()
         if torch.cuda.is_available():

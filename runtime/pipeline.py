@@ -11,7 +11,9 @@ what else was in the batch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor
 import vitapack
 from vitapack.kernels import dispatch
 from vitapack.runtime import packed, sampling
-from vitapack.runtime.activations import TRANSFORMERS, base_bytes, step_bytes
+from vitapack.runtime.activations import TRANSFORMERS, base_bytes, denoise_bytes
 from vitapack.runtime.conditioner import VIEWS, Picture
 from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import denoise
@@ -33,7 +35,6 @@ from vitapack.runtime.dit import DiTConfig
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import (
     BUNDLED,
-    Checkpoint,
     furniture,
     hunyuan3d,
     open_checkpoint,
@@ -41,10 +42,11 @@ from vitapack.runtime.families import (
     trellis,
 )
 from vitapack.runtime.flops import COND_TOKENS, SPECIAL_TOKENS
-from vitapack.runtime.load import dit_of, expect_floats
-from vitapack.runtime.memory import PhaseMeter, keep_no_holes
+from vitapack.runtime.load import dit_of, expect_floats, original_of
+from vitapack.runtime.memory import keep_no_holes
 from vitapack.runtime.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.parts import Part, packed_part, part_of
+from vitapack.runtime.phases import PhaseMeter, peaks
 from vitapack.runtime.trellis import FlowConfig, Network
 from vitapack.runtime.weights import is_packed
 
@@ -90,12 +92,21 @@ class Pipeline:
         self._step_bytes = step_bytes
         self.device, self.cuda_graphs = device, cuda_graphs
         self._graphs: GraphedNetwork | None = None
+        self._ahead = torch.device(device).type == "cuda"  # on a CPU loads and phases share cores
         self._base = base_bytes(device, cuda_graphs)
         lacks_transformers = hasattr(conditioner, "encoder") and "transformers" not in sys.modules
         if device == "cpu" and lacks_transformers:
             self._base += TRANSFORMERS  # its encoder will need them
+        self._turn = threading.Lock()
         self.seconds: dict[str, float] = {}  # of the last call, by phase
         self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: a lock cannot travel."""
+        return vars(self) | {"_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_turn": threading.Lock()})
 
     @property
     def dit(self) -> Network:
@@ -181,7 +192,7 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=partial(_step_bytes, config, decoder, dtype, engine, fused),
+            step_bytes=partial(denoise_bytes, config, decoder.latent_shape, dtype, engine, fused),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -218,7 +229,9 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=partial(_step_bytes, checkpoint.config, decoder, dtype, False, ""),
+            step_bytes=partial(
+                denoise_bytes, checkpoint.config, decoder.latent_shape, dtype, False, ""
+            ),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -226,20 +239,23 @@ class Pipeline:
     def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
         """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
         on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
-        holders = dict(zip(PHASES, (self.conditioner, self._dit, self.decoder), strict=True))
-        weights = {phase: getattr(holder, "nbytes", 0) for phase, holder in holders.items()}
+        return self._peaks(views, one_batch)[0]
+
+    def _peaks(self, views: int, one_batch: bool) -> tuple[dict[str, int], set[str]]:
+        weights = {phase: getattr(self._holder(phase), "nbytes", 0) for phase in PHASES}
         working = {
             "condition": getattr(self.conditioner, "working_bytes", 0),
             "denoise": self._denoise_bytes(views, one_batch),
             "decode": getattr(self.decoder, "working_bytes", 0),
         }
-        found, kept = {}, 0
-        for phase in PHASES:
-            if self.memory != "lean":
-                kept += weights[phase]  # and what came before stays
-            found[phase] = self._base + max(kept, weights[phase]) + working[phase]
+        lean = self.memory == "lean"
+        found, early = peaks(self._base, weights, working, lean=lean, ahead=self._ahead)
+        kept = 0 if lean else sum(weights.values())
         surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
-        return found | {"decode": max(found["decode"], surface)}
+        return found | {"decode": max(found["decode"], surface)}, early
+
+    def _holder(self, phase: str) -> Any:
+        return dict(zip(PHASES, (self.conditioner, self._dit, self.decoder), strict=True))[phase]
 
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
@@ -247,11 +263,36 @@ class Pipeline:
         tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
         return self._step_bytes(tokens, 2 if one_batch else 1)
 
-    def _free(self, holder: Any) -> None:
+    def _free(self, phase: str) -> None:
+        holder = self._holder(phase)
         if self.memory == "lean" and hasattr(holder, "free"):
             if holder is self._dit:
                 self._graphs = None  # they hold addresses of its weights
             holder.free()
+
+    @contextmanager
+    def _phases(self, views: int, one_batch: bool) -> Iterator[Callable[[str], Any]]:
+        """One picture's turn: gives the context of each phase, which measures it."""
+        predicted, early = self._peaks(views, one_batch)
+        meter = PhaseMeter(predicted, self.device)
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            with meter(name):
+                if name in early:
+                    following = self._holder(PHASES[PHASES.index(name) + 1])
+                    if hasattr(following, "begin"):
+                        following.begin(self.device)
+                yield
+
+        with self._turn:
+            self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
+            try:
+                yield phase
+            except BaseException:
+                for name in PHASES:  # what has come early would be in the next picture's way
+                    self._free(name)
+                raise
 
     def _stepper(self) -> Network | GraphedNetwork:
         """What the sampler calls: the network, or the graphs of its calls."""
@@ -345,8 +386,9 @@ class Pipeline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Mesh:
         """A mesh whose metadata says how it was made. `image`: a picture, or views by name
-        ("front", "left", "back", "right") for a model of several. UserError for a picture without
-        an object, for a step count that the packed file has no tables for, for an empty shape."""
+        ("front", "left", "back", "right") for a model of several. Threads take turns. UserError for
+        a picture without an object, for a step count that the packed file has no tables for, for an
+        empty shape."""
         settings = self.settings(steps, guidance, sampler)
         views = 1
         if isinstance(image, Mapping):
@@ -354,27 +396,25 @@ class Pipeline:
             views = len(image)
             if not getattr(self.conditioner, "views", False):
                 image = image[VIEWS[0]]
-        predicted = self.predicted_bytes(views=views, one_batch=one_batch)
-        meter = PhaseMeter(predicted, self.device)
-        self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
-        with meter("condition"):
-            cond = self.condition(image, name)
-            self._free(self.conditioner)
-        with meter("denoise"):
-            latents = self.latents(
-                cond,
-                self.noise(seed),
-                steps=steps,
-                guidance=guidance,
-                sampler=sampler,
-                one_batch=one_batch,
-                progress=progress,
-            )
-            self._free(self._dit)
-        with meter("decode"):
-            grid = self.grid(latents)
-            self._free(self.decoder)
-            mesh = self.surface(grid)
+        with self._phases(views, one_batch) as phase:
+            with phase("condition"):
+                cond = self.condition(image, name)
+                self._free("condition")
+            with phase("denoise"):
+                latents = self.latents(
+                    cond,
+                    self.noise(seed),
+                    steps=steps,
+                    guidance=guidance,
+                    sampler=sampler,
+                    one_batch=one_batch,
+                    progress=progress,
+                )
+                self._free("denoise")
+            with phase("decode"):
+                grid = self.grid(latents)
+                self._free("decode")
+                mesh = self.surface(grid)
         metadata = {
             "generator": f"vitapack {vitapack.__version__}",
             "family": self.family,
@@ -389,25 +429,6 @@ class Pipeline:
         return replace(mesh, metadata=metadata)
 
 
-def _step_bytes(
-    config: DiTConfig | FlowConfig,
-    decoder: Any,
-    dtype: torch.dtype,
-    engine: bool,
-    fused: str,
-    tokens: int,
-    batch: int,
-) -> int:
-    """Bytes of a step by condition tokens and batch; guidance that is embedded needs no second."""
-    batch = 1 if config.guidance_embed else batch
-    shape = decoder.latent_shape
-    found = step_bytes(config, shape, tokens, batch, dtype, engine=engine, fused=fused)
-    # A DiT keeps its memory for either pass; the flow transformer's is the same.
-    if engine and batch == 1 and isinstance(config, DiTConfig) and not config.guidance_embed:
-        found += step_bytes(config, shape, 1, 1, dtype, engine=True)
-    return found
-
-
 def _family(name: str, config: DiTConfig | FlowConfig, source: str) -> Any:
     """What makes pictures and shapes of a network. UserError where nothing does."""
     if name not in FAMILIES:
@@ -419,16 +440,3 @@ def _family(name: str, config: DiTConfig | FlowConfig, source: str) -> Any:
             "sparse-structure flow gives one"
         )
     return FAMILIES[name]
-
-
-def original_of(header: packed.PackedHeader, parts: str | Path) -> Checkpoint:
-    """The checkpoint that a packed file was made from, by its family and size."""
-    original = open_checkpoint(parts)
-    found = original.source(hashed=False)
-    if (original.family, found["bytes"]) != (header.family, header.source["bytes"]):
-        raise UserError(
-            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not what "
-            f"{header.path} was made from: {header.variant}, {header.source['name']} of "
-            f"{header.source['bytes']} bytes"
-        )
-    return original

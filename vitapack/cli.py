@@ -236,7 +236,7 @@ def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
 
 def mesh_line(row: dict[str, Any]) -> str:
     """One line for people: what the mesh is like, what it took."""
-    from vitapack.runtime.memory import memory_words
+    from vitapack.runtime.phases import memory_words
 
     shape = row["mesh"]
     words = "watertight" if shape["watertight"] else "not watertight"
@@ -448,7 +448,7 @@ def build_parser() -> Parser:
         "--memory",
         choices=("resident", "lean"),
         default="resident",
-        help="lean: one network in memory at a time",
+        help="lean: free each phase's network after it",
     )
     sub.add_argument("--one-batch", action="store_true",
                      help="guidance as one batch of two; without it in two passes, of which the "
