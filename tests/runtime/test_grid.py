@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vitapack.runtime import grid
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.grid import coarse_to_fine, dense
 
@@ -47,7 +48,7 @@ def corners_of(cells):
 
 
 @pytest.mark.parametrize("field", [sphere, shell, wavy])
-@pytest.mark.parametrize("resolution", [64, 126])
+@pytest.mark.parametrize("resolution", [64, 96, 126])
 def test_same_surface_as_dense(field, resolution):
     full = dense(field, resolution, 1.01, chunk=100_000)
     part = coarse_to_fine(field, resolution, 1.01, chunk=100_000)
@@ -87,6 +88,24 @@ def test_a_surface_is_followed_where_the_coarse_grid_is_blind():
     assert (full.values[100:] > 0).any()
     assert torch.equal(part.values > 0, full.values > 0)
     assert part.queries * 7 < full.queries
+
+
+def test_pieces_between_coarsest_nodes_are_found_where_the_field_varies(monkeypatch):
+    """Balls smaller than a cell of 48 a side and larger than one of 96, in a field of distances."""
+    cell = 2.02 / 48
+
+    def balls(points):
+        block = (points / (12 * cell)).floor().clamp(-2, 1)
+        centre = (12 * block + 6 + (block + 2.2) / 4) * cell  # never a cell's, with equal corners
+        return 30 * (0.45 * cell - (points - centre).norm(dim=1)).clamp(min=-2 * cell)
+
+    full = dense(balls, 96, 1.01, chunk=10**6).values > 0
+    part = coarse_to_fine(balls, 96, 1.01, contrast=math.inf, chunk=10**6)
+    assert torch.equal(part.values > 0, full)
+    assert part.queries * 2 < 97**3
+    monkeypatch.setattr(grid, "VARIES", 0)
+    blind = coarse_to_fine(balls, 96, 1.01, contrast=math.inf, chunk=10**6)
+    assert (blind.values > 0).sum() < 0.9 * full.sum()
 
 
 CELL = 2.02 / 64  # of the coarsest grid, where the finest has 128
