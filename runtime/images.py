@@ -8,6 +8,7 @@ is an explicit error rather than a mesh of somebody's living room.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -61,24 +62,33 @@ def load_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: no such file; expected a picture")
     if not path.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{path}: a folder, device or pipe; expected a picture file")
+    return _decoded(path, str(path))
+
+
+def decode_image(data: bytes, name: str = "image") -> Image.Image:
+    """As `load_image`, of a picture file's bytes; `name` is what the messages call it."""
+    return _decoded(io.BytesIO(data), name)
+
+
+def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty (0 bytes); expected a PNG, JPEG or WebP")
+        if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
+            raise UserError(f"{name}: the file is empty (0 bytes); expected a PNG, JPEG or WebP")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pillow's own limit, twice ours; odd metadata
-            with Image.open(path, formats=FORMATS) as image:
-                _expect_sane(image, str(path))
+            with Image.open(file, formats=FORMATS) as image:
+                _expect_sane(image, name)
                 image.load()
                 return _turned(image)
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: too many pixels; {_TOO_LARGE}") from None
+        raise UserError(f"{name}: too many pixels; {_TOO_LARGE}") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture; expected a PNG, JPEG or WebP file") from None
+        raise UserError(f"{name}: not a picture; expected a PNG, JPEG or WebP file") from None
     except Exception as error:  # decoders meet hostile bytes with whatever they trip over
         raise UserError(
-            f"{path}: damaged picture ({one_line(error)}); save it again as PNG"
+            f"{name}: damaged picture ({one_line(error)}); save it again as PNG"
         ) from None
 
 

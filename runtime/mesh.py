@@ -215,17 +215,23 @@ def save(mesh: Mesh, path: str | Path, metadata: Mapping[str, Any] | None = None
     Raises UserError for an empty mesh, an unknown suffix, or a place that cannot be written.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    body = encode(mesh, path, metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(body)
+    return path
+
+
+def encode(mesh: Mesh, path: str | Path, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes that `save` writes under this name. UserError for an empty mesh or an unknown
+    suffix."""
+    suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"{path}: unknown mesh format {suffix!r}; use {', '.join(FORMATS)}")
     if not len(mesh.faces):
         raise UserError(f"{path}: not written, since the mesh has no faces")
     values = dict(mesh.metadata if metadata is None else metadata)
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)  # one line of ASCII
-    body = {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl}[suffix](mesh, values, text)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(body)
-    return path
+    return {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl}[suffix](mesh, values, text)
 
 
 def load(path: str | Path) -> Mesh:

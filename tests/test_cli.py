@@ -120,6 +120,7 @@ def test_doctor_says_what_is_lacking(capsys: pytest.CaptureFixture[str]) -> None
             for words, expected in (
                 (["--seed", "-1"], "--seed: '-1': expected a whole number, 0 to 2^63 - 1"),
                 (["--seed", str(2**70)], "expected a whole number, 0 to 2^63 - 1"),
+                (["--seed", "0" * 20 + str(2**70)], "expected a whole number, 0 to 2^63 - 1"),
                 (["--steps", "many"], "'many': expected a whole number of at least 1"),
                 (["--steps", "9" * 5000], "expected a whole number of at least 1"),
                 (["--device", "meta"], "no device 'meta': expected auto, cpu, cuda or cuda:N"),

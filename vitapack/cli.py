@@ -329,13 +329,13 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def at_least_one(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:20]) < 1 << 31:
+    if not text.isdecimal() or len(text) > 20 or not 1 <= int(text) < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)
 
 
 def seed_number(text: str) -> int:
-    if not text.isdecimal() or int(text[:20]) >= 1 << 63:
+    if not text.isdecimal() or len(text) > 20 or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 to 2^63 - 1")
     return int(text)
 

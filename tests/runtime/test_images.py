@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.images import find_images, load_image, recentre, separate
+from vitapack.runtime.images import decode_image, find_images, load_image, recentre, separate
 
 
 def disc(size: int = 100, radius: int = 30, grey: int = 90) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +86,24 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
         ("cut.png", "damaged|not a picture"),
         ("none.png", "no such file"),
     ):
+        path = tmp_path / name
         with pytest.raises(UserError, match=words) as caught:
-            load_image(tmp_path / name)
+            load_image(path)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
+        if path.exists():
+            with pytest.raises(UserError, match=rf"^upload: .*({words})"):
+                decode_image(path.read_bytes(), "upload")
+
+
+def test_a_files_bytes_are_the_same_picture(tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    image = Image.effect_noise((30, 20), 80)
+    image.getexif()[274] = 6
+    image.save(path, exif=image.getexif())
+    found = decode_image(path.read_bytes())
+    assert found.size == (20, 30)
+    assert found.tobytes() == load_image(path).tobytes()
 
 
 def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from vitapack.runtime.mesh import (
     FORMATS,
     Mesh,
     clean,
+    encode,
     load,
     read_metadata,
     report,
@@ -196,7 +197,7 @@ def test_round_trip_keeps_geometry_and_metadata(sphere, tmp_path, suffix):
 def test_same_input_same_bytes_and_nothing_else_left(sphere, tmp_path, suffix):
     first = save(sphere, tmp_path / f"a{suffix}", ORIGIN).read_bytes()
     second = save(sphere, tmp_path / f"b{suffix}", ORIGIN).read_bytes()
-    assert first == second
+    assert first == second == encode(sphere, f"b{suffix}", ORIGIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a{suffix}", f"b{suffix}"]
 
 
