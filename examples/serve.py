@@ -80,7 +80,7 @@ class Server(ThreadingHTTPServer):
         self.pipeline, self.options = pipeline, options
         self.connections = threading.BoundedSemaphore(CONNECTIONS)
         self.worker, self.adding = ThreadPoolExecutor(1), threading.Lock()
-        self.jobs: set[Future[bytes] | None] = set()  # those not answered yet
+        self.jobs: set[Future[bytes]] = set()  # those computed or not answered yet
         self.meshes, self.seconds = 0, 1.0  # made so far; of the last one
         self.stopping = False
         super().__init__((options.host, options.port), Handler)
@@ -100,7 +100,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def unfinished(self) -> int:
-        return sum(not job.done() for job in self.jobs.copy() if job)
+        return sum(not job.done() for job in self.jobs.copy())
 
     def expect_room(self) -> None:
         if self.stopping or self.unfinished() > self.options.queue:
@@ -118,10 +118,10 @@ class Server(ThreadingHTTPServer):
             self.jobs.add(job)
         return job
 
-    def make(self, data: bytes, suffix: str, settings: dict[str, Any], progress: Any) -> bytes:
+    def make(self, client: "Handler", suffix: str, settings: dict[str, Any]) -> bytes:
         start = time.monotonic()
-        image = decode_image(data, "picture")
-        mesh = self.pipeline(image, name="picture", progress=progress, **settings)
+        image = decode_image(client.picture, "picture")
+        mesh = self.pipeline(image, name="picture", progress=client.expect, **settings)
         body = encode(mesh, f"mesh.{suffix}")
         self.meshes, self.seconds = self.meshes + 1, time.monotonic() - start
         return body
@@ -158,6 +158,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # curl asks before it sends a large body
     default_request_version = "HTTP/1.0"  # so that garbage is answered with a status too
     job: Future[bytes] | None = None
+    picture = b""
 
     def setup(self) -> None:
         super().setup()
@@ -194,9 +195,10 @@ class Handler(BaseHTTPRequestHandler):
                 traceback.print_exc()
                 self.refuse(Refused(500, "an error inside the server; its log says more"))
         finally:
+            self.picture = b""  # the worker keeps what is cancelled until it comes to it
             if self.job:
                 self.job.cancel()
-            self.server.jobs.discard(self.job)
+                self.job.add_done_callback(self.server.jobs.discard)  # now, if it does not run
 
     do_GET = do_POST
 
@@ -218,9 +220,10 @@ class Handler(BaseHTTPRequestHandler):
         settings = parameters(query)
         suffix = settings.pop("format")
         self.server.pipeline.settings(settings.get("steps"), settings.get("guidance"), None)
-        self.job = self.server.submit(self.body(), suffix, settings, self.expect_client)
+        self.picture = self.body()
+        self.job = self.server.submit(self, suffix, settings)
         while not self.job.done():
-            self.expect_client()
+            self.expect()
             wait([self.job], timeout=1)
         self.reply(200, self.job.result(), TYPES[suffix])
 
@@ -244,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"the body ended after {len(data)} of {length} bytes")
         return data
 
-    def expect_client(self, *_: int) -> None:
+    def expect(self, *_: int) -> None:
         """ConnectionError where the client has hung up; asked each second and after each step."""
         readable = select.select([self.connection], [], [], 0)[0]
         if readable and not self.connection.recv(1, socket.MSG_PEEK):
