@@ -165,7 +165,10 @@ def _remove_background(image: Image.Image, rgb: np.ndarray, name: str) -> np.nda
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]).astype(int)
     ground = np.median(border, axis=0)
     if (np.abs(border - ground).max(axis=1) <= PLAIN).mean() >= 0.98:
-        return np.where(np.abs(rgb - ground).max(axis=2) > PLAIN, 255, 0).astype(np.uint8)
+        alpha = np.zeros(rgb.shape[:2], np.uint8)
+        for channel, level in enumerate(ground):  # all at once take 2 GB for the largest picture
+            alpha[np.abs(rgb[..., channel] - np.float32(level)) > PLAIN] = 255
+        return alpha
     try:
         from rembg import remove
     except ImportError:
