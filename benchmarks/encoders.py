@@ -81,7 +81,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
     figures = {
         "base": base,
         "peak": resident(peak=True),
-        "predicted": conditioner.nbytes,
+        "predicted": conditioner.encoder.nbytes,
         "load_seconds": loaded - start,
         "picture_seconds": (done - loaded) / len(tokens),
         "transformers": getattr(sys.modules.get("transformers"), "__version__", None),

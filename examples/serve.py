@@ -299,6 +299,8 @@ def main() -> None:
             if not hasattr(pipeline.decoder, "resolution"):
                 raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
             pipeline.decoder.resolution = options.resolution
+        if options.memory == "resident":
+            pipeline.load()  # before it listens: the first client waits for none, errors show now
         server = Server(pipeline, options)
     except (UserError, OSError, OverflowError) as error:
         parser.exit(2, f"serve: {error}\n")

@@ -48,15 +48,8 @@ class ImageConditioner:
         self.views, self.extra = views, extra
 
     @property
-    def nbytes(self) -> int:
-        return self.encoder.nbytes
-
-    @property
     def working_bytes(self) -> int:
         return self.encoder.working_bytes
-
-    def free(self) -> None:
-        self.encoder.free()
 
     @torch.inference_mode()
     def __call__(self, image: Picture, name: str = "image") -> Tensor:

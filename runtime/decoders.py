@@ -37,10 +37,6 @@ class VolumeDecoder:
         self.queries = 0  # of the last shape
 
     @property
-    def nbytes(self) -> int:
-        return self.decoder.nbytes
-
-    @property
     def working_bytes(self) -> int:
         """Of the network at work, and on a CPU of the grid, which always lies there."""
         grid = refine_bytes(self.resolution) if self.device == "cpu" else 0
@@ -50,12 +46,6 @@ class VolumeDecoder:
     def surface_bytes(self) -> int:
         """Of the surface's extraction, which needs no network."""
         return surface_bytes(self.resolution) if self.device == "cpu" else 0
-
-    def begin(self, device: str) -> None:
-        self.decoder.begin(device)
-
-    def free(self) -> None:
-        self.decoder.free()
 
     def __call__(self, latents: Tensor) -> np.ndarray:
         network = self.decoder()
@@ -83,22 +73,12 @@ class OccupancyGrid:
         self.bounds = 0.5 + 0.5 / config.side
 
     @property
-    def nbytes(self) -> int:
-        return self.decoder.nbytes
-
-    @property
     def working_bytes(self) -> int:
         return self.decoder.working_bytes
 
     @property
     def surface_bytes(self) -> int:
         return surface_bytes(self.config.side) if self.device == "cpu" else 0
-
-    def begin(self, device: str) -> None:
-        self.decoder.begin(device)
-
-    def free(self) -> None:
-        self.decoder.free()
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:

@@ -28,6 +28,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 10_000
 _TOO_LARGE = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side are accepted, scale it down first"
+ROWS = 256  # put on their ground at a time: 64 million pixels at once took 4.9 GB
 LEAST_SIDE = 16  # an object of fewer pixels has no shape to see
 PLAIN = 12  # grey levels that a plain background may vary by (JPEG noise of a white ground: ~6)
 
@@ -186,9 +187,12 @@ def recentre(
     the middle of a square of one grey."""
     rows, columns = np.where((alpha > 0).any(1))[0], np.where((alpha > 0).any(0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    cover = alpha[top:bottom, left:right, None] / 255.0
-    flat = rgb[top:bottom, left:right] * cover + background * (1 - cover)
-    crop = Image.fromarray(np.clip(flat + 0.5, 0, 255).astype(np.uint8))
+    flat = rgb[top:bottom, left:right].copy()
+    for start in range(0, len(flat), ROWS):
+        part = slice(start, start + ROWS)
+        cover = alpha[top:bottom, left:right, None][part] / 255.0
+        flat[part] = np.clip(flat[part] * cover + background * (1 - cover) + 0.5, 0, 255)
+    crop = Image.fromarray(flat)
     scale = round(size * (1 - border)) / max(crop.size)
     shape = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
     # Area averaging when shrinking, as the published pipelines do; bicubic when growing.

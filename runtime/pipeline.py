@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from vitapack.runtime.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.denoise import denoise
 from vitapack.runtime.device import chosen_device
 from vitapack.runtime.dit import DiTConfig
-from vitapack.runtime.errors import UserError
+from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import (
     BUNDLED,
     furniture,
@@ -75,8 +76,9 @@ class Pipeline:
         device: str = "cpu",
         cuda_graphs: bool = False,
     ) -> None:
-        """Whatever has a `free` method (a Part, the families' conditioners and decoders) is loaded
-        when its phase begins, and freed after it where `memory` is "lean". `step_bytes`: of a call
+        """A Part (of a published family also the conditioner's encoder and the decoder's decoder)
+        is loaded when its phase begins, or on a GPU before it (ahead.py), and freed after it where
+        `memory` is "lean". `step_bytes`: of a call
         of the DiT beside its weights, by condition tokens and batch. `cuda_graphs`: its calls are
         recorded and replayed as long as it is loaded; UserError unless `device` is a GPU."""
         if cuda_graphs:
@@ -236,13 +238,19 @@ class Pipeline:
             cuda_graphs=cuda_graphs,
         )
 
+    def load(self) -> None:
+        """Loads all networks now, which a call would otherwise do phase by phase. UserError."""
+        for part in self._parts().values():
+            part()
+
     def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
         """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
         on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
         return self._peaks(views, one_batch)[0]
 
     def _peaks(self, views: int, one_batch: bool) -> tuple[dict[str, int], set[str]]:
-        weights = {phase: getattr(self._holder(phase), "nbytes", 0) for phase in PHASES}
+        weights = dict.fromkeys(PHASES, 0)
+        weights |= {phase: part.nbytes for phase, part in self._parts().items()}
         working = {
             "condition": getattr(self.conditioner, "working_bytes", 0),
             "denoise": self._denoise_bytes(views, one_batch),
@@ -254,8 +262,13 @@ class Pipeline:
         surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
         return found | {"decode": max(found["decode"], surface)}, early
 
-    def _holder(self, phase: str) -> Any:
-        return dict(zip(PHASES, (self.conditioner, self._dit, self.decoder), strict=True))[phase]
+    def _parts(self) -> dict[str, Part[Any]]:
+        """By phase, the networks that come and go."""
+        encoder = getattr(self.conditioner, "encoder", None)
+        found = zip(
+            PHASES, (encoder, self._dit, getattr(self.decoder, "decoder", None)), strict=True
+        )
+        return {phase: part for phase, part in found if isinstance(part, Part)}
 
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
@@ -264,25 +277,24 @@ class Pipeline:
         return self._step_bytes(tokens, 2 if one_batch else 1)
 
     def _free(self, phase: str) -> None:
-        holder = self._holder(phase)
-        if self.memory == "lean" and hasattr(holder, "free"):
-            if holder is self._dit:
+        if self.memory == "lean" and phase in (parts := self._parts()):
+            if phase == "denoise":
                 self._graphs = None  # they hold addresses of its weights
-            holder.free()
+            parts[phase].free()
 
     @contextmanager
     def _phases(self, views: int, one_batch: bool) -> Iterator[Callable[[str], Any]]:
         """One picture's turn: gives the context of each phase, which measures it."""
         predicted, early = self._peaks(views, one_batch)
+        parts = self._parts()
         meter = PhaseMeter(predicted, self.device)
 
         @contextmanager
         def phase(name: str) -> Iterator[None]:
+            following = dict(pairwise(PHASES)).get(name)
             with meter(name):
-                if name in early:
-                    following = self._holder(PHASES[PHASES.index(name) + 1])
-                    if hasattr(following, "begin"):
-                        following.begin(self.device)
+                if name in early and following in parts:
+                    parts[following].begin(self.device)
                 yield
 
         with self._turn:
@@ -359,7 +371,7 @@ class Pipeline:
             progress=progress,
         )
         if not torch.isfinite(out).all():
-            raise UserError(
+            raise FormatError(
                 f"{self.source}: the network gave NaN or infinite values; the file is damaged, or "
                 "its dtype too narrow (try --device cpu)"
             )

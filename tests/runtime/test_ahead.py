@@ -123,6 +123,15 @@ def test_a_run_s_networks_come_early_where_memory_allows(packed_file, memory):
     assert pipeline._dit.loaded == (memory == "resident")
 
 
+def test_networks_are_loaded_when_asked_for(packed_file):
+    where = []
+    pipeline = opened(packed_file, "resident", where)
+    pipeline.load()
+    assert sorted(where) == [(name, False) for name in ("condition", "decode", "denoise")]
+    pipeline(chair(), seed=1)
+    assert len(where) == 3
+
+
 def test_a_picture_without_an_object_leaves_nothing_behind(packed_file):
     pipeline = opened(packed_file, "lean", [])
     with pytest.raises(UserError, match="empty"):
@@ -139,8 +148,7 @@ def test_threads_take_turns(packed_file):
 
     class Watched:
         views = False
-        encoder, nbytes, working_bytes = condition.encoder, condition.nbytes, 0
-        free = condition.free
+        encoder, working_bytes = condition.encoder, 0
 
         def __call__(self, image, name):
             inside.append(name)

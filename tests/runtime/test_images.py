@@ -74,6 +74,15 @@ def test_recentre_fits_the_longer_side_into_the_middle(width: int, height: int) 
     assert abs(rows[0] + rows[-1] - 111) <= 1
 
 
+def test_a_tall_picture_is_put_on_its_ground_as_a_whole() -> None:
+    """Which is done in parts: half transparent black on white is grey in all of its rows."""
+    rgb = np.zeros((700, 30, 3), np.uint8)
+    alpha = np.full((700, 30), 128, np.uint8)
+    square = recentre(rgb, alpha, 700, border=0.0, background=255)
+    assert (square[:, 335:365] == 127).all()
+    assert not rgb.any()
+
+
 def test_files_that_are_no_pictures(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello")
