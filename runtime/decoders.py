@@ -17,7 +17,7 @@ from vitapack.runtime.activations import (
     surface_bytes,
     volume_bytes,
 )
-from vitapack.runtime.grid import CHUNK, coarse_to_fine, dense
+from vitapack.runtime.grid import CHUNKS, coarse_to_fine, dense
 from vitapack.runtime.parts import Net, Part, Source, fill, filled_bytes
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
@@ -91,7 +91,7 @@ class OccupancyGrid:
 def volume_decoder(
     source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
 ) -> VolumeDecoder:
-    working = volume_bytes(config, CHUNK, dtype)
+    working = volume_bytes(config, CHUNKS[torch.device(device).type], dtype)
     part = _part(lambda: ShapeDecoder(config), source, dtype, device, working)
     return VolumeDecoder(part, config, torch.device(device).type)
 
