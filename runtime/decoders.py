@@ -18,6 +18,7 @@ from vitapack.runtime.activations import (
     volume_bytes,
 )
 from vitapack.runtime.grid import CHUNKS, coarse_to_fine, dense
+from vitapack.runtime.memory import holes_kept
 from vitapack.runtime.parts import Net, Part, Source, fill, filled_bytes
 from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.trellis import OccupancyConfig, OccupancyDecoder
@@ -52,7 +53,8 @@ class VolumeDecoder:
         device = network.post_kl.weight.device
         evaluate = dense if self.dense else coarse_to_fine
         field = network.field(latents.to(device))
-        grid = evaluate(field, self.resolution, self.bounds, device=device)
+        with holes_kept():
+            grid = evaluate(field, self.resolution, self.bounds, device=device)
         self.queries = grid.queries
         return grid.values.numpy()
 

@@ -17,8 +17,9 @@ def kept():
 
 memory.keep_no_holes()
 print(kept())
-memory.keep_holes()
-print(kept())
+with memory.holes_kept():
+    print(kept())
+assert memory._least == memory.LARGE
 """
 
 
