@@ -64,6 +64,10 @@ class Int8Weight:
     def dequantized(self) -> Tensor:
         return self.q8.float() * self.scale[:, None]
 
+    def rounded(self, weight: Tensor) -> Int8Weight:
+        """Another weight (N, K) float32 in the same scales."""
+        return _int8(weight, self.scale)
+
 
 @dataclass(frozen=True)
 class Int4Weight:
@@ -81,6 +85,12 @@ class Int4Weight:
     def dequantized(self) -> Tensor:
         w8 = expand_int4(self.q4, self.group, self.group_size, self.in_features)
         return w8.float() * self.scale[:, None]
+
+    def rounded(self, weight: Tensor) -> Int4Weight:
+        """Another weight (N, K) float32 in the same scales and zero points."""
+        s, z = (self.group >> 4).float() + 1, (self.group & 15).float()
+        grouped = _grouped(weight, self.group_size)
+        return _int4(grouped, s, z, self.scale, self.in_features, self.group_size)
 
 
 def check_finite(weight: Tensor, name: str) -> None:

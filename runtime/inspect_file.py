@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vitapack.runtime.container import one_line
 from vitapack.runtime.layermap import KINDS
 from vitapack.runtime.packed_header import PackedHeader
+
+NOTE = "finetuned"  # what `vitapack finetune` leaves in the layer map's notes
 
 
 def describe(header: PackedHeader) -> str:
@@ -24,6 +27,8 @@ def describe(header: PackedHeader) -> str:
     ]
     for kind in KINDS:
         lines += _blocks(header, kind)
+    if note := header.layer_map.notes.get(NOTE):
+        lines.append(f"fine-tuned  {describe_finetuning(note)}")
     lines.append(f"quantizer   {header.quantizer}, everything else {header.rest}")
     tables = modulation["kind"] in ("table", "both")
     words = f"{modulation['kind']}"
@@ -39,6 +44,18 @@ def describe(header: PackedHeader) -> str:
     for field in ("shape_decoder", "conditioner"):
         lines.append(f"{field.replace('shape_', ''):12}{_part(getattr(header, field))}")
     return "\n".join([*lines, "", header.sizes().describe()])
+
+
+def describe_finetuning(note: Any) -> str:
+    """One line of what a file says of its fine-tuning, which no reader has checked."""
+    try:
+        blocks = ", ".join(f"{kind} {index}" for kind, index in note["blocks"])
+        return (
+            f"{blocks}: {note['iterations']} iterations on {note['pictures']} pictures, loss on "
+            f"held-out paths {note['loss_before']:.4g} before, {note['loss_after']:.4g} after"
+        )
+    except (KeyError, TypeError, ValueError):
+        return one_line(note)
 
 
 def _blocks(header: PackedHeader, kind: str) -> list[str]:

@@ -125,7 +125,7 @@ def load_packed_dit(
                 count = linear.out // header.network["hidden"]
                 table = reader.floats(f"model.{name}.table", dtype)
                 # In the blocks the table takes the place of the module around the linear.
-                _replace(dit, name.removesuffix(".lin"), ModulationTable(table, count))
+                replace_module(dit, name.removesuffix(".lin"), ModulationTable(table, count))
             elif layout := _packed_layout(header, name):
                 prefix = f"model.{name}"
                 bias = reader.floats(f"{prefix}.bias", dtype) if linear.bias else None
@@ -145,7 +145,7 @@ def load_packed_dit(
                 )
                 if compute == "a8" and device.type == "cpu":
                     packed.prepare()  # now, so that only one weight is ever held twice
-                _replace(dit, name, packed)
+                replace_module(dit, name, packed)
         if chosen == "table":
             nodes = reader.floats("modulation.t", torch.float64)
             if nodes.tolist() != header.nodes():
@@ -289,6 +289,7 @@ def _empty(dit: torch.nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{name}" if prefix else name
 
 
-def _replace(dit: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+def replace_module(dit: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    """Puts `module` in the place of the one of that name."""
     parent, _, last = name.rpartition(".")
     setattr(dit.get_submodule(parent), last, module)

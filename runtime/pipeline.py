@@ -276,7 +276,8 @@ class Pipeline:
         tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
         return self._step_bytes(tokens, 2 if one_batch else 1)
 
-    def _free(self, phase: str) -> None:
+    def free(self, phase: str) -> None:
+        """Lets a phase's network go where `memory` is "lean"; elsewhere nothing happens."""
         if self.memory == "lean" and phase in (parts := self._parts()):
             if phase == "denoise":
                 self._graphs = None  # they hold addresses of its weights
@@ -303,7 +304,7 @@ class Pipeline:
                 yield phase
             except BaseException:
                 for name in PHASES:  # what has come early would be in the next picture's way
-                    self._free(name)
+                    self.free(name)
                 raise
 
     def _stepper(self) -> Network | GraphedNetwork:
@@ -411,7 +412,7 @@ class Pipeline:
         with self._phases(views, one_batch) as phase:
             with phase("condition"):
                 cond = self.condition(image, name)
-                self._free("condition")
+                self.free("condition")
             with phase("denoise"):
                 latents = self.latents(
                     cond,
@@ -422,10 +423,10 @@ class Pipeline:
                     one_batch=one_batch,
                     progress=progress,
                 )
-                self._free("denoise")
+                self.free("denoise")
             with phase("decode"):
                 grid = self.grid(latents)
-                self._free("decode")
+                self.free("decode")
                 mesh = self.surface(grid)
         metadata = {
             "generator": f"vitapack {vitapack.__version__}",

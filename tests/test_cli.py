@@ -110,6 +110,11 @@ def test_doctor_says_what_is_lacking(capsys: pytest.CaptureFixture[str]) -> None
         (["generate", "furniture", PICTURE, "-o", "x", "--format", "abc"], "abc"),
         (["compress", "furniture", "--plan", "int5", "-o", "x"], "int5"),
         (["compress", "furniture", "--plan", "int8", "-o", "x", "--steps", "a"], "steps"),
+        (
+            ["finetune", "furniture", "no.safetensors", "--images", PICTURE, "-o", "x"],
+            "no such file",
+        ),
+        (["finetune", "furniture", "x", "--images", "nowhere", "-o", "x"], "nowhere: no such file"),
         (["inspect", ROOT / "README.md"], "README.md"),
         (["analyze", "furniture", "--images", "nowhere", "-o", "v.json"], "nowhere"),
         (["plan", "nowhere.json", "-o", "p.json"], "nowhere.json"),

@@ -134,6 +134,21 @@ def compress(options: argparse.Namespace) -> None:
     say(options, sizes.to_json(), sizes.describe())
 
 
+def finetune(options: argparse.Namespace) -> None:
+    from vitapack.compressor import finetune as tuner
+    from vitapack.runtime.images import find_images
+    from vitapack.runtime.inspect_file import describe_finetuning
+
+    images = find_images([options.images])[: options.limit]
+    with progress(options.quiet) as report:
+        note = tuner.finetune(
+            options.model, options.packed, images, options.out, blocks=options.blocks,
+            iterations=options.iterations, batch=options.batch, lr=options.lr, seed=options.seed,
+            steps=options.steps, guidance=options.guidance, device=options.device, progress=report,
+        )  # fmt: skip
+    say(options, {"written": str(options.out), **note}, describe_finetuning(note))
+
+
 def generate(options: argparse.Namespace) -> None:
     from vitapack.runtime.images import load_image
     from vitapack.runtime.mesh import report as describe_mesh
@@ -427,6 +442,28 @@ def build_parser() -> Parser:
     sub.add_argument("--encoder-bits", type=int, choices=(8, 16), default=8,
                      help="of an embedded DINOv2's linears")  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="only the sizes")
+
+    sub = command(
+        finetune,
+        "the least vital kept blocks learn to follow the original",
+        "finetune furniture model.safetensors --images photos -o tuned.safetensors",
+    )
+    sub.add_argument("model", help="the original that the packed file was made from")
+    sub.add_argument("packed", type=Path)
+    sub.add_argument("--images", type=Path, required=True, metavar="DIR")
+    sub.add_argument("-o", "--out", type=Path, required=True)
+    sub.add_argument("--blocks", choices=("min-vital", "max-vital", "all"), default="min-vital",
+                     help="one kept block of each kind by its vitality, or all")  # fmt: skip
+    sub.add_argument("--iterations", type=at_least_one, default=1000,
+                     help="optimizer steps, one at each time of a walk; the paper takes 20,000 to "
+                     "30,000 (default 1000)")  # fmt: skip
+    sub.add_argument("--batch", type=at_least_one, default=4, help="pictures that walk together")
+    sub.add_argument("--lr", type=float, default=3e-4, help="of Adam; falls linearly to 0")
+    sub.add_argument("--seed", type=seed_number, default=0)
+    sub.add_argument("--steps", type=at_least_one, help="of a walk; default: the packed file's")
+    sub.add_argument("--guidance", type=float)
+    sub.add_argument("--limit", type=at_least_one, help="use only so many pictures")
+    sub.add_argument("--device", default="cpu")
 
     sub = command(
         generate, "pictures to meshes", "generate model.safetensors chair.png -o meshes --seed 1"

@@ -1,0 +1,137 @@
+"""What fine-tuning brings on the furniture model: figures as JSON, then docs/furniture.md.
+
+    apt-get download sweethome3d-furniture && dpkg-deb -x sweethome3d-furniture_*.deb FOLDER
+    python -m benchmarks.furniture.finetune FOLDER/usr/share/sweethome3d/furniture plan.json
+
+The pictures are rendered of the model's own training shapes, from views that it was trained on;
+the bundled unseen views, on which the result is judged, are others of some of these shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+import zipfile
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.furniture.card import JUDGED, interval
+from benchmarks.furniture.data import Entry, catalogue, normalise, read_obj, render_views
+from benchmarks.furniture.page import FINETUNING, write_page
+from vitapack.compressor.compress import compress
+from vitapack.compressor.demo import grid_of
+from vitapack.compressor.finetune import CHOICES, finetune
+from vitapack.compressor.metrics import grid_iou
+from vitapack.compressor.plan import resolve_plan
+from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.families.furniture import FOLDER, held_out
+from vitapack.runtime.pipeline import Pipeline
+
+
+def pictures(archives: Path, out: Path, count: int, jobs: int) -> list[Path]:
+    """One picture of each of `count` training shapes, drawn at random, rendered where missing."""
+    rows = (FOLDER / "ATTRIBUTION.tsv").read_text().splitlines()
+    trained = {row.split("\t")[0] for row in rows if row.endswith("autoencoder and DiT")}
+    entries = [
+        (archive, entry)
+        for archive in sorted(archives.glob("*.sh3f"))
+        for entry in catalogue(archive)
+        if entry.id in trained
+    ]
+    if not entries:
+        raise SystemExit(f"{archives}: no archive with a training shape of the model")
+    chosen = np.random.default_rng(0).permutation(len(entries))[:count]
+    out.mkdir(parents=True, exist_ok=True)
+    work = [(*entries[i], out / f"{number:03}.png") for number, i in enumerate(chosen)]
+    with Pool(jobs) as pool:
+        return pool.map(render_one, work)
+
+
+def render_one(job: tuple[Path, Entry, Path]) -> Path:
+    archive, entry, path = job
+    if not path.exists():
+        with zipfile.ZipFile(archive) as files:
+            vertices, faces = read_obj(files.read(entry.model).decode("latin-1"))
+        seed = int(hashlib.sha256(entry.id.encode()).hexdigest()[8:16], 16)  # as in data.py
+        rng = np.random.default_rng(seed)
+        views, _ = render_views(normalise(vertices, entry), faces, 1, rng)
+        Image.fromarray(views[0]).save(path)
+    return path
+
+
+def judge(pipeline: Pipeline, original: list[np.ndarray]) -> dict:
+    """IoU to the original's output from the same noise, and to the true shape."""
+    judged = list(held_out("unseen-views"))[: len(original)]
+    grids = [grid_of(pipeline, picture, number) for number, picture in enumerate(judged)]
+    return {
+        "iou_to_original": interval(map(grid_iou, original, grids)),
+        "v_iou_to_truth": interval(grid_iou(p.grid, g) for p, g in zip(judged, grids, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("archives", type=Path, help="the folder with the .sh3f archives")
+    parser.add_argument("plan", help="plan.json, such as the demo's")
+    parser.add_argument("--work", type=Path, default=Path("build/finetune"))
+    parser.add_argument("--blocks", nargs="+", choices=CHOICES, default=CHOICES)
+    parser.add_argument("--pictures", type=int, default=698)
+    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    images = pictures(options.archives, options.work / "pictures", options.pictures, 2)
+    torch.set_num_threads(options.threads)
+    checkpoint = open_checkpoint("furniture")
+    plan = resolve_plan(options.plan, checkpoint)
+    packed = options.work / "packed.safetensors"
+    sizes = compress(checkpoint, plan, packed)
+    original = Pipeline.from_model("furniture", "cpu")
+    judged = list(held_out("unseen-views"))[:JUDGED]
+    full = [grid_of(original, picture, number) for number, picture in enumerate(judged)]
+    training = {key: getattr(options, key) for key in ("iterations", "batch", "lr", "threads")}
+    found = json.loads(FINETUNING.read_text()) if FINETUNING.exists() else {}
+    if (found.get("model"), found.get("training")) != (original.source_sha256, training):
+        found = {
+            "model": original.source_sha256,
+            "pictures": len(images),
+            "training": training,
+            "blocks": len(plan.blocks),
+            "share_of_fp16": round(sizes.dit / (2 * checkpoint.parameters()), 4),
+            "before": judge(Pipeline.from_packed(packed, "cpu"), full),
+            "after": {},
+            "torch": torch.__version__,
+        }
+    FINETUNING.write_text(json.dumps(found, indent=1) + "\n")
+    for blocks in options.blocks:
+        print(blocks, flush=True)
+        out = options.work / f"{blocks}.safetensors"
+        start = time.perf_counter()
+        note = finetune(
+            "furniture", packed, images, out, blocks=blocks, iterations=options.iterations,
+            batch=options.batch, lr=options.lr, progress=say,
+        )  # fmt: skip
+        row = {key: note[key] for key in ("blocks", "loss_before", "loss_after")}
+        row["seconds"] = round(time.perf_counter() - start, 1)
+        row |= judge(Pipeline.from_packed(out, "cpu"), full)
+        found = json.loads(FINETUNING.read_text())  # another process may have added its rows
+        found["after"][blocks] = row
+        FINETUNING.write_text(json.dumps(found, indent=1) + "\n")
+        print(row, flush=True)
+    write_page()
+
+
+def say(done: int, total: int, what: str) -> None:
+    if done % 100 == 0:
+        print(f"{what} {done}/{total}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
