@@ -454,10 +454,13 @@ def build_parser() -> Parser:
     sub.add_argument("-o", "--out", type=Path, required=True)
     sub.add_argument("--blocks", choices=("min-vital", "max-vital", "all"), default="min-vital",
                      help="one kept block of each kind by its vitality, or all")  # fmt: skip
-    sub.add_argument("--iterations", type=at_least_one, default=1000,
-                     help="optimizer steps, one at each time of a walk; the paper takes 20,000 to "
-                     "30,000 (default 1000)")  # fmt: skip
-    sub.add_argument("--batch", type=at_least_one, default=4, help="pictures that walk together")
+    sub.add_argument(
+        "--iterations",
+        type=at_least_one,
+        default=1000,
+        help="optimizer steps; the paper takes 20,000 to 30,000 (default 1000)",
+    )
+    sub.add_argument("--batch", type=at_least_one, default=16, help="points of a step (default 16)")
     sub.add_argument("--lr", type=float, default=3e-4, help="of Adam; falls linearly to 0")
     sub.add_argument("--seed", type=seed_number, default=0)
     sub.add_argument("--steps", type=at_least_one, help="of a walk; default: the packed file's")

@@ -65,14 +65,14 @@ def render_one(job: tuple[Path, Entry, Path]) -> Path:
     return path
 
 
-def judge(pipeline: Pipeline, original: list[np.ndarray]) -> dict:
-    """IoU to the original's output from the same noise, and to the true shape."""
+def judge(packed: Path, original: list[np.ndarray]) -> tuple[dict, np.ndarray]:
+    """IoU to the original's output from the same noise, and to the truth; the first by picture."""
+    pipeline = Pipeline.from_packed(packed, "cpu")
     judged = list(held_out("unseen-views"))[: len(original)]
     grids = [grid_of(pipeline, picture, number) for number, picture in enumerate(judged)]
-    return {
-        "iou_to_original": interval(map(grid_iou, original, grids)),
-        "v_iou_to_truth": interval(grid_iou(p.grid, g) for p, g in zip(judged, grids, strict=True)),
-    }
+    found = np.array([grid_iou(*pair) for pair in zip(original, grids, strict=True)])
+    truth = interval(grid_iou(p.grid, g) for p, g in zip(judged, grids, strict=True))
+    return {"iou_to_original": interval(found), "v_iou_to_truth": truth}, found
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
     parser.add_argument("--blocks", nargs="+", choices=CHOICES, default=CHOICES)
     parser.add_argument("--pictures", type=int, default=698)
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -96,6 +96,7 @@ def main() -> None:
     original = Pipeline.from_model("furniture", "cpu")
     judged = list(held_out("unseen-views"))[:JUDGED]
     full = [grid_of(original, picture, number) for number, picture in enumerate(judged)]
+    before, plain = judge(packed, full)
     training = {key: getattr(options, key) for key in ("iterations", "batch", "lr", "threads")}
     found = json.loads(FINETUNING.read_text()) if FINETUNING.exists() else {}
     if (found.get("model"), found.get("training")) != (original.source_sha256, training):
@@ -105,7 +106,7 @@ def main() -> None:
             "training": training,
             "blocks": len(plan.blocks),
             "share_of_fp16": round(sizes.dit / (2 * checkpoint.parameters()), 4),
-            "before": judge(Pipeline.from_packed(packed, "cpu"), full),
+            "before": before,
             "after": {},
             "torch": torch.__version__,
         }
@@ -120,7 +121,8 @@ def main() -> None:
         )  # fmt: skip
         row = {key: note[key] for key in ("blocks", "loss_before", "loss_after")}
         row["seconds"] = round(time.perf_counter() - start, 1)
-        row |= judge(Pipeline.from_packed(out, "cpu"), full)
+        after, tuned = judge(out, full)
+        row |= after | {"gain": interval(tuned - plain)}
         found = json.loads(FINETUNING.read_text())  # another process may have added its rows
         found["after"][blocks] = row
         FINETUNING.write_text(json.dumps(found, indent=1) + "\n")

@@ -152,7 +152,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
         packed, parts, iterations=7,
         progress=lambda done, total, what: what == "fine-tune" and steps.append(done),
     )  # fmt: skip
-    assert steps[0] == 5  # walks are of two evaluations: the second one's end was saved
+    assert steps[0] == 5  # the state after the fourth was saved before the interruption
     assert parts.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.safetensors", whole.name]
 
@@ -166,7 +166,7 @@ def test_other_choices(packed: Path, tmp_path: Path) -> None:
     # A tuned file can be tuned again, and one picture alone is enough.
     again = finetune(
         "furniture", tmp_path / "a.safetensors", PICTURES[:1], tmp_path / "b.safetensors",
-        iterations=6, batch=1, lr=1e-4,
+        iterations=20, batch=2, lr=1e-3,
     )  # fmt: skip
     assert (again["pictures"], again["held_out_pictures"]) == (1, 1)
 
@@ -238,22 +238,23 @@ def test_every_family(name: str, terms: int, tmp_path: Path, monkeypatch) -> Non
     packed = tmp_path / "packed.safetensors"
     compress(checkpoint, layer_map, packed, steps=[3])
     chair().save(tmp_path / "chair.png")
-    calls: list[int] = []
-    real = tuner.Both.__call__
+    samples = []
+    real = tuner.Paths.read
     monkeypatch.setattr(
-        tuner.Both, "__call__",
-        lambda self, *a: calls.append(a[-1]) or real(self, *a),
-    )  # fmt: skip
+        tuner.Paths, "read", lambda self, *a: samples.append(real(self, *a)) or samples[-1]
+    )
     out = tmp_path / "out.safetensors"
     note = finetune(model, packed, [tmp_path / "chair.png"], out, iterations=6, lr=1e-4)
     assert [tuple(block) for block in note["blocks"]] == [(kind, 0) for kind in totals]
     assert note["loss_after"] < note["loss_before"]
     sampler = sampling.SamplerDefaults.from_json(note["sampler"])
     assert sampler.steps == 3
-    guided = sampling.guided_times(sampler)
-    times = sampling.evaluation_times(sampler)
-    walk = sum(2 if terms == 2 and (guided is None or t in guided) else 1 for t in times)
-    assert calls[:walk].count(1) == len(times)
-    assert len(calls) >= 2 * walk
-    assert read_header(out).layer_map.notes["finetuned"] == note
+    # Every time the sampler asks at, and what its interval of guidance leaves of the second term.
+    times, interval = sampling.evaluation_times(sampler), sampling.guided_times(sampler)
+    asked = {float(t): bool(on) for one in samples for t, on in zip(one.t, one.guided, strict=True)}
+    assert asked == {t: terms == 2 and (interval is None or t in interval) for t in times}
+    for one in samples:
+        assert one.without.flatten(1).any(1).tolist() == one.guided.tolist()
+        assert one.with_image.flatten(1).any(1).all()
+    assert read_header(out).layer_map.notes["finetuned"] == json.loads(json.dumps(note))
     load_packed_dit(out)
