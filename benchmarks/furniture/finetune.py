@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 import zipfile
 from multiprocessing import Pool
 from pathlib import Path
@@ -97,12 +96,12 @@ def main() -> None:
     judged = list(held_out("unseen-views"))[:JUDGED]
     full = [grid_of(original, picture, number) for number, picture in enumerate(judged)]
     before, plain = judge(packed, full)
-    training = {key: getattr(options, key) for key in ("iterations", "batch", "lr", "threads")}
+    keys = ("pictures", "iterations", "batch", "lr", "threads")
+    training = {key: getattr(options, key) for key in keys}
     found = json.loads(FINETUNING.read_text()) if FINETUNING.exists() else {}
     if (found.get("model"), found.get("training")) != (original.source_sha256, training):
         found = {
             "model": original.source_sha256,
-            "pictures": len(images),
             "training": training,
             "blocks": len(plan.blocks),
             "share_of_fp16": round(sizes.dit / (2 * checkpoint.parameters()), 4),
@@ -114,13 +113,11 @@ def main() -> None:
     for blocks in options.blocks:
         print(blocks, flush=True)
         out = options.work / f"{blocks}.safetensors"
-        start = time.perf_counter()
         note = finetune(
             "furniture", packed, images, out, blocks=blocks, iterations=options.iterations,
             batch=options.batch, lr=options.lr, progress=say,
         )  # fmt: skip
         row = {key: note[key] for key in ("blocks", "loss_before", "loss_after")}
-        row["seconds"] = round(time.perf_counter() - start, 1)
         after, tuned = judge(out, full)
         row |= after | {"gain": interval(tuned - plain)}
         found = json.loads(FINETUNING.read_text())  # another process may have added its rows

@@ -203,12 +203,11 @@ def finetuning_lines() -> list[str]:
         return []
     data = json.loads(FINETUNING.read_text())
     training, judged = data["training"], data["before"]["iou_to_original"]["n"]
-    rows = [f"| none | | {cells(data['before'])} | | | |"]
+    rows = [f"| none | | {cells(data['before'])} | | |"]
     for name, row in data["after"].items():
         loss = f"{row['loss_before']:.3f} to {row['loss_after']:.3f}"
         rows.append(
-            f"| {name} | {len(row['blocks'])} | {cells(row)} | {cell(row['gain'])} | {loss} "
-            f"| {row['seconds']:.0f} |"
+            f"| {name} | {len(row['blocks'])} | {cells(row)} | {cell(row['gain'])} | {loss} |"
         )
     return [
         "## Fine-tuning",
@@ -216,15 +215,14 @@ def finetuning_lines() -> list[str]:
         f"A plan of {data['blocks']} blocks in {data['share_of_fp16']:.1%} of the network's fp16",
         "bytes, before and after `vitapack finetune` with the settings",
         ", ".join(f"{key} {value:g}" for key, value in training.items()) + ".",
-        f"The pictures are one rendered view of each of {data['pictures']} training shapes. Judged",
-        f"on {judged} of the bundled unseen views, which are others; the gain is the mean of the",
+        "The pictures are one rendered view of each of so many training shapes. Judged on",
+        f"{judged} of the bundled unseen views, which are others; the gain is the mean of the",
         "pictures' differences. The loss is the paper's, on paths of the original that are held",
-        "out; seconds beside other work on two cores, the original's paths among them. By",
-        "`python -m benchmarks.furniture.finetune`. The paper trains for 20,000 to 30,000",
+        "out. By `python -m benchmarks.furniture.finetune`. The paper trains for 20,000 to 30,000",
         "iterations.",
         "",
         *table(
-            "| trained | blocks | IoU to original | V-IoU to truth | gain | loss | seconds |",
+            "| trained | blocks | IoU to original | V-IoU to truth | gain | loss |",
             rows,
         ),
         "",
