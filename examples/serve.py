@@ -293,12 +293,8 @@ def main() -> None:
     try:
         pipeline = Pipeline.open(
             options.model, device=options.device, compute=options.compute, parts=options.parts,
-            memory=options.memory, cuda_graphs=options.cuda_graphs,
+            memory=options.memory, cuda_graphs=options.cuda_graphs, resolution=options.resolution,
         )  # fmt: skip
-        if options.resolution is not None:
-            if not hasattr(pipeline.decoder, "resolution"):
-                raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
-            pipeline.decoder.resolution = options.resolution
         if options.memory == "resident":
             pipeline.load()  # before it listens: the first client waits for none, errors show now
         server = Server(pipeline, options)

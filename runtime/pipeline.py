@@ -128,20 +128,30 @@ class Pipeline:
         parts: str | Path | None = None,
         memory: str = "resident",
         cuda_graphs: bool = False,
+        resolution: int | None = None,
     ) -> Pipeline:
         """A packed file, an original checkpoint (folder or file), or a bundled model's name.
 
-        UserError where an original is to compute in "a8", or to take `parts` of another.
+        `resolution`: cells a side of the decoded grid, by default the family's. UserError where an
+        original is to compute in "a8", or to take `parts` of another; where there is one grid only.
         """
         place = Path(path)
         if str(path) not in BUNDLED and is_packed(place):
-            return cls.from_packed(
+            pipeline = cls.from_packed(
                 place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
             )
-        expect_floats(path, compute)
-        if parts is not None:
-            raise UserError(f"{path} is an original, which has its own parts: leave --parts out")
-        return cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
+        else:
+            expect_floats(path, compute)
+            if parts is not None:
+                raise UserError(
+                    f"{path} is an original, which has its own parts: leave --parts out"
+                )
+            pipeline = cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
+        if resolution is not None:
+            if not hasattr(pipeline.decoder, "resolution"):
+                raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
+            pipeline.decoder.resolution = resolution
+        return pipeline
 
     @classmethod
     def from_packed(

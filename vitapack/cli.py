@@ -158,12 +158,8 @@ def generate(options: argparse.Namespace) -> None:
     objects = pictures_of(options)
     pipeline = Pipeline.open(
         options.packed, device=options.device, compute=options.compute, parts=options.parts,
-        memory=options.memory, cuda_graphs=options.cuda_graphs,
+        memory=options.memory, cuda_graphs=options.cuda_graphs, resolution=options.resolution,
     )  # fmt: skip
-    if options.resolution is not None:
-        if not hasattr(pipeline.decoder, "resolution"):
-            raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
-        pipeline.decoder.resolution = options.resolution
     written, failed = [], []
     views = max(map(len, objects))
     if "" not in objects[0]:
