@@ -26,7 +26,7 @@ lint: setup
 setup: $(VENV)/.ready
 
 # torch first and pinned: left to itself pip may choose a build of several gigabytes.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q $(TORCH)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"

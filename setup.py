@@ -28,7 +28,7 @@ class Build(build_ext):
 
     def run(self) -> None:
         super().run()
-        sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.cu"))
+        sources = sorted(str(path) for path in (ROOT / "csrc").rglob("*.cu"))
         wanted = os.environ.get("VITAPACK_CUDA", "auto")
         if wanted not in ("0", "1", "auto"):
             raise SystemExit(f"VITAPACK_CUDA={wanted!r}: expected 0, 1 or auto")
@@ -62,32 +62,35 @@ class Build(build_ext):
 
 extension = Pybind11Extension(
     "vitapack._C",
-    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-    include_dirs=["csrc"],
+    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
     cxx_std=17,
     extra_compile_args=["-O3", "-pthread"] if sys.platform != "win32" else ["/O2"],
     extra_link_args=["-pthread"] if sys.platform != "win32" else [],
-    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
 )
 
+# The halves and where they lie in a checkout. Every folder below with Python files is a package.
+HALVES = {name: name.rpartition(".")[2] for name in (
+    "vitapack", "vitapack.kernels", "vitapack.runtime", "vitapack.compressor"
+)}  # fmt: skip
+
+
+def packages() -> list[str]:
+    """Dotted names of all packages, found by walking the halves."""
+    found = []
+    for name, folder in HALVES.items():
+        folders = {path.parent.relative_to(folder) for path in Path(folder).rglob("*.py")}
+        found += [".".join((name, *inner.parts)) for inner in sorted({Path(), *folders})]
+    return found
+
+
 setup(
-    packages=[
-        "vitapack",
-        "vitapack.kernels",
-        "vitapack.runtime",
-        "vitapack.runtime.families",
-        "vitapack.compressor",
-    ],
-    package_dir={
-        "vitapack": "vitapack",
-        "vitapack.kernels": "kernels",
-        "vitapack.runtime": "runtime",
-        "vitapack.compressor": "compressor",
-    },
+    packages=packages(),
+    package_dir=HALVES,
     package_data={
         "vitapack.runtime": ["py.typed", "bundled/**/*"],
-        "vitapack.kernels": ["tables/*.json"],
-        "vitapack.compressor": ["assets/*"],
+        "vitapack.kernels.linear": ["tables/*.json"],
+        "vitapack.compressor.report": ["assets/*"],
     },
     ext_modules=[extension] if extension.sources else [],
     cmdclass={"build_ext": Build},

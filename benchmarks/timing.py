@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vitapack.kernels import cpu
+from vitapack.kernels.linear import cpu
 
 Run = Callable[[], Any]
 

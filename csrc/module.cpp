@@ -2,8 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
-void bind_emd(pybind11::module_& m);  // emd_auction.cpp
-void bind_int8(pybind11::module_& m);  // int8_bind.cpp
+void bind_emd(pybind11::module_& m);  // auction.cpp
+void bind_int8(pybind11::module_& m);  // bind.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU parts of vitapack; the public functions are in vitapack.kernels.";

@@ -10,7 +10,7 @@ tests/runtime/test_hy3dgen.py has a stand-in.
 
 import argparse
 
-from vitapack.runtime import attach
+from vitapack.runtime.integrations.hy3dgen import attach
 
 
 def main() -> None:

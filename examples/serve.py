@@ -30,10 +30,10 @@ from urllib.parse import parse_qsl
 
 import vitapack
 from vitapack.cli import at_least_one, seed_number
+from vitapack.runtime.condition.images import decode_image
+from vitapack.runtime.decode.mesh import encode
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.images import decode_image
-from vitapack.runtime.mesh import encode
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 PARAMETERS: dict[str, Callable[[str], Any]] = {
     "seed": seed_number,

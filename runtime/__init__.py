@@ -9,16 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitapack.runtime.hy3dgen import attach
-    from vitapack.runtime.load import load_dit
-    from vitapack.runtime.pipeline import Pipeline
+    from vitapack.runtime.families.furniture import held_out
+    from vitapack.runtime.integrations.hy3dgen import attach
+    from vitapack.runtime.mesh import save
+    from vitapack.runtime.pipeline.load import load_dit
+    from vitapack.runtime.pipeline.pipeline import Pipeline
 
-__all__ = ["Pipeline", "attach", "load_dit"]
+__all__ = ["Pipeline", "attach", "held_out", "load_dit", "save"]
 
 _HOMES = {
-    "Pipeline": "vitapack.runtime.pipeline",
-    "attach": "vitapack.runtime.hy3dgen",
-    "load_dit": "vitapack.runtime.load",
+    "Pipeline": "vitapack.runtime.pipeline.pipeline",
+    "attach": "vitapack.runtime.integrations.hy3dgen",
+    "held_out": "vitapack.runtime.families.furniture",
+    "load_dit": "vitapack.runtime.pipeline.load",
+    "save": "vitapack.runtime.mesh",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitapack.kernels import cpu
+from vitapack.kernels.linear import cpu
 
 DATA = Path(__file__).parent / "data"
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vitapack.cli import build_parser, main
-from vitapack.runtime.families.furniture import FOLDER, held_out
+from vitapack.runtime.families.furniture.family import FOLDER, held_out
 
 ROOT = Path(__file__).parent.parent
 PICTURE = next(held_out("unseen-views")).image_path
@@ -215,7 +215,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     packed, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("vitapack.runtime.pipeline.Pipeline.__call__", None)  # never asked
+    monkeypatch.setattr("vitapack.runtime.pipeline.pipeline.Pipeline.__call__", None)  # never asked
     (tmp_path / "file").touch()
     line = complaint(capsys, "generate", packed, PICTURE, "-o", tmp_path / "file", "--quiet")
     assert "cannot write" in line

@@ -6,10 +6,10 @@ import pytest
 from tiny_released import chair, tiny_released
 
 from vitapack import cli
-from vitapack.runtime.conditioner import VIEWS
+from vitapack.runtime.condition.conditioner import VIEWS
+from vitapack.runtime.decode.mesh import report
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.mesh import report
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 FAST = ["--steps", "2", "--resolution", "16", "--device", "cpu", "--quiet"]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from vitapack.cli import main
-from vitapack.runtime.families.furniture import held_out
-from vitapack.runtime.images import load_image
-from vitapack.runtime.mesh import Mesh, encode, read_metadata
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.condition.images import load_image
+from vitapack.runtime.decode.mesh import Mesh, encode, read_metadata
+from vitapack.runtime.families.furniture.family import held_out
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 PICTURE = next(held_out("unseen-views")).image_path

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import vitapack
-from vitapack.runtime.errors import UserError, atomic_path, destination
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.files import atomic_path, destination
 
 VIEWS = ("front", "left", "back", "right")  # as in the conditioner, which imports torch
 Report = Callable[[int, int, str], None]  # done, total, what
@@ -70,13 +71,13 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_images(paths: Sequence[Path], limit: int | None = None) -> list[tuple[str, Any]]:
-    from vitapack.runtime.images import find_images, load_image
+    from vitapack.runtime.condition.images import find_images, load_image
 
     return [(path.stem, load_image(path)) for path in find_images(list(paths))[:limit]]
 
 
 def demo(options: argparse.Namespace) -> None:
-    from vitapack.compressor.demo import run_demo
+    from vitapack.compressor.report.demo import run_demo
 
     with progress(options.quiet) as report:
         figures = run_demo(options.out, images=options.images, progress=report)
@@ -84,8 +85,9 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def analyze(options: argparse.Namespace) -> None:
-    from vitapack.compressor import vitality
-    from vitapack.runtime.pipeline import Pipeline
+    from vitapack.compressor.vitality import analyze as vitality
+    from vitapack.compressor.vitality.table import describe as describe_vitality
+    from vitapack.runtime.pipeline.pipeline import Pipeline
 
     destination(options.out)
     images = read_images([options.images], options.limit)
@@ -96,13 +98,14 @@ def analyze(options: argparse.Namespace) -> None:
             steps=options.steps, guidance=options.guidance, seed=options.seed,
             resume=options.resume, jobs=options.jobs, progress=report,
         )  # fmt: skip
-    say(options, result.to_json(), vitality.describe(result))
+    say(options, result.to_json(), describe_vitality(result))
 
 
 def plan(options: argparse.Namespace) -> None:
-    from vitapack.compressor import plan as planner
+    from vitapack.compressor.planning.files import describe as describe_plan
+    from vitapack.compressor.planning.files import from_options
 
-    layer_map = planner.from_options(
+    layer_map = from_options(
         options.vitality,
         target_size=options.target_size,
         paper=options.paper,
@@ -114,13 +117,13 @@ def plan(options: argparse.Namespace) -> None:
         },
     )
     write_json(options.out, layer_map.to_json())
-    say(options, layer_map.to_json(), planner.describe(layer_map))
+    say(options, layer_map.to_json(), describe_plan(layer_map))
 
 
 def compress(options: argparse.Namespace) -> None:
-    from vitapack.compressor import compress as compressor
-    from vitapack.compressor.plan import resolve_plan
-    from vitapack.runtime.families import open_checkpoint
+    from vitapack.compressor.packing import compress as compressor
+    from vitapack.compressor.planning.files import resolve_plan
+    from vitapack.runtime.families.open import open_checkpoint
 
     checkpoint = open_checkpoint(options.model)
     layer_map = resolve_plan(options.plan, checkpoint)
@@ -135,9 +138,9 @@ def compress(options: argparse.Namespace) -> None:
 
 
 def finetune(options: argparse.Namespace) -> None:
-    from vitapack.compressor import finetune as tuner
-    from vitapack.runtime.images import find_images
-    from vitapack.runtime.inspect_file import describe_finetuning
+    from vitapack.compressor.distill import finetune as tuner
+    from vitapack.runtime.condition.images import find_images
+    from vitapack.runtime.format.describe import describe_finetuning
 
     images = find_images([options.images])[: options.limit]
     with progress(options.quiet) as report:
@@ -150,10 +153,10 @@ def finetune(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from vitapack.runtime.images import load_image
-    from vitapack.runtime.mesh import report as describe_mesh
-    from vitapack.runtime.mesh import save
-    from vitapack.runtime.pipeline import Pipeline
+    from vitapack.runtime.condition.images import load_image
+    from vitapack.runtime.decode.mesh import report as describe_mesh
+    from vitapack.runtime.decode.mesh import save
+    from vitapack.runtime.pipeline.pipeline import Pipeline
 
     objects = pictures_of(options)
     pipeline = Pipeline.open(
@@ -214,7 +217,7 @@ def target_of(options: argparse.Namespace, places: dict[str, Path]) -> Path:
 
 def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
     """What each mesh is made from: {"": picture}, or {"front": picture, "left": picture, ...}."""
-    from vitapack.runtime.images import find_images
+    from vitapack.runtime.condition.images import find_images
 
     views = {view: getattr(options, view) for view in VIEWS if getattr(options, view)}
     if views and options.images:
@@ -247,7 +250,7 @@ def pictures_of(options: argparse.Namespace) -> list[dict[str, Path]]:
 
 def mesh_line(row: dict[str, Any]) -> str:
     """One line for people: what the mesh is like, what it took."""
-    from vitapack.runtime.phases import memory_words
+    from vitapack.runtime.pipeline.phases import memory_words
 
     shape = row["mesh"]
     words = "watertight" if shape["watertight"] else "not watertight"
@@ -269,7 +272,7 @@ def predicted_line(predicted: dict[str, int]) -> str:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from vitapack.compressor import metrics
+    from vitapack.compressor.evaluate import metrics
 
     if options.out:
         destination(options.out)
@@ -287,14 +290,15 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from vitapack.runtime.packed import describe, read_header
+    from vitapack.runtime.format.describe import describe
+    from vitapack.runtime.format.header import read_header
 
     header = read_header(options.packed)
     say(options, header.to_json(), describe(header))
 
 
 def bench(options: argparse.Namespace) -> None:
-    from vitapack.runtime import bench as runner
+    from vitapack.runtime.tools import bench as runner
 
     if options.out:
         destination(options.out)
@@ -311,7 +315,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def random_checkpoint(options: argparse.Namespace) -> None:
-    from vitapack.compressor.random_checkpoint import write
+    from vitapack.compressor.tools.random_checkpoint import write
 
     with progress(options.quiet) as report:
         files = write(
@@ -322,14 +326,14 @@ def random_checkpoint(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    from vitapack.runtime.doctor import examine
+    from vitapack.runtime.tools.doctor import examine
 
     report = examine()
     say(options, report, "\n".join(f"{key:12} {value}" for key, value in report.items()))
 
 
 def tune(options: argparse.Namespace) -> None:
-    from vitapack.runtime.tune import describe, tune_packed
+    from vitapack.runtime.tools.tune import describe, tune_packed
 
     with progress(options.quiet) as report:
         result = tune_packed(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
-from vitapack.runtime.furniture_model import Block, FurnitureDecoder, FurnitureVAEConfig
+from vitapack.runtime.families.furniture.networks import Block, FurnitureDecoder, FurnitureVAEConfig
 
 KL = 1e-4
 

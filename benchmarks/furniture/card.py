@@ -24,21 +24,28 @@ import torch
 from PIL import Image
 
 from benchmarks.furniture.page import PAGE, RESULTS, write_page
-from vitapack.compressor.bootstrap import mean_interval
-from vitapack.compressor.compress import compress
-from vitapack.compressor.demo import grid_of
-from vitapack.compressor.metrics import EvaluateSettings, compare, grid_iou, grid_iou_tolerant
-from vitapack.compressor.plan import describe as describe_plan
-from vitapack.compressor.plan import plan_auto, plan_random, resolve_plan
-from vitapack.compressor.render import contact_sheet, frame_of, render
-from vitapack.compressor.vitality import analyze
-from vitapack.compressor.vitality_table import Vitality
+from vitapack.compressor.evaluate.metrics import (
+    EvaluateSettings,
+    compare,
+    grid_iou,
+    grid_iou_tolerant,
+)
+from vitapack.compressor.evaluate.statistics import mean_interval
+from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.planning.automatic import plan_auto
+from vitapack.compressor.planning.files import describe as describe_plan
+from vitapack.compressor.planning.files import resolve_plan
+from vitapack.compressor.planning.layer_maps import plan_random
+from vitapack.compressor.report.demo import grid_of
+from vitapack.compressor.report.render import contact_sheet, frame_of, render
+from vitapack.compressor.vitality.analyze import analyze
+from vitapack.compressor.vitality.table import Vitality
+from vitapack.runtime.decode.mesh import Mesh, surface_from_grid
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.furniture import BOUNDS, FOLDER, HeldOut, held_out
-from vitapack.runtime.layermap import LayerMap
-from vitapack.runtime.mesh import Mesh, surface_from_grid
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.runtime.families.furniture.family import BOUNDS, FOLDER, HeldOut, held_out
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.format.layermap import LayerMap
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM_DRAWS = 3

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.furniture.autoencoder import Autoencoder, distances
 from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
-from vitapack.runtime.furniture_model import (
+from vitapack.runtime.families.furniture.networks import (
     LATENT_TOKENS,
     Attention,
     Block,

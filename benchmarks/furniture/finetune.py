@@ -23,14 +23,14 @@ from PIL import Image
 from benchmarks.furniture.card import JUDGED, interval
 from benchmarks.furniture.data import Entry, catalogue, normalise, read_obj, render_views
 from benchmarks.furniture.page import FINETUNING, write_page
-from vitapack.compressor.compress import compress
-from vitapack.compressor.demo import grid_of
-from vitapack.compressor.finetune import CHOICES, finetune
-from vitapack.compressor.metrics import grid_iou
-from vitapack.compressor.plan import resolve_plan
-from vitapack.runtime.families import open_checkpoint
-from vitapack.runtime.families.furniture import FOLDER, held_out
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.compressor.distill.finetune import CHOICES, finetune
+from vitapack.compressor.evaluate.metrics import grid_iou
+from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.planning.files import resolve_plan
+from vitapack.compressor.report.demo import grid_of
+from vitapack.runtime.families.furniture.family import FOLDER, held_out
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 
 def pictures(archives: Path, out: Path, count: int, jobs: int) -> list[Path]:

@@ -21,9 +21,9 @@ from PIL import Image
 
 from benchmarks.furniture.card import interval
 from benchmarks.furniture.page import SAMPLING
-from vitapack.compressor.metrics import grid_iou
-from vitapack.runtime.families.furniture import HeldOut, held_out
-from vitapack.runtime.pipeline import Pipeline
+from vitapack.compressor.evaluate.metrics import grid_iou
+from vitapack.runtime.families.furniture.family import HeldOut, held_out
+from vitapack.runtime.pipeline.pipeline import Pipeline
 
 GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0)
 STEPS = (5, 10, 20, 30)

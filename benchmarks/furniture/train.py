@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from benchmarks.furniture.autoencoder import distances
 from benchmarks.furniture.encoder import HELD_OUT_VIEWS, load_autoencoder
 from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
-from vitapack.runtime.dit import DiT, DiTConfig, hunyuan_time
-from vitapack.runtime.furniture_model import ANCHOR_CHANNELS, anchors
+from vitapack.runtime.families.furniture.networks import ANCHOR_CHANNELS, anchors
+from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
 
 DROP_CONDITION = 0.1
 LEAVE_OUT = {"double": 0.05, "single": 0.15}  # chance of a block to be left out of a step

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,23 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from vitapack.runtime.container import NO_DIGEST, one_line, parse_json
-from vitapack.runtime.dit import DiTConfig
+from vitapack.runtime.engines.choose import network_of
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.packed import network_of
-from vitapack.runtime.packed_header import PARTS
-from vitapack.runtime.sampling import SamplerDefaults
-from vitapack.runtime.trellis import FlowConfig
-from vitapack.runtime.weights import INDEX, MOST, PICKLED, Weights, dtype_name, open_weights, some
+from vitapack.runtime.format.container import NO_DIGEST, one_line, parse_json
+from vitapack.runtime.format.header import PARTS
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.loading.checkpoint_files import (
+    INDEX,
+    MOST,
+    PICKLED,
+    Weights,
+    dtype_name,
+    open_weights,
+    some,
+)
+from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
 
 # A released config.yaml has 3 KB. PyYAML takes a second for 100 KB of it.
 MAX_CONFIG = 1 << 20
@@ -84,6 +93,15 @@ class Checkpoint:
     def part_tensor(self, part: str, name: str) -> Tensor:
         """Reads one tensor of a part, in its stored dtype. FormatError for NaN and infinity."""
         return self.weights.read(f"{PARTS[part]}.{name}")
+
+    def component(self, part: str) -> Source:
+        """The part's settings and tensors. UserError where the checkpoint holds no such part."""
+        shapes = {name: shape for name, (_, shape) in self.part_shapes(part).items()}
+        if not shapes:
+            raise UserError(f"{self.path} ({self.variant}) holds no {part.replace('_', ' ')}")
+        return Source(
+            str(self.path), self.part_config(part), shapes, partial(self.part_tensor, part)
+        )
 
     def parameters(self, part: str | None = None) -> int:
         """Weights and biases of the network, or of a part; an fp16 file holds two bytes of each."""

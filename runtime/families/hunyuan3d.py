@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from vitapack.runtime.conditioner import ImageConditioner, encoder_part, hunyuan_picture
-from vitapack.runtime.decoders import VolumeDecoder, volume_decoder
-from vitapack.runtime.dit import DiTConfig, hunyuan_time
+from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
+from vitapack.runtime.condition.recipes import hunyuan_picture
+from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
+from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -26,10 +27,10 @@ from vitapack.runtime.families.checkpoint import (
     network_shapes,
     shapes_of,
 )
-from vitapack.runtime.parts import Source
-from vitapack.runtime.sampling import SamplerDefaults
-from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
-from vitapack.runtime.weights import Weights
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.loading.checkpoint_files import Weights
+from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.dit import DiTConfig, hunyuan_time
 
 NAME = "hunyuan3d"
 RELEASED = {(16, 32): "2.0", (8, 16): "2mini"}

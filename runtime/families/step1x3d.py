@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitapack.runtime.conditioner import ImageConditioner, encoder_part, framed_picture
-from vitapack.runtime.decoders import VolumeDecoder, volume_decoder
-from vitapack.runtime.dit import DiTConfig
+from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
+from vitapack.runtime.condition.recipes import framed_picture
+from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
+from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -31,11 +32,18 @@ from vitapack.runtime.families.checkpoint import (
     shapes_of,
     weight_file,
 )
-from vitapack.runtime.modulation import TimeEmbedding
-from vitapack.runtime.parts import Source
-from vitapack.runtime.sampling import SamplerDefaults
-from vitapack.runtime.shape_decoder import ShapeDecoder, ShapeDecoderConfig
-from vitapack.runtime.weights import Stored, Weights, merged, open_weights, some, stacked
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.loading.checkpoint_files import (
+    Stored,
+    Weights,
+    merged,
+    open_weights,
+    some,
+    stacked,
+)
+from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.modulation import TimeEmbedding
 
 NAME = "step1x3d"
 TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders

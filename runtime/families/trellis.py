@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
-from vitapack.runtime.conditioner import (
-    ImageConditioner,
-    encoder_part,
-    trellis_picture,
-)
-from vitapack.runtime.decoders import OccupancyGrid, occupancy_grid
-from vitapack.runtime.dinov2 import from_hub
+from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
+from vitapack.runtime.condition.dinov2 import from_hub
+from vitapack.runtime.condition.recipes import trellis_picture
+from vitapack.runtime.decode.decoders import OccupancyGrid, occupancy_grid
+from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -35,15 +33,10 @@ from vitapack.runtime.families.checkpoint import (
     read_json,
     shapes_of,
 )
-from vitapack.runtime.parts import Source
-from vitapack.runtime.sampling import SamplerDefaults
-from vitapack.runtime.trellis import (
-    FlowConfig,
-    OccupancyConfig,
-    OccupancyDecoder,
-    trellis_time,
-)
-from vitapack.runtime.weights import PICKLED, Weights, merged, open_weights
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.loading.checkpoint_files import PICKLED, Weights, merged, open_weights
+from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.flow import FlowConfig, trellis_time
 
 NAME = "trellis"
 ENCODER = "dinov2_vitl14_reg4_pretrain"

@@ -1,0 +1,56 @@
+"""int4 weights with exact float group scales: what the packed file is held against.
+
+The codes and zero points are the packed file's. Only the scale of a group differs: in place of the
+channel's scale times a small integer, the float that fits the original weights best (least
+squares). Activations are float, so that the comparison charges both integer group scales and int8
+activations.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitapack.kernels.linear.reference import unpack_int4
+from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.pipeline.load import load_dit
+
+
+def float_group_weight(linear: PackedLinear, weight: Tensor) -> Tensor:
+    """The weight (N, K) of a 4-bit linear's codes under float group scales fit to `weight`."""
+    if linear.bits != 4:
+        raise ValueError(f"expected a 4-bit linear, found {linear.bits} bits")
+    linear.restore()
+    assert linear.q4 is not None
+    assert linear.group is not None
+    codes = unpack_int4(linear.q4).float()
+    rows, padded = codes.shape
+    whole = linear.group.shape[1] * linear.group_size  # the last group may be cut short
+    grouped = torch.zeros(2, rows, whole)
+    grouped[0, :, :padded] = codes
+    grouped[1, :, : linear.in_features] = weight
+    steps, wanted = grouped.unflatten(-1, (-1, linear.group_size))
+    steps = steps - (linear.group & 15).float()[..., None]
+    steps.flatten(1)[:, linear.in_features :] = 0
+    fit = (steps * wanted).sum(-1) / steps.square().sum(-1).clamp_min(1e-30)
+    return (steps * fit[..., None]).flatten(1)[:, : linear.in_features]
+
+
+def float_group_dit(packed: Path, original: Path) -> Any:
+    """The packed DiT with all its 4-bit linears under float group scales, in float32."""
+    module = load_dit(packed, compute="a16")
+    source = load_dit(original)
+    for name, linear in list(module.named_modules()):
+        if isinstance(linear, PackedLinear) and linear.bits == 4:
+            exact = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+            weight = source.get_submodule(name).weight.detach()
+            with torch.no_grad():
+                exact.weight.copy_(float_group_weight(linear, weight))
+                if linear.bias is not None:
+                    exact.bias.copy_(linear.bias)
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, exact)
+    return module

@@ -1,0 +1,187 @@
+"""Numerics of every GPU operator against float64, part of `benchmarks/gpu/run.py`.
+
+Criterion: our error is at most twice that of plain PyTorch in the same precision, plus one rounding
+of the output. With int8 activations the integer product is exact, so there the result must agree
+with the reference to a rounding. NaN in must be NaN out, in that row and in no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitapack.kernels.linear import gpu_ops, reference
+
+ops = gpu_ops.ops
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest error relative to the largest value, and what was allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random packed weight on a device, with the int8 weight that it stands for."""
+
+    codes: Tensor
+    group: Tensor | None
+    group_size: int
+    scale: Tensor
+    w8: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, int, Tensor]:
+        return self.codes, self.group, self.group_size, self.scale
+
+
+def random_weight(n: int, k: int, group: int, device: torch.device) -> Weight:
+    """Every s and z and both ends of int8, as far as n * k goes; group 0 is 8 bits."""
+    rng = torch.Generator().manual_seed(n * k + group)
+    scale = (torch.rand(n, generator=rng) * 1e-3 + 1e-4).to(device)
+    if not group:
+        w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng).to(device)
+        return Weight(w8, None, 0, scale, w8)
+    padded = reference.padded_k(k)
+    shape = (n, reference.group_count(k, group))
+    z = torch.randint(0, 16, shape, generator=rng)
+    s = torch.randint(1, 17, shape, generator=rng)
+    wide_s, wide_z = (y.repeat_interleave(group, 1)[:, :padded] for y in (s, z))
+    codes = torch.randint(0, 16, (n, padded), generator=rng)
+    reach = 127 // wide_s
+    codes = torch.minimum(torch.maximum(codes, wide_z - reach), wide_z + reach)
+    codes[:, k:] = wide_z[:, k:]
+    packed = reference.pack_int4(codes.to(torch.uint8)).to(device)
+    bytes_ = reference.pack_group(s, z).to(device)
+    w8 = reference.expand_int4(packed, bytes_, group, k)
+    return Weight(packed, bytes_, group, scale, w8)
+
+
+def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, roundings: int = 1) -> Check:
+    """Relative to the largest exact value; NaN must lie exactly where the exact one has it."""
+    exact = exact.double()
+    if ours.shape != exact.shape or not torch.equal(ours.isnan(), exact.isnan()):
+        return Check(name, float("nan"), 0.0)
+    size = exact.nan_to_num().abs().max().clamp(min=1e-30)
+
+    def error(y: Tensor) -> float:
+        return float(((y.double() - exact).nan_to_num().abs().max() / size).item())
+
+    return Check(name, error(ours), 2 * error(plain) + roundings * torch.finfo(ours.dtype).eps)
+
+
+def gemm_checks(
+    device: torch.device, shapes: list[tuple[int, int, int]], dtypes: tuple[torch.dtype, ...]
+) -> Iterator[Check]:
+    """All widths, groups and activation modes at M, N, K; bias, GELU, gate and residual in turn."""
+    for m, n, k in shapes:
+        for group in (0, 32, 64, 128):
+            weight = random_weight(n, k, group, device)
+            label = f"int{4 if group else 8}{f'-g{group}' if group else ''} {m}x{n}x{k}"
+            dense = weight.w8.double() * weight.scale.double()[:, None]
+            for dtype in dtypes:
+                x = torch.randn(m, k, device=device).to(dtype)
+                x[m // 2, k // 2] = 448
+                if m > 2:
+                    x[1], x[2, 0] = 0, float("nan")
+                bias = torch.randn(n, device=device).to(dtype)
+                name = f"{label} {str(dtype).removeprefix('torch.')}"
+                y = ops.gemm(x, None, *weight.parts, bias, -1, None, None, 1, dtype)
+                exact = x.double() @ dense.t() + bias.double()
+                plain = F.linear(x, dense.to(dtype), bias)
+                yield compare(f"a16 {name}", y, plain, exact)
+
+                codes, steps = ops.join(None, x, False, True)
+                # On the CPU: torch's CUDA division by a number multiplies by its reciprocal.
+                same, same_steps = (y.to(device) for y in reference.quantize_activations(x.cpu()))
+                yield compare(f"quantize {name}", codes.float(), same.float(), same)
+                yield compare(f"quantize steps {name}", steps, same_steps, same_steps)
+                y = ops.gemm(codes, steps, *weight.parts, bias, -1, None, None, 1, torch.float32)
+                exact = (codes.double() @ weight.w8.double().t()) * steps.double() * weight.scale
+                exact = exact + bias.double()
+                # The sum to float32, two scales and the bias: four roundings.
+                yield compare(f"a8 {name}", y, exact.float(), exact, roundings=4)
+        # The epilogue, once a shape: two batches with their own gates, GELU from a column on.
+        tokens = max(1, m // 2)
+        rows = min(2 * tokens, m)
+        x = torch.randn(rows, k, device=device).half()
+        residual = torch.randn(rows, n, device=device).half()
+        gate = torch.randn(-(-rows // tokens), n, device=device).half()
+        bias = torch.randn(n, device=device).half()
+        for sx in (None, True):
+            first, steps = ops.join(None, x, False, True) if sx else (x, None)
+            tail = (bias, n // 3, residual, gate, tokens)
+            y = ops.gemm(first, steps, *weight.parts, *tail, torch.float16)
+            exact = reference.gemm_ref(first, steps, weight.w8, weight.scale, *tail, torch.float32)
+            yield compare(f"epilogue {'a8' if sx else 'a16'} {m}x{n}x{k}", y, exact.half(), exact)
+
+
+def expand_checks(device: torch.device, n: int, k: int) -> Iterator[Check]:
+    for group in (0, 32, 64, 128):
+        weight = random_weight(n, k, group, device)
+        for dtype in (torch.float16, torch.float32, torch.int8):
+            if dtype == torch.int8 and not group:
+                continue
+            y = ops.expand(weight.codes, weight.group, group, weight.scale, k, dtype).float()
+            expected = weight.w8.float()
+            if dtype.is_floating_point:
+                expected = (expected * weight.scale[:, None]).to(dtype).float()
+            name = f"expand g{group} {n}x{k} {str(dtype).removeprefix('torch.')}"
+            # Bit for bit, except that a fused rounding may differ in the last place.
+            yield compare(name, y, expected, expected)
+
+
+def row_checks(device: torch.device, shapes: list[tuple[int, int, int]]) -> Iterator[Check]:
+    """The row kernels at (batch, tokens, width) in fp16, modulation a chunk of a wider row."""
+    for batch, tokens, width in shapes:
+        x = torch.randn(batch, tokens, width, device=device).half()
+        if tokens > 2:
+            x[0, 1, 0], x[0, 2] = float("nan"), 3
+        wide = torch.randn(batch, 1, 3 * width, device=device).half()
+        shift, scale, gate = wide.chunk(3, dim=-1)
+        label = f"{batch}x{tokens}x{width}"
+        exact = reference.modulate_ref(x, shift, scale)
+        plain = (1 + scale) * F.layer_norm(x, (width,), eps=1e-6) + shift
+        yield compare(f"adaLN {label}", ops.modulate(x, shift, scale, False)[0], plain, exact)
+        codes, steps = ops.modulate(x, shift, scale, True)
+        yield quantized(f"adaLN + quantize {label}", codes, steps, exact)
+
+        right = torch.randn(batch, tokens, width + 8, device=device).half()[..., 8:]
+        exact = reference.join_ref(x, right, True)
+        plain = torch.cat([x, F.gelu(right, approximate="tanh")], -1)
+        yield compare(f"join GELU {label}", ops.join(x, right, True, False)[0], plain, exact)
+        yield quantized(f"join GELU + quantize {label}", *ops.join(x, right, True, True), exact)
+
+        y = torch.randn(batch, tokens, width, device=device).half()
+        exact = x.double() + gate.double() * y.double()
+        yield compare(f"gate {label}", ops.gate_residual(x, gate, y), x + gate * y, exact)
+
+        heads = max(h for h in (1, 2, 4, 8, 16) if width % h == 0)
+        qkv = torch.randn(batch, tokens, 3 * width + 8, device=device).half()[..., : 3 * width]
+        scales = [torch.randn(width // heads, device=device).half() for _ in range(2)]
+        exact_parts = reference.qk_norm_ref(qkv.float(), *scales, heads)
+        for which, ours, good in zip("qk", ops.qk_norm(qkv, *scales, heads), exact_parts,
+                                     strict=True):  # fmt: skip
+            yield compare(f"{which} norm {label}", ours, good.half(), good)
+
+
+def quantized(name: str, codes: Tensor, steps: Tensor, exact: Tensor) -> Check:
+    """Codes times steps against the float rows: at most half a step off, and a hair."""
+    broken = ~torch.isfinite(exact).all(-1, keepdim=True)
+    if not torch.equal(steps.isnan(), broken) or codes[broken.squeeze(-1)].any():
+        return Check(name, float("nan"), 0.0)
+    step = exact.abs().amax(-1, keepdim=True) / 127
+    off = (codes.double() * steps.double() - exact.double()) / step.clamp(min=1e-30)
+    return Check(name, float(off[~broken.squeeze(-1)].abs().max().item()), 0.51)

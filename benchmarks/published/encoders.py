@@ -1,0 +1,153 @@
+"""The image encoders at their released sizes, with random weights: features in 8 bits, memory.
+
+    python -m benchmarks.published.encoders run --work /tmp/encoders  # minutes; 3.5 GB of disk
+    python -m benchmarks.published.encoders page  # docs/published.md from the JSON
+
+DINOv2-giant as Hunyuan3D's files hold it, DINOv2-large with registers as Step1X-3D's and TRELLIS'
+do, each through its family's own conditioner, picture preparation included. Every form runs in a
+fresh process, whose peak is the kernel's own high-water mark, in lean mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from benchmarks.published import run as published
+from benchmarks.published.page import ENCODERS
+from vitapack.compressor.tools.random_checkpoint import write
+from vitapack.runtime.families import hunyuan3d, step1x3d
+from vitapack.runtime.families.furniture import family as furniture
+from vitapack.runtime.loading.checkpoint_files import open_weights
+from vitapack.runtime.loading.memory import keep_no_holes, resident
+from vitapack.runtime.loading.source import Source
+
+# name: (computed in, bits of its linears); the first is what the others are compared with.
+FORMS = {"fp32": (torch.float32, 16), "fp16": (torch.float16, 16), "int8": (torch.float32, 8)}
+
+CHILD = """
+import sys
+import torch
+torch.set_num_threads(int(sys.argv[1]))
+from vitapack.runtime.loading.memory import resident
+base = resident(peak=True)
+from benchmarks.published.encoders import one
+one(base, *sys.argv[2:])
+"""
+
+
+def source_of(name: str, folder: Path) -> Source:
+    """The conditioner of a released layout that holds nothing else."""
+    if name.startswith("hunyuan3d"):
+        sections = yaml.safe_load((folder / "config.yaml").read_text())
+        config = sections["conditioner"]["params"]
+        config |= {"image_processor": sections["image_processor"]["params"]}
+        weights = open_weights(folder / "model.fp16.safetensors")
+    else:
+        place = folder / "visual_encoder"
+        config = json.loads((place / "config.json").read_text())
+        weights = open_weights(place / "diffusion_pytorch_model.safetensors")
+    shapes = {tensor: weights.shape(tensor) for tensor in weights}
+    return Source(str(folder), config, shapes, weights.read)
+
+
+def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -> None:
+    """Features of the pictures into the file `out`, and figures on the standard output."""
+    keep_no_holes()
+    dtype, bits = FORMS[form]
+    family = hunyuan3d if name.startswith("hunyuan3d") else step1x3d
+    conditioner = family.conditioner(source_of(name, Path(folder)), dtype, "cpu", bits)
+    start = time.perf_counter()
+    conditioner.encoder()
+    loaded = time.perf_counter()
+    tokens = {
+        sample.name: conditioner(Image.open(sample.image_path), sample.name)
+        for sample in islice(furniture.held_out("unseen-views"), int(pictures))
+    }
+    done = time.perf_counter()
+    figures = {
+        "base": base,
+        "peak": resident(peak=True),
+        "predicted": conditioner.encoder.nbytes,
+        "load_seconds": loaded - start,
+        "picture_seconds": (done - loaded) / len(tokens),
+        "transformers": getattr(sys.modules.get("transformers"), "__version__", None),
+    }
+    save_file(tokens, out)
+    print(json.dumps(figures))
+
+
+def compared(found: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Cosine of each token's features with the plain ones, and the whole relative error."""
+    cosine = torch.cat(
+        [F.cosine_similarity(found[name], plain[name], dim=-1).flatten() for name in plain]
+    )
+    error = sum(float((found[name] - plain[name]).square().sum()) for name in plain)
+    norm = sum(float(plain[name].square().sum()) for name in plain)
+    return {
+        "tokens": cosine.numel(),
+        "cosine_mean": float(cosine.mean()),
+        "cosine_min": float(cosine.min()),
+        "relative_error": (error / norm) ** 0.5,
+    }
+
+
+def run(work: Path, names: list[str], forms: list[str], pictures: int, keep: bool) -> None:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    for name in names:
+        folder = work / f"{name}-encoder"
+        if not folder.exists():
+            write(name, folder, parts=("conditioner",))
+        figures: dict[str, Any] = {"pictures": pictures, "forms": {}}
+        features: dict[str, dict[str, torch.Tensor]] = {}
+        for form in forms:
+            out = work / f"{name}-{form}.safetensors"
+            arguments = (threads, name, str(folder), form, str(pictures), str(out))
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, *arguments],
+                capture_output=True, text=True, cwd=published.ROOT, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                sys.exit(f"{name} in {form}: {done.stderr[-2000:]}")
+            features[form] = load_file(out)
+            out.unlink()
+            row = json.loads(done.stdout.strip().splitlines()[-1])
+            if form != forms[0] and forms[0] == "fp32":
+                row |= compared(features[form], features["fp32"])
+            figures["forms"][form] = row
+            print(name, form, json.dumps(row), flush=True)
+            published.save("encoders", name, figures)
+        if not keep:
+            shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument("--work", type=Path, default=Path("published-work"))
+    parser.add_argument("--models", nargs="+", choices=tuple(ENCODERS), default=list(ENCODERS))
+    parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(FORMS))
+    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="leave the random checkpoint there")
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options.work, options.models, options.forms, options.pictures, options.keep)
+    published.page()
+
+
+if __name__ == "__main__":
+    main()

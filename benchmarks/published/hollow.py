@@ -1,0 +1,59 @@
+"""Files whose headers are real and whose weights are holes: full size, no bytes on disk.
+
+    with hollow.checkpoint(work, "hunyuan3d-2.0", ("dit",)) as checkpoint: ...
+    hollow.packed(checkpoint, work / "x.safetensors")
+
+What is known of a model without reading a weight (sizes, operations, predicted memory) is counted
+on them in seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitapack.compressor.packing.compress import family_schedules, make_plan
+from vitapack.compressor.planning.files import resolve_plan
+from vitapack.compressor.tools.random_checkpoint import files_of
+from vitapack.runtime.families.checkpoint import Checkpoint
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.format.container import DIGEST_AT, Layout, content_digest, lay_out
+
+
+def _write(place: Path, layout: Layout) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.size)
+
+
+@contextmanager
+def checkpoint(work: Path, name: str, parts: Sequence[str]) -> Iterator[Checkpoint]:
+    """A released layout, removed afterwards; names and parts as in `random_checkpoint`."""
+    folder = work / f"{name}-hollow"
+    files = files_of(name, parts)
+    for place, specs in files.tensors.items():
+        _write(folder / place, lay_out(specs, {}))
+    for place, text in files.texts.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text)
+    try:
+        yield open_checkpoint(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def packed(original: Checkpoint, out: Path) -> None:
+    """The file that `compress --plan paper --no-embed` would write, with its zeros' own digest."""
+    plan = make_plan(
+        original, resolve_plan("paper", original), quantizer="search", modulation="table",
+        schedules=family_schedules(original.sampler, None, None), table_dtype="F16", rest="F16",
+        embed=False, encoder_bits=8, hashed=False,
+    )  # fmt: skip
+    _write(out, plan.layout)
+    _, digest = content_digest(out)
+    with out.open("r+b") as file:
+        file.seek(DIGEST_AT)
+        file.write(digest.encode())

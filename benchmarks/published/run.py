@@ -1,0 +1,273 @@
+"""The published models at full size, with random weights: sizes, compression, whole passes.
+
+    python -m benchmarks.published sizes --work /tmp/published     # exact, without any weights
+    python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
+    python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
+    python -m benchmarks.published memory --work /tmp/published    # by phase, before any run
+    python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
+    python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # its rehearsal
+    python -m benchmarks.published passes --work /tmp/published [--resolution 384]    # on the CPU
+    python -m benchmarks.published bench --work /tmp/published     # steps beside the original's
+    python -m benchmarks.published page                            # docs/published.md from the JSON
+
+Each model is written, measured and deleted in turn: at most 8 GB of disk at a time. Every measured
+process is a fresh one, whose peak is the kernel's own high-water mark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.published import hollow, paper_tables
+from benchmarks.published import memory as published_memory
+from benchmarks.published import page as published_page
+from benchmarks.published.paper_tables import MODELS
+from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.planning.files import resolve_plan
+from vitapack.compressor.planning.paper import plan_paper
+from vitapack.compressor.tools.random_checkpoint import PARTS, write
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.files import atomic_path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "published.json"
+WHAT = ("sizes", "tables", "memory", "gpu", "maps", "passes", "bench", "page")
+PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
+SEEDS = {"hunyuan3d-2mini": 1, "step1x-3d": 3}  # of decoders whose random field has a surface
+
+# Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
+CHILD = """
+import json, sys, time
+import torch
+torch.set_num_threads(int(sys.argv[1]))
+from vitapack.runtime.loading.memory import resident
+base = resident(peak=True)
+from vitapack import cli
+start = time.perf_counter()
+try:
+    cli.main(sys.argv[2:])
+except SystemExit as stop:
+    if stop.code:
+        raise
+print(json.dumps({"seconds": time.perf_counter() - start, "base": base,
+                  "peak": resident(peak=True)}), file=sys.stderr)
+"""
+
+
+def child(*arguments: str) -> tuple[dict[str, Any], str]:
+    """A fresh process' figures and its standard output."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, threads, *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"vitapack {' '.join(arguments)}: {done.stderr[-2000:]}")
+    return json.loads(done.stderr.strip().splitlines()[-1]), done.stdout
+
+
+def save(section: str, name: str, figures: dict[str, Any], results: Path | None = None) -> None:
+    """Into the results file at once, so that an interrupted run keeps what it has."""
+    results = results or RESULTS
+    data = json.loads(results.read_text()) if results.exists() else {}
+    data["machine"] = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+    data.setdefault(section, {})[name] = figures
+    with atomic_path(results) as part:
+        part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def sizes(work: Path, names: list[str]) -> None:
+    """Exact file sizes of plans that need not be carried out."""
+    for name in names:
+        with hollow.checkpoint(work, name, ("dit",)) as checkpoint:
+            exact = {}
+            for plan in ("paper", "int8", "int4"):
+                exact[plan] = compress(
+                    checkpoint, resolve_plan(plan, checkpoint), work / "x.safetensors",
+                    steps=[MODELS[name].steps], embed=False, dry_run=True,
+                ).total  # fmt: skip
+        save("sizes", name, exact)
+
+
+def tables(work: Path, names: list[str]) -> None:
+    for name in names:
+        with hollow.checkpoint(work, name, ("dit",)) as checkpoint:
+            save("tables", name, paper_tables.counted(name, checkpoint, work / "x.safetensors"))
+
+
+def memory(work: Path, names: list[str]) -> None:
+    for name in names:
+        with hollow.checkpoint(work, name, PARTS) as checkpoint:
+            found = published_memory.predicted(checkpoint, name, work / "x.safetensors")
+        save("memory", name, found)
+
+
+def gpu(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """Latency and memory of the tables' rows, into the results under the card's name.
+
+    A rehearsal with tiny models leaves results and page of its own in the work folder.
+    """
+    results = work / "rehearsal.json" if options.tiny else RESULTS
+    for name in names:
+        for row, how, figures in paper_tables.measured(
+            work, name, options.device, options.repeats, options.rows, options.tiny
+        ):
+            data = json.loads(results.read_text()) if results.exists() else {}
+            card = data.get("gpu", {}).get(figures["device"], {})
+            card.setdefault(name, {}).setdefault(row, {})[how] = figures
+            save("gpu", figures["device"], card, results)
+            print(name, row, how, json.dumps(figures), flush=True)
+        shutil.rmtree(work / name)
+    if options.tiny:
+        published_page.write(json.loads(results.read_text()), work / "rehearsal.md")
+
+
+def maps(work: Path, names: list[str], plans: list[str]) -> None:
+    for name in names:
+        steps = MODELS[name].steps
+        folder, out = work / name, work / f"{name}.safetensors"
+        start = time.perf_counter()
+        write(name, folder, parts=("dit",))
+        wrote = time.perf_counter() - start
+        checkpoint = open_checkpoint(folder)
+        figures: dict[str, Any] = {
+            "parameters": checkpoint.parameters(),
+            "fp16_bytes": 2 * checkpoint.parameters(),
+            "source_bytes": checkpoint.source(hashed=False)["bytes"],
+            "write_seconds": wrote,
+            "steps": steps,
+            "assumed": list(plan_paper(name).notes["assumed"]),
+            "maps": {},
+        }
+        for plan in plans:
+            measured, text = child(
+                "compress", str(folder), "--plan", plan, "--steps", str(steps), "--no-embed",
+                "-o", str(out), "--json", "--quiet",
+            )  # fmt: skip
+            figures["maps"][plan] = measured | {
+                "file_bytes": out.stat().st_size,
+                "sizes": json.loads(text),
+                "gigabytes_per_second": figures["source_bytes"] / measured["seconds"] / 1e9,
+            }
+            out.unlink()
+            save("maps", name, figures)
+            print(name, plan, json.dumps(figures["maps"][plan])[:400], flush=True)
+        shutil.rmtree(folder)
+
+
+def made(
+    work: Path, name: str, plan: str, options: argparse.Namespace, parts: Sequence[str] = PARTS
+) -> tuple[Path, Path]:
+    """A checkpoint and its packed file; with --keep those that are there already."""
+    folder, out = work / name, work / f"{name}-{plan}.safetensors"
+    if not (options.keep and folder.exists()):
+        write(name, folder, parts=parts, seed=SEEDS.get(name, 0))
+    if not (options.keep and out.exists()):
+        child("compress", str(folder), "--plan", plan, "--steps", str(options.steps), "--no-embed",
+              "-o", str(out), "--quiet")  # fmt: skip
+    return folder, out
+
+
+def remove(options: argparse.Namespace, folder: Path, out: Path) -> None:
+    if not options.keep:
+        shutil.rmtree(folder)
+        out.unlink()
+
+
+def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    from vitapack.runtime.families.furniture.family import held_out
+
+    picture = next(held_out("unseen-views")).image_path
+    for name in names:
+        side = 64 if name == "trellis-ss" else options.resolution
+        extra = () if name == "trellis-ss" else ("--resolution", str(side))
+        folder, out = made(work, name, "paper", options)
+        measured, text = child(
+            "generate", str(out), str(picture), "-o", str(work / "meshes"), "--parts", str(folder),
+            "--memory", "lean", "--compute", options.compute, "--device", "cpu", "--steps",
+            str(options.steps), "--json", "--quiet", *extra,
+        )  # fmt: skip
+        row = json.loads(text)["written"][0]
+        figures = {"model": name, "compute": options.compute, "steps": options.steps}
+        figures |= {"resolution": side, "generate": measured}
+        figures |= {key: row[key] for key in ("seconds", "bytes", "mesh", "queries")}
+        suffix = "" if options.compute == "a8" else f", {options.compute}"
+        save("passes", f"{name}, {side}{suffix}", figures)
+        print(name, json.dumps(figures), flush=True)
+        remove(options, folder, out)
+
+
+def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """`vitapack bench` of a packed DiT beside its original, and of one picture to mesh."""
+    for name in names:
+        folder, out = made(work, name, options.plans[0], options)
+        measured, text = child(
+            "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
+            "--repeats", str(options.repeats), "--steps", str(options.steps),
+            "--resolution", str(options.resolution), "--json", "--quiet",
+        )  # fmt: skip
+        about = {"model": out.name, "plan": options.plans[0], "process": measured}  # no local path
+        save("bench", name, json.loads(text) | about)
+        print(text, flush=True)
+        remove(options, folder, out)
+
+
+def page() -> None:
+    published_page.write(json.loads(RESULTS.read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--work", type=Path, default=Path("published-work"))
+    parser.add_argument("--models", nargs="+", choices=published_memory.MODELS)
+    parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--compute", choices=("a8", "a16"), default="a8", help="of `passes`")
+    parser.add_argument("--device", default="cuda", help="of `gpu`")
+    parser.add_argument("--rows", nargs="+", default=list(paper_tables.ROWS),
+                        choices=paper_tables.ROWS, help="of `gpu`")  # fmt: skip
+    parser.add_argument(
+        "--tiny", action="store_true", help="`gpu`: a rehearsal with narrow networks, not recorded"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of `gpu` and `bench`")
+    parser.add_argument(
+        "--keep", action="store_true", help="`passes`, `bench`: use what is there, and leave it"
+    )
+    options = parser.parse_args()
+    if options.what == "sizes":
+        sizes(options.work, options.models or list(MODELS))
+    elif options.what == "tables":
+        tables(options.work, options.models or list(MODELS))
+    elif options.what == "memory":
+        memory(options.work, options.models or list(published_memory.MODELS))
+    elif options.what == "gpu":
+        gpu(options.work, options.models or list(MODELS), options)
+    elif options.what == "maps":
+        maps(options.work, options.models or list(MODELS), options.plans)
+    elif options.what == "bench":
+        bench(options.work, options.models or ["hunyuan3d-2mini"], options)
+    elif options.what == "passes":
+        passes(options.work, options.models or list(PASSES), options)
+    page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""An original checkpoint and a layer map become one packed file.
+
+    sizes = compress(open_checkpoint("Hunyuan3D-2mini"), layer_map, "model.safetensors")
+
+The file is laid out from shapes alone (`--dry-run` stops there, with its exact size), then filled
+one linear at a time: memory peaks at about one layer, whatever the size of the checkpoint. An
+interrupted job continues where it was. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vitapack
+from vitapack.compressor.packing.modulation_tables import ModulationTables, stored
+from vitapack.compressor.packing.quantizers import (
+    QUANTIZERS,
+    Quantizer,
+    check_finite,
+    one_thread_each,
+)
+from vitapack.compressor.packing.resumable import partial_file
+from vitapack.runtime.condition.dinov2 import is_linear
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.checkpoint import Checkpoint
+from vitapack.runtime.format.architecture import Linear, network_linears, network_norms
+from vitapack.runtime.format.container import ITEM_BYTES, Layout, lay_out
+from vitapack.runtime.format.header import KEY, MODULATIONS, PARTS, RESTS, encode, schedule_nodes
+from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap, kept_blocks
+from vitapack.runtime.format.layouts import BITS_OF, GROUP_OF, W16
+from vitapack.runtime.format.reader import torch_dtype
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.format.sizes import SizeTable, size_table
+from vitapack.runtime.format.tensors import model_tensors, plan_linears
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
+
+# Decoder and conditioner travel inside the file up to this size together: all of the furniture
+# model's do, while DINOv2-giant (2.2 GB) stays where it is.
+EMBED_BELOW = 64 << 20
+
+Report = Callable[[int, int, str], None]  # weights done, weights in all, what
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything of a packed file that is known before a weight is read."""
+
+    network: dict[str, Any]
+    linears: dict[str, str]
+    modulation: dict[str, Any]
+    nodes: list[float]
+    rest: str
+    embedded: tuple[str, ...]  # parts whose tensors go into the file
+    layout: Layout
+
+    def sizes(self) -> SizeTable:
+        sizes = {name: info.nbytes for name, info in self.layout.tensors.items()}
+        return size_table(sizes, self.linears, len(self.layout.header))
+
+
+def compress(
+    checkpoint: Checkpoint,
+    layer_map: LayerMap,
+    out: str | Path,
+    *,
+    quantizer: str = "search",
+    modulation: str = "table",
+    steps: Sequence[int] | None = None,
+    samplers: Sequence[str] | None = None,
+    schedules: Sequence[SamplerDefaults] | None = None,
+    table_dtype: str = "F16",
+    rest: str = "F16",
+    embed: bool | None = None,
+    encoder_bits: int = 8,
+    dry_run: bool = False,
+    progress: Report | None = None,
+) -> SizeTable:
+    """Writes the packed file and returns its bytes by part.
+
+    modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
+    (as in the source). schedules: what the tables serve; default: each of `samplers` (else the
+    family's own) with each count of `steps` (else its own). embed: decoder and conditioner inside
+    the file; default: if they take at most 64 MiB together. encoder_bits: of the linears of an
+    embedded DINOv2, 8 or 16. rest: dtype of what is not quantized,
+    "F16" or "F32".
+    Raises UserError for a layer map of another network, broken weights, a full disk.
+    """
+    for what, value, known in (
+        ("quantizer", quantizer, tuple(QUANTIZERS)),
+        ("modulation", modulation, MODULATIONS),
+        ("rest", rest, RESTS),
+        ("table dtype", table_dtype, RESTS),
+    ):
+        if value not in known:
+            raise UserError(f"no {what} {value!r}: choose one of {', '.join(known)}")
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder: name the file to write, such as {out}/model.safetensors"
+        )
+    if schedules is None:
+        schedules = family_schedules(checkpoint.sampler, steps, samplers)
+    plan = make_plan(
+        checkpoint, layer_map, quantizer=quantizer, modulation=modulation, schedules=schedules,
+        table_dtype=table_dtype, rest=rest, embed=embed, encoder_bits=encoder_bits,
+        hashed=not dry_run,
+    )  # fmt: skip
+    if dry_run:
+        return plan.sizes()
+    report = progress or (lambda done, total, what: None)
+    jobs = list(_jobs(checkpoint, plan, QUANTIZERS[quantizer]))
+    total, done = sum(job.weights for job in jobs), 0
+    with one_thread_each(), partial_file(out, plan.layout) as file:
+        for job in jobs:
+            report(done, total, "compress")
+            if not file.kept.issuperset(job.names):
+                for name, tensor in job.make().items():
+                    if name not in file.kept:
+                        file.put(name, as_bytes(tensor, plan.layout.tensors[name].dtype, name))
+            done += job.weights
+        file.publish()
+    report(total, total, "compress")
+    return plan.sizes()
+
+
+def family_schedules(
+    sampler: SamplerDefaults, steps: Sequence[int] | None, samplers: Sequence[str] | None
+) -> list[SamplerDefaults]:
+    """Every sampler with every step count, all else as the family has it."""
+    return [
+        replace(sampler, name=name, steps=count)
+        for name in samplers or [sampler.name]
+        for count in steps or [sampler.steps]
+    ]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    layer_map: LayerMap,
+    *,
+    quantizer: str,
+    modulation: str,
+    schedules: Sequence[SamplerDefaults],
+    table_dtype: str,
+    rest: str,
+    embed: bool | None,
+    encoder_bits: int,
+    hashed: bool,
+) -> Plan:
+    """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
+    network = pruned_config(checkpoint, layer_map).to_json()
+    linears = plan_linears(network, layer_map, modulation)
+    tables = modulation in ("table", "both")
+    nodes = schedule_nodes(schedules) if tables else []
+    sampler = checkpoint.sampler
+    if tables and not nodes:
+        raise UserError("modulation tables need at least one step to serve: give step counts")
+    if modulation == "table" and sampler not in schedules:
+        sampler = schedules[0]  # the file's default must be one that its tables can serve
+    modulation_json = {
+        "kind": modulation,
+        "dtype": table_dtype,
+        "guidance": checkpoint.sampler.guidance
+        if checkpoint.config.guidance_embed and tables
+        else None,
+        "nodes": len(nodes),
+        "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
+    }
+    tensors = model_tensors(network, linears, rest, modulation_json)
+    parts = {part: _part_specs(checkpoint, part, encoder_bits) for part in PARTS}
+    if embed is None:
+        sizes = (_nbytes(spec) for specs in parts.values() for spec in specs.values())
+        embed = sum(sizes) <= EMBED_BELOW
+    source = checkpoint.source(hashed)
+    references, embedded = {}, []
+    for part, specs in parts.items():
+        storage = "none" if not specs else "embedded" if embed else "referenced"
+        references[part] = {
+            "storage": storage,
+            "config": checkpoint.part_config(part),
+            "source": source if storage == "referenced" else None,
+        }
+        if storage == "embedded":
+            tensors |= specs
+            embedded.append(part)
+    text = encode(
+        tool=f"vitapack {vitapack.__version__}",
+        family=checkpoint.family,
+        variant=checkpoint.variant,
+        network=network,
+        source=source,
+        layer_map=layer_map,
+        linears=linears,
+        rest=rest,
+        quantizer=quantizer,
+        modulation=modulation_json,
+        sampler=sampler.to_json(),
+        shape_decoder=references["shape_decoder"],
+        conditioner=references["conditioner"],
+    )
+    layout = lay_out(tensors, {KEY: text})
+    return Plan(network, linears, modulation_json, nodes, rest, tuple(embedded), layout)
+
+
+def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig | FlowConfig:
+    """The kept network's hyper-parameters. UserError if the map belongs to another network."""
+    held = {kind: len(indices) for kind, indices in kept_blocks(checkpoint.config).items()}
+    asked = {kind: count for kind, count in layer_map.totals.items() if count}
+    if asked != {kind: count for kind, count in held.items() if count}:
+        raise UserError(
+            f"the layer map is for a network of {_counts(asked)}, "
+            f"{checkpoint.path} ({checkpoint.variant}) has {_counts(held)}"
+        )
+    kept: dict[str, Any] = {BLOCK_FIELDS[kind]: layer_map.kept(kind) for kind in held}
+    return replace(checkpoint.config, **kept)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some tensors that are made together, from one linear as a rule."""
+
+    names: tuple[str, ...]
+    weights: int  # read for it: the unit of progress
+    make: Callable[[], dict[str, Tensor]]
+
+
+def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[Job]:
+    placed = plan.layout.tensors
+    tables: list[ModulationTables] = []  # made when the first one is needed, then kept
+
+    def owned(name: str) -> tuple[str, ...]:
+        suffixes = (
+            "table",
+            "weight",
+            "weight.q8",
+            "weight.q4",
+            "weight.group",
+            "weight.scale",
+            "bias",
+        )
+        every = (f"model.{name}.{suffix}" for suffix in suffixes)
+        return tuple(full for full in every if full in placed)
+
+    def linear(name: str, shape: Linear, names: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        if f"model.{name}.table" in names:
+            if not tables:
+                tables.append(
+                    ModulationTables(
+                        checkpoint.config,
+                        checkpoint.tensor,
+                        plan.nodes,
+                        plan.modulation["guidance"],
+                    )
+                )
+            dtype = torch_dtype(plan.modulation["dtype"])
+            tensors["table"] = stored(tables[0].rows(name), dtype, f"{name}.table")
+        if any(f"model.{name}.weight" in full for full in names):
+            tensors |= pack(
+                _fetch(checkpoint, f"{name}.weight", (shape.out, shape.inputs)),
+                plan.linears.get(name, W16), quantizer, f"{name}.weight",
+            )  # fmt: skip
+        if f"model.{name}.bias" in names:
+            tensors["bias"] = _fetch(checkpoint, f"{name}.bias", (shape.out,))
+        return {f"model.{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    def norm(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {f"model.{name}": _fetch(checkpoint, name, shape)}
+
+    def embedded(part: str, full: str, name: str) -> dict[str, Tensor]:
+        tensor = checkpoint.part_tensor(part, name)
+        if full in placed:
+            return {full: tensor}
+        return {
+            f"{full}.{key}": made
+            for key, made in quantizer.int8(tensor, name=name).tensors().items()
+        }
+
+    if plan.nodes:
+        yield Job(
+            ("modulation.t",),
+            0,
+            lambda: {"modulation.t": torch.tensor(plan.nodes, dtype=torch.float64)},
+        )
+    for name, shape in network_linears(plan.network).items():
+        if names := owned(name):
+            yield Job(names, shape.out * shape.inputs, partial(linear, name, shape, names))
+    for name, norm_shape in network_norms(plan.network).items():
+        yield Job((f"model.{name}",), math.prod(norm_shape), partial(norm, name, norm_shape))
+    for part in plan.embedded:
+        for name, (_, part_shape) in checkpoint.part_shapes(part).items():
+            full = f"{PARTS[part]}.{name}"
+            held = (full,) if full in placed else (f"{full}.q8", f"{full}.scale")
+            yield Job(held, math.prod(part_shape), partial(embedded, part, full, name))
+
+
+def pack(weight: Tensor, layout: str, quantizer: Quantizer, name: str) -> dict[str, Tensor]:
+    """One weight's tensors by suffix, such as "weight.q8"."""
+    if layout == W16:
+        return {"weight": weight}
+    if BITS_OF[layout] == 8:
+        tensors = quantizer.int8(weight, name=name).tensors()
+    else:
+        tensors = quantizer.int4(weight, GROUP_OF[layout], name=name).tensors()
+    return {f"weight.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:
+    """The tensor's bytes in a file dtype. UserError for NaN, inf, or what fp16 cannot hold."""
+    if tensor.is_floating_point():
+        check_finite(tensor, name)
+        wide, tensor = tensor, tensor.to(torch_dtype(dtype))
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{name}: a value of {float(wide.abs().max()):.3g} does not fit {dtype}; "
+                f"{'compress with rest F32' if name.startswith('model.') else 'do not embed it'}"
+            )
+    elif tensor.dtype != torch_dtype(dtype):
+        raise ValueError(f"{name}: {tensor.dtype} cannot be stored as {dtype}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = checkpoint.tensor(name)
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
+    return tensor
+
+
+def _part_specs(
+    checkpoint: Checkpoint, part: str, encoder_bits: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors of a part as the file would hold them: floats in fp16, integers as they are, a
+    DINOv2's linears in 8 bits if asked for."""
+    floats = {"F64", "F32", "F16", "BF16"}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in checkpoint.part_shapes(part).items():
+        full = f"{PARTS[part]}.{name}"
+        if encoder_bits == 8 and part == "conditioner" and is_linear(name, shape):
+            specs |= {f"{full}.q8": ("I8", shape), f"{full}.scale": ("F32", shape[:1])}
+        else:
+            specs[full] = ("F16" if dtype in floats else dtype, shape)
+    return specs
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    count = ITEM_BYTES[spec[0]]
+    for size in spec[1]:
+        count *= size
+    return count
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} {kind} blocks" for kind, count in counts.items()) or "no blocks"

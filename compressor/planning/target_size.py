@@ -1,0 +1,100 @@
+"""Plans for a file size."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from vitapack.compressor.planning.layer_maps import _layer_map
+from vitapack.compressor.planning.sizes import FOUR_BIT_SHARE, predict_size
+from vitapack.compressor.planning.thresholds import _thresholds
+from vitapack.compressor.vitality.table import Vitality
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.format.layermap import LayerMap
+from vitapack.runtime.format.schedules import SamplerDefaults
+
+
+def plan_target_size(
+    vitality: Vitality,
+    size: int,
+    *,
+    beside: int = 0,
+    schedules: Sequence[SamplerDefaults] | None = None,
+    modulation: str = "table",
+    group: int = 32,
+) -> LayerMap:
+    """The least harm that fits into `size` bytes of file, `beside` of them for embedded parts.
+
+    All blocks start in 8 bits. Moves (a block to 4 bits; a 4-bit block away) are made in the order
+    of harm per byte saved, harm being the debiased vitality, or 1/16 of it for 4 bits. The order
+    does not depend on `size`, so a smaller size never keeps what a larger one gave up. One block
+    of each kind, the most vital one, always stays. UserError with the smallest reachable size.
+    """
+    ladder = _ladder(vitality, modulation, schedules, group)
+
+    def total(step: int) -> int:
+        return (
+            beside
+            + predict_size(vitality, ladder[step], schedules=schedules, modulation=modulation).total
+        )
+
+    steps = range(len(ladder))
+    step = bisect.bisect_left(steps, -size, key=lambda step: -total(step))
+    if step == len(ladder):
+        least = total(len(ladder) - 1)
+        raise UserError(
+            f"{size} bytes ({size / 2**20:.3g} MiB) cannot be reached: with one 4-bit block of "
+            f"each kind the file still takes {least} bytes ({least / 2**20:.3g} MiB)"
+        )
+    found = ladder[step]
+    bits = {(block.kind, block.index): block.bits for block in found.blocks}
+    notes = {
+        "target bytes": size,
+        "predicted bytes": total(step),
+        "thresholds": _thresholds(vitality, bits),
+    }
+    return replace(found, notes=found.notes | notes)
+
+
+def _ladder(
+    vitality: Vitality,
+    modulation: str,
+    schedules: Sequence[SamplerDefaults] | None,
+    group: int,
+) -> list[LayerMap]:
+    """Layer maps from all blocks in 8 bits down to one 4-bit block of each kind."""
+    bits = {(block.kind, block.index): 8 for block in vitality.blocks}
+    always = {
+        (block.kind, block.index) for kind in vitality.kinds for block in vitality.ranked(kind)[-1:]
+    }
+
+    def size(values: Mapping[tuple[str, int], int]) -> int:
+        layer_map = _layer_map(vitality, values, "target size", group, {})
+        return predict_size(vitality, layer_map, schedules=schedules, modulation=modulation).dit
+
+    moves = []
+    whole = size(bits)
+    saved = {}
+    for kind in vitality.kinds:  # blocks of a kind are of one size
+        first = (kind, 0)
+        four = size(bits | {first: 4})
+        gone = size({key: value for key, value in bits.items() if key != first})
+        saved[kind] = whole - four, four - gone
+    for block in vitality.blocks:
+        key = (block.kind, block.index)
+        harm = 0.0 if block.non_vital else block.debiased
+        to_four = FOUR_BIT_SHARE * harm / saved[block.kind][0]
+        to_none = max(to_four, (1 - FOUR_BIT_SHARE) * harm / saved[block.kind][1])
+        place = vitality.ranked(block.kind).index(block)
+        moves.append((to_four, 1, place, key, 4))
+        if key not in always:
+            moves.append((to_none, 2, place, key, 0))
+    states = [dict(bits)]
+    for *_, key, value in sorted(moves):
+        if value:
+            bits[key] = value
+        else:
+            del bits[key]
+        states.append(dict(bits))
+    return [_layer_map(vitality, state, "target size", group, {}) for state in states]

@@ -1,0 +1,343 @@
+"""`vitapack demo`: the whole way on the bundled furniture model, with a report to look at.
+
+Original checkpoint -> vitality -> plan -> packed file -> picture -> mesh -> comparison, every step
+by the functions that the other commands call. Two packed files are made: every block in int8 with
+exact modulation tables, and what the automatic plan makes of the vitality. As a control, as many
+blocks of each kind as the plan prunes are pruned at random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vitapack
+from vitapack.compressor.evaluate.metrics import evaluate_folders, grid_iou
+from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.planning.automatic import plan_auto
+from vitapack.compressor.planning.files import describe as describe_plan
+from vitapack.compressor.planning.files import resolve_plan
+from vitapack.compressor.planning.layer_maps import plan_random
+from vitapack.compressor.report.render import frame_of, render
+from vitapack.compressor.report.report import (
+    Block,
+    MetricRow,
+    ReportData,
+    ReportObject,
+    SizePart,
+    write_report,
+)
+from vitapack.compressor.vitality.analyze import analyze
+from vitapack.compressor.vitality.table import Vitality
+from vitapack.runtime.decode.mesh import Mesh, save, surface_from_grid
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.furniture.family import HeldOut, held_out
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.files import atomic_path
+from vitapack.runtime.format.layermap import LayerMap
+from vitapack.runtime.format.sizes import SizeTable
+from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.pipeline.pipeline import Pipeline
+
+Report = Callable[[int, int, str], None]
+
+# Half the model's steps and under half of `analyze`'s points keep the demo within minutes on two
+# cores; the model card measures vitality with 10,000 points on more pictures.
+ANALYSIS_IMAGES = 6
+ANALYSIS_STEPS = 10
+ANALYSIS_POINTS = 4096
+RANDOM_DRAWS = 3
+TITLES = {"int8": "int8, unpruned", "auto": "automatic plan"}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the demo found: for JSON, and in words."""
+
+    data: dict[str, Any]
+    text: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one model made of one picture."""
+
+    name: str
+    grid: np.ndarray
+    mesh: Mesh | None  # None where the grid has no surface
+
+
+def grid_of(
+    pipeline: Pipeline, picture: HeldOut, seed: int, dit: Network | None = None
+) -> np.ndarray:
+    """The logits that a model makes of a held-out picture; `dit` stands in for its network."""
+    cond = pipeline.condition(Image.open(picture.image_path), picture.name)
+    return pipeline.grid(pipeline.latents(cond, pipeline.noise(seed), dit=dit))
+
+
+def make_all(pipeline: Pipeline, pictures: list[HeldOut], report: Report, what: str) -> list[Made]:
+    """Grids and meshes of all pictures, the noise of each fixed by its number."""
+    made = []
+    for number, picture in enumerate(pictures):
+        report(number, len(pictures), what)
+        grid = grid_of(pipeline, picture, number)
+        try:
+            mesh = pipeline.surface(grid)
+        except UserError:
+            mesh = None
+        made.append(Made(picture.name, grid, mesh))
+    report(len(pictures), len(pictures), what)
+    return made
+
+
+def run_demo(
+    out: Path, *, images: int = 8, model: str = "furniture", progress: Report | None = None
+) -> Figures:
+    """Writes OUT/report.html, meshes, pictures, packed files and figures.json; returns the figures.
+
+    Started again after an interruption it goes on with the analysis where that stopped.
+    """
+    report = progress or (lambda done, total, what: None)
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    out = Path(out)
+    checkpoint = open_checkpoint(model)
+    every = list(held_out("unseen-views"))
+    if images + ANALYSIS_IMAGES > len(every):
+        raise UserError(f"--images {images}: at most {len(every) - ANALYSIS_IMAGES} are bundled")
+    shown, studied = every[:images], every[-ANALYSIS_IMAGES:]
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 1)
+
+    original = Pipeline.from_model(model, device="cpu")
+    # The journal that is resumed from belongs to one model: another one gets another name.
+    table = out / f"vitality-{original.source_sha256[:8]}.json"
+    with timed("analyze"), one_thread():
+        vitality = analyze(
+            original, [(p.name, Image.open(p.image_path)) for p in studied], table,
+            points=ANALYSIS_POINTS, steps=ANALYSIS_STEPS, resume=True,
+            jobs=os.cpu_count() or 1, curve_images=4, progress=report,
+        )  # fmt: skip
+    auto = plan_auto(vitality)
+    with atomic_path(out / "plan.json") as part:
+        part.write_text(auto.dumps())
+    plans = {"int8": resolve_plan("int8", checkpoint), "auto": auto}
+
+    sizes: dict[str, SizeTable] = {}
+    with timed("compress"):
+        for name, plan in plans.items():
+            sizes[name] = compress(
+                checkpoint, plan, out / f"furniture-{name}.safetensors", progress=report
+            )
+
+    made: dict[str, list[Made]] = {}
+    with timed("generate"):
+        made["original"] = make_all(original, shown, report, "original")
+        for name in plans:
+            packed = Pipeline.from_packed(out / f"furniture-{name}.safetensors", device="cpu")
+            made[name] = make_all(packed, shown, report, TITLES[name])
+    draws = random_pruning(original, auto, shown, made["original"], report)
+
+    truth = [
+        Made(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown
+    ]
+    with timed("evaluate"):
+        for name, results in (made | {"truth": truth}).items():
+            write_meshes(out / "meshes" / name, results)
+        tables = {
+            name: evaluate_folders(
+                out / "meshes" / reference, out / "meshes" / candidate, progress=report
+            )["summary"]
+            for name, (candidate, reference) in {
+                "int8, unpruned, to the original": ("int8", "original"),
+                "automatic plan to the original": ("auto", "original"),
+                "original to the true shape": ("original", "truth"),
+            }.items()
+        }
+
+    grids = {
+        name: [
+            float(grid_iou(a.grid, b.grid))
+            for a, b in zip(made["original"], made[name], strict=True)
+        ]
+        for name in plans
+    }
+    fp16 = 2 * checkpoint.parameters()
+    seconds["total"] = round(time.perf_counter() - began, 1)
+    data = {
+        "pictures": [p.name for p in shown],
+        "grid_iou_to_original": {name: float(np.mean(values)) for name, values in grids.items()},
+        "random_pruning_grid_iou": draws,
+        "dit_bytes": {"original": fp16, **{name: size.dit for name, size in sizes.items()}},
+        "blocks_kept": {name: len(plan.blocks) for name, plan in plans.items()},
+        "metrics": tables,
+        "stability": {k: vars(v) for k, v in vitality.stability.items()},
+        "seconds": seconds,
+    }
+    with atomic_path(out / "figures.json") as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
+    columns = {"true shape": truth, "original": made["original"]}
+    columns |= {TITLES[name]: made[name] for name in plans}
+    write_pictures(out / "pictures", columns)
+    write_report(
+        out / "report.html",
+        report_data(shown, columns, vitality, auto, checkpoint, sizes, fp16, data),
+    )
+    return Figures(data, summary(out, data, describe_plan(auto)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Analysis runs one process a core: threads inside them would only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_pruning(
+    pipeline: Pipeline, plan: LayerMap, pictures: list[HeldOut], full: list[Made], report: Report
+) -> list[dict[str, Any]]:
+    """Mean grid IoU to the full model with as many blocks pruned at random, and with the plan's own
+    blocks pruned, all in float32: what the choice of blocks alone is worth."""
+    everything = {(kind, i) for kind, n in plan.totals.items() for i in range(n)}
+    maps = [plan] + [plan_random(seed, plan) for seed in range(RANDOM_DRAWS)]
+    found = []
+    for number, layer_map in enumerate(maps):
+        kept = {(block.kind, block.index) for block in layer_map.blocks}
+        network = pipeline.dit.without(*sorted(everything - kept))
+        scores = []
+        for index, picture in enumerate(pictures):
+            report(number * len(pictures) + index, len(maps) * len(pictures), "pruned at random")
+            grid = grid_of(pipeline, picture, index, dit=network)
+            scores.append(float(grid_iou(full[index].grid, grid)))
+        found.append(
+            {
+                "blocks": "vitality" if number == 0 else f"random draw {number}",
+                "pruned": [f"{kind} {i}" for kind, i in sorted(everything - kept)],
+                "grid_iou": float(np.mean(scores)),
+            }
+        )
+    report(len(maps) * len(pictures), len(maps) * len(pictures), "pruned at random")
+    return found
+
+
+def write_meshes(folder: Path, results: list[Made]) -> None:
+    for made in results:
+        if made.mesh is not None:
+            save(made.mesh, folder / f"{made.name}.glb")
+
+
+def write_pictures(folder: Path, columns: dict[str, list[Made]]) -> None:
+    """One PNG a mesh, all columns of a row in the same frame."""
+    for row in zip(*columns.values(), strict=True):
+        meshes = [made.mesh for made in row if made.mesh is not None]
+        for title, made in zip(columns, row, strict=True):
+            if made.mesh is not None:
+                picture = render(made.mesh, frame=frame_of(*meshes))
+                name = f"{made.name}-{title.replace(',', '').replace(' ', '-')}.png"
+                with atomic_path(folder / name) as part:
+                    Image.fromarray(picture).save(part)
+
+
+def report_data(
+    shown: list[HeldOut],
+    columns: dict[str, list[Made]],
+    vitality: Vitality,
+    auto: LayerMap,
+    checkpoint: Any,
+    sizes: dict[str, SizeTable],
+    fp16: int,
+    data: dict[str, Any],
+) -> ReportData:
+    """The report of `run_demo`, from what it found."""
+    kept = {(block.kind, block.index): block.bits for block in auto.blocks}
+    scores = data["grid_iou_to_original"]
+    random = [row["grid_iou"] for row in data["random_pruning_grid_iou"][1:]]
+    bytes_of = data["dit_bytes"]
+    stability = vitality.stability.get("all")
+    parts = [name for name, size in sizes["auto"].parts.items() if size]
+    part_bytes = {
+        part: 2 * checkpoint.parameters(key)
+        for part, key in (("shape decoder", "shape_decoder"), ("conditioner", "conditioner"))
+    }
+    return ReportData(
+        title="vitapack demo: the furniture model, original and compressed",
+        lead=(
+            "Pictures that the model was not trained on, of shapes that it was; the same noise for "
+            "every column. Turn the meshes with the mouse or a finger.",
+        ),
+        headline=(
+            (f"{scores['int8']:.3f}", "mean IoU to the original, int8 unpruned"),
+            (f"{bytes_of['int8'] / fp16:.0%}", "of the network's fp16 bytes"),
+            (f"{scores['auto']:.3f}", "mean IoU to the original, automatic plan"),
+            (f"{bytes_of['auto'] / fp16:.0%}", "of the network's fp16 bytes"),
+        ),
+        objects=[
+            ReportObject(
+                name=picture.name,
+                image=str(picture.image_path),
+                meshes={title: results[row].mesh for title, results in columns.items()},
+            )
+            for row, picture in enumerate(shown)
+        ],
+        blocks=[
+            Block(b.kind, b.index, b.mean, b.low, b.high, kept.get((b.kind, b.index)))
+            for b in vitality.blocks
+        ],
+        vitality_floor=float(np.mean([b.floor for b in vitality.blocks])),
+        vitality_note=(
+            f"Order of the blocks in halves of the pictures: Spearman {stability.mean:.2f} "
+            f"({stability.low:.2f} to {stability.high:.2f}). "
+            if stability
+            else ""
+        )
+        + f"Pruned by vitality alone: IoU {data['random_pruning_grid_iou'][0]['grid_iou']:.3f}; as "
+        f"many blocks pruned at random: {', '.join(f'{value:.3f}' for value in random)}.",
+        sizes=[
+            SizePart("network, fp16", fp16, None),
+            *(
+                SizePart(part, part_bytes.get(part), sizes["auto"].parts.get(part))
+                for part in parts
+            ),
+        ],
+        sizes_note=f"Packed: the automatic plan. int8 unpruned: {bytes_of['int8']:,} bytes.",
+        metrics=[MetricRow(name, summary) for name, summary in data["metrics"].items()],
+        settings={
+            "analysis": f"{ANALYSIS_IMAGES} pictures, {ANALYSIS_STEPS} steps, "
+            f"{ANALYSIS_POINTS} points",
+            "seconds": ", ".join(f"{k} {v:g}" for k, v in data["seconds"].items()),
+            "sampler": json.dumps(checkpoint.sampler.to_json()),
+        },
+        versions={"vitapack": vitapack.__version__, "torch": torch.__version__},
+    )
+
+
+def summary(out: Path, data: dict[str, Any], plan: str) -> str:
+    scores, bytes_of = data["grid_iou_to_original"], data["dit_bytes"]
+    lines = [plan, ""]
+    for name, title in TITLES.items():
+        lines.append(
+            f"{title:16} {bytes_of[name] / bytes_of['original']:6.1%} of the network's fp16 bytes, "
+            f"IoU to the original {scores[name]:.3f}"
+        )
+    for row in data["random_pruning_grid_iou"]:
+        lines.append(f"pruned by {row['blocks']:14} IoU to the original {row['grid_iou']:.3f}")
+    lines.append(f"{data['seconds']['total']:.0f} s; open {out / 'report.html'}")
+    return "\n".join(lines)

@@ -1,0 +1,4 @@
+"""Checkpoints with random weights in released layouts, for tests and benchmarks.
+
+May import: runtime.
+"""

@@ -1,0 +1,416 @@
+"""How much each block matters to the geometry: every block left out once, every picture again.
+
+    vitality = analyze(pipeline, [("chair", image), ...], Path("vitality.json"), resume=True)
+
+V(l) is the mean over the images of the distance between the clouds of the full model's mesh and of
+the mesh without block l, from the same condition, noise, steps and guidance (paper, section 3.1).
+Then blocks are removed one after another, the least vital first, to see where the output breaks
+(sections 3.2.1, C.3). Cost: (L + 1) generations an image, and about as many again for the curves of
+`curve_images` pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vitapack.compressor.vitality.ablation import Block, Run, Settings, Task, chamfer, runner
+from vitapack.compressor.vitality.journal import Journal
+from vitapack.compressor.vitality.table import (
+    METRICS,
+    CurvePoint,
+    Vitality,
+    by_kind,
+    debias,
+    describe,
+    mean_of,
+    reach,
+    sigmas_above,
+    spearman,
+    split_halves,
+    summarize,
+)
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.format.layermap import KIND_OF, kept_blocks
+
+if TYPE_CHECKING:
+    from vitapack.runtime.networks.kinds import Network
+    from vitapack.runtime.pipeline.pipeline import Pipeline
+
+__all__ = ["Vitality", "analyze", "chamfer", "describe"]
+
+Progress = Callable[[int, int, str], None]  # generations done, in all, and of which phase
+
+# The curves end here: half the way to an unrelated shape, or a tenth of the volume in common.
+BROKEN_REACH = 0.5
+BROKEN_IOU = 0.1
+
+
+def analyze(
+    pipeline: Pipeline,
+    images: Sequence[tuple[str, Image.Image]],
+    out: Path,
+    *,
+    metric: str = "emd",
+    points: int = 10_000,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    gap: float = 1e-2,
+    resume: bool = False,
+    progress: Progress | None = None,
+    curve: bool = True,
+    curve_images: int = 8,
+    jobs: int = 1,
+) -> Vitality:
+    """Measures every block, writes `out` (atomically) and returns the table.
+
+    The full model's surface is sampled once an image, and all clouds of an image are compared in
+    its frame: its bounding box centred, the longest half side 1. A network that without a block
+    yields no surface counts as the shape collapsed into its centroid, and is flagged: that is
+    further than any recognisable shape is, yet of the size of a distance, so that one failure does
+    not drown a mean. A picture for which the full model gives no surface is skipped and listed.
+
+    The sampling floor is the mean of EMD(X, X') over three more clouds X' of the full surface;
+    where the distance is near it, EMD(Y, Y') of the other surface is averaged in. X (and Y) are
+    the clouds of the measurement itself, so the chance of that one sampling cancels.
+
+    Records go to OUT's .journal.jsonl as they are made, the full model's outputs to its .cache
+    folder while the run lasts; `resume` takes both up again and ends in the same bytes.
+    `jobs` worker processes give the same result as one, if they have as many torch threads
+    (workers take over the caller's torch.get_num_threads()).
+
+    Raises UserError for no (usable) images, repeated names or pictures, an already pruned model,
+    bad settings, a journal of other settings.
+    """
+    out = Path(out)
+    sampler = pipeline.settings(steps, guidance, None)
+    settings = Settings(metric, points, sampler.to_json(), seed, gap)
+    _check(pipeline, images, settings, jobs, curve_images)
+    blocks, totals = _blocks_of(pipeline.dit)
+    identity = {"family": pipeline.family, "model": pipeline.source_sha256, **asdict(settings)}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    cache = out.with_name(f"{out.stem}.cache")
+    if not resume:
+        shutil.rmtree(cache, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        journal = Journal(out.with_name(f"{out.stem}.journal.jsonl"), key, resume=resume)
+        stack.callback(journal.close)
+        run = stack.enter_context(runner(pipeline, settings, cache, jobs))
+        work = _Work(journal, run, cache, images, progress)
+        names = work.full_outputs()
+        work.phase("one block left out", len(names) * len(blocks))
+        rows = work.without([(name, (block,)) for name in names for block in blocks])
+        scale = work.scale(names)
+        vitality = _tabulate(pipeline, settings, blocks, totals, work, names, rows, scale)
+        if curve:
+            chosen = names[:curve_images]
+            curves, more = _curves(vitality, work, chosen, metric)
+            rows = rows | more
+            vitality = _tabulate(
+                pipeline, settings, blocks, totals, work, names, rows, scale, curves, curve_images
+            )
+        vitality.save(out)
+    shutil.rmtree(cache, ignore_errors=True)
+    return vitality
+
+
+def _check(
+    pipeline: Pipeline,
+    images: Sequence[tuple[str, Image.Image]],
+    settings: Settings,
+    jobs: int,
+    curve_images: int,
+) -> None:
+    if settings.metric not in METRICS:
+        raise UserError(f"no metric {settings.metric!r}: choose one of {', '.join(METRICS)}")
+    if not 16 <= settings.points <= 1_000_000:
+        raise UserError(f"{settings.points} points: choose 16 to 1000000 (10000 is the paper's)")
+    if not 0 < settings.gap <= 0.1:
+        raise UserError(f"gap {settings.gap}: choose a relative gap above 0 and at most 0.1")
+    if jobs < 1 or curve_images < 1:
+        raise UserError("jobs and curve images must be at least 1")
+    if jobs > 1 and next(pipeline.dit.parameters()).device.type != "cpu":
+        raise UserError("several jobs share one GPU badly: use one job on a GPU")
+    if not images:
+        raise UserError("no images to analyze: give a folder with at least one picture")
+    names = [name for name, _ in images]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two images are called {repeated[0]!r}; names must differ")
+
+
+def _blocks_of(dit: Network) -> tuple[list[Block], dict[str, int]]:
+    """Every block in the order in which it runs, and the totals by kind."""
+    kept = kept_blocks(dit.config)
+    for kind, indices in kept.items():
+        if tuple(indices) != tuple(range(len(indices))):
+            raise UserError(
+                f"this model is already pruned ({kind} blocks {', '.join(map(str, indices))} are "
+                "left); analyze the original checkpoint"
+            )
+    blocks = [(kind, index) for kind, indices in kept.items() for index in indices]
+    if not blocks:
+        raise UserError("this model has no blocks to leave out")
+    return blocks, {kind: len(indices) for kind, indices in kept.items() if indices}
+
+
+def _fp16_bytes(dit: Network, totals: dict[str, int]) -> dict[str, int]:
+    """Of one block of each kind (all are alike), and of the "rest"."""
+    sizes = dict.fromkeys((*totals, "rest"), 0)
+    for name, tensor in dit.state_dict().items():
+        head, _, tail = name.partition(".")
+        kind = KIND_OF.get(head, "")
+        if kind in totals:
+            sizes[kind] += 2 * tensor.numel() * tail.startswith("0.")
+        else:
+            sizes["rest"] += 2 * tensor.numel()
+    return sizes
+
+
+def _digest(image: Image.Image) -> str:
+    """Of the pixels, not of the file."""
+    state = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    state.update(image.tobytes())
+    return state.hexdigest()[:32]
+
+
+class _Work:
+    """Does what the journal does not hold yet, and counts it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        run: Run,
+        cache: Path,
+        images: Sequence[tuple[str, Image.Image]],
+        progress: Progress | None,
+    ) -> None:
+        self.journal, self.run, self.cache = journal, run, cache
+        self.progress = progress or (lambda done, total, what: None)
+        self.images = dict(images)
+        self.digests = {name: _digest(image) for name, image in images}
+        seen: dict[str, str] = {}
+        for name, digest in self.digests.items():
+            if digest in seen:
+                raise UserError(f"{seen[digest]} and {name} are the same picture; remove one")
+            seen[digest] = name
+
+    def phase(self, what: str, total: int) -> None:
+        self.what, self.done, self.total = what, 0, total
+        self.progress(0, total, what)
+
+    def full_outputs(self) -> list[str]:
+        """Runs the full model on all images; returns the names of those that gave a shape."""
+        self.phase("full model", len(self.images))
+        known = [name for name, digest in self.digests.items() if f"full {digest}" in self.journal]
+        self._tick(len(known))
+        self._fill([name for name in self.images if name not in known])
+        usable = [name for name in self.images if "skipped" not in self.record(name)]
+        if not usable:
+            name = next(iter(self.images))
+            raise UserError(f"no image gave a shape; {name}: {self.record(name)['skipped']}")
+        return usable
+
+    def record(self, name: str) -> dict[str, Any]:
+        return self.journal[f"full {self.digests[name]}"]
+
+    def without(
+        self, wanted: Iterable[tuple[str, tuple[Block, ...]]]
+    ) -> dict[tuple[str, tuple[Block, ...]], dict[str, Any]]:
+        """Records by image name and removed set; sets are sorted, so that curves share them."""
+        label = {
+            (name, removed): f"without {self.digests[name]} {json.dumps(sorted(removed))}"
+            for name, removed in wanted
+        }
+        missing = [pair for pair in label if label[pair] not in self.journal]
+        self._tick(len(label) - len(missing))
+        self._restore(name for name, _ in missing)
+        tasks: list[Task] = [
+            ("without", (self.digests[name], tuple(sorted(removed)))) for name, removed in missing
+        ]
+        for position, record in self.run(tasks):
+            self.journal.add(label[missing[position]], record)
+            self._tick()
+        return {pair: self.journal[label[pair]] for pair in label}
+
+    def scale(self, names: Sequence[str]) -> float:
+        """Mean distance between full outputs half the list apart, so that neighbours (views of one
+        object, as a rule) are not paired. One image alone is compared with the shape collapsed."""
+        half = max(1, len(names) // 2)
+        pairs = [(a, names[(i + half) % len(names)]) for i, a in enumerate(names)]
+        pairs = pairs[:half] if half * 2 == len(names) else pairs  # else each would come twice
+        label = {(a, b): f"pair {self.digests[a]} {self.digests[b]}" for a, b in pairs}
+        missing = [pair for pair in label if label[pair] not in self.journal]
+        self._restore(name for pair in missing for name in pair)
+        tasks: list[Task] = [("pair", (self.digests[a], self.digests[b])) for a, b in missing]
+        for position, record in self.run(tasks):
+            self.journal.add(label[missing[position]], record)
+        return float(np.mean([self.journal[label[pair]]["distance"] for pair in pairs]))
+
+    def _restore(self, names: Iterable[str]) -> None:
+        """Generates the full output again where a record needs it and the cache is gone."""
+        cached = {name: self.cache / f"{self.digests[name]}.npz" for name in names}
+        lost = [name for name, path in cached.items() if not path.exists()]
+        self.total += len(lost)
+        self._fill(lost)
+
+    def _fill(self, names: Sequence[str]) -> None:
+        tasks: list[Task] = [
+            ("full", (self.digests[name], name, self.images[name])) for name in names
+        ]
+        for position, record in self.run(tasks):
+            self.journal.add(f"full {self.digests[names[position]]}", record)
+            self._tick()
+
+    def _tick(self, count: int = 1) -> None:
+        self.done += count
+        self.progress(self.done, max(self.done, self.total), self.what)
+
+
+# --- Curves and the table ----------------------------------------------------------------------
+
+Rows = dict[tuple[str, tuple[Block, ...]], dict[str, Any]]
+
+
+def _curves(
+    vitality: Vitality, work: _Work, names: Sequence[str], metric: str
+) -> tuple[dict[str, tuple[CurvePoint, ...]], Rows]:
+    """Blocks removed one after another until the output is broken; one of a kind always stays.
+
+    "merged": both kinds in one order of vitality. By kind: only that kind. "balanced": both, in the
+    order in which their own kinds' curves reach a distance. Vitalities of two kinds do not compare
+    (the paper's reason for separate thresholds), distances of whole outputs do; every point of this
+    curve is a pair of thresholds.
+    """
+    rows: Rows = {}
+    # How far the curves go is known at their end only.
+    work.phase("blocks removed in turn", 2 * len(names) * len(vitality.blocks))
+
+    floors = [work.record(name)["floors"] for name in names]
+
+    def walk(order: Sequence[Block]) -> tuple[CurvePoint, ...]:
+        points: list[CurvePoint] = []
+        removed: tuple[Block, ...] = ()
+        left = dict(vitality.totals)
+        for kind, index in order:
+            if left[kind] == 1:
+                continue
+            left[kind] -= 1
+            removed += ((kind, index),)
+            found = work.without([(name, tuple(sorted(removed))) for name in names])
+            rows.update(found)
+            point = _point((kind, index), list(found.values()), floors, vitality.scale, metric)
+            points.append(point)
+            if _broken(point, len(names)):
+                break
+        return tuple(points)
+
+    curves: dict[str, tuple[CurvePoint, ...]] = {}
+    for kind in vitality.kinds:
+        curves[kind] = walk([(block.kind, block.index) for block in vitality.ranked(kind)])
+    if len(vitality.kinds) > 1:
+        curves["merged"] = walk([(block.kind, block.index) for block in vitality.ranked()])
+        steps = []
+        for kind in vitality.kinds:
+            furthest = np.maximum.accumulate([0.0, *(p.debiased for p in curves[kind])])[1:]
+            steps += [
+                (far, place, kind, point.index)
+                for place, (far, point) in enumerate(zip(furthest, curves[kind], strict=True))
+            ]
+        curves["balanced"] = walk([(kind, index) for _, _, kind, index in sorted(steps)])
+    work.total = work.done
+    work.progress(work.done, work.total, work.what)
+    return curves, rows
+
+
+def _point(
+    block: Block,
+    rows: Sequence[dict[str, Any]],
+    floors: Sequence[Sequence[float]],
+    scale: float,
+    metric: str,
+) -> CurvePoint:
+    distance, floor = mean_of(rows, "distance"), mean_of(rows, "floor")
+    debiased = debias(distance, floor, metric)
+    return CurvePoint(
+        kind=block[0],
+        index=block[1],
+        distance=distance,
+        floor=floor,
+        debiased=debiased,
+        sigmas=sigmas_above(distance, floor, floors),
+        reach=reach(debiased, scale, metric),
+        iou=mean_of(rows, "iou"),
+        missing=sum(not row["surface"] for row in rows),
+    )
+
+
+def _broken(point: CurvePoint, images: int) -> bool:
+    return point.reach >= BROKEN_REACH or point.iou < BROKEN_IOU or 2 * point.missing > images
+
+
+def _tabulate(
+    pipeline: Pipeline,
+    settings: Settings,
+    blocks: Sequence[Block],
+    totals: dict[str, int],
+    work: _Work,
+    names: Sequence[str],
+    rows: Rows,
+    scale: float,
+    curves: dict[str, tuple[CurvePoint, ...]] | None = None,
+    curve_images: int = 0,
+) -> Vitality:
+    sizes = _fp16_bytes(pipeline.dit, totals)
+    floors = [work.record(name)["floors"] for name in names]
+    per_block = [[rows[name, (block,)] for name in names] for block in blocks]
+    table = tuple(
+        summarize(
+            *block,
+            found,
+            floors,
+            metric=settings.metric,
+            nbytes=sizes[block[0]],
+        )
+        for block, found in zip(blocks, per_block, strict=True)
+    )
+    distances = np.array([[row["distance"] for row in found] for found in per_block]).T
+    means = [block.mean for block in table]
+    checks = {
+        "1 - iou": [1 - block.iou for block in table],
+        "latent_mse": [float("inf") if b.latent_mse is None else b.latent_mse for b in table],
+    }
+    agreement = {name: spearman(means, values) for name, values in checks.items()}
+    images = [
+        {"name": name, "sha256": work.digests[name], **work.record(name)} for name in work.images
+    ]
+    flat = [
+        {"image": name, "removed": [list(block) for block in removed], **record}
+        for (name, removed), record in rows.items()
+    ]
+    return Vitality(
+        family=pipeline.family,
+        variant=getattr(pipeline, "variant", ""),
+        model=Path(pipeline.source).name,
+        source_sha256=pipeline.source_sha256,
+        settings=asdict(settings) | {"curve_images": min(curve_images, len(names))},
+        totals=totals,
+        network=pipeline.dit.config.to_json(),
+        rest_bytes=sizes["rest"],
+        blocks=table,
+        stability=by_kind(blocks, lambda columns: split_halves(distances[:, columns])),
+        agreement={name: rho for name, rho in agreement.items() if rho is not None},
+        scale=scale,
+        curves=curves or {},
+        images=tuple(images),
+        rows=tuple(sorted(flat, key=lambda row: (len(row["removed"]), row["image"], str(row)))),
+    )

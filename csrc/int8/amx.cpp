@@ -1,0 +1,82 @@
+// The AVX-512 row kernels with AMX tiles (Sapphire Rapids and later): COMPILED, NEVER RUN. Nothing
+// chooses it by itself; VITAPACK_ISA=amx-int8 does, where the processor and Linux have it.
+//
+// The panels are the same: 16 steps of 16 channels are a tile register of B (rows of 64 bytes,
+// 256 apart), 16 rows of A a register of 64 inputs each.
+
+#include "engine.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "scalar.h"
+
+#if defined(VITAPACK_X86) && defined(__linux__) && defined(__x86_64__) && \
+    (defined(__clang__) || __GNUC__ >= 11)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,amx-tile,amx-int8"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,amx-tile,amx-int8")
+#endif
+
+namespace {
+
+// Linux lets a process use the tile registers only after it has asked (XTILEDATA is state 18).
+bool tiles_allowed() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool has_tiles = (d >> 24 & 1) && (d >> 25 & 1);  // AMX-TILE, AMX-INT8
+  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM
+  return has_tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+// 8 tiles of 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig kTiles;
+
+// Before every tile, since other libraries configure and release the same registers on the same
+// threads (oneDNN does, and so torch): a tile that relied on an earlier call was an illegal
+// instruction. The barrier makes the compiler write what the tile loads will read: GCC's intrinsics
+// declare no memory.
+void configure_tiles() {
+  __asm__ volatile("" ::: "memory");
+  _tile_loadconfig(&kTiles);
+}
+
+}  // namespace
+
+#define VP_NAME "amx-int8"
+#define VP_LEVEL 512
+#define VP_AMX 1
+#define VP_BF16 false
+#define VP_STEPS(dim) (((dim) + 63) / 64 * 16)
+#define VP_TABLE amx_table
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace vitapack {
+const Kernels* kernels_amx() {
+  static const bool allowed = tiles_allowed();
+  return allowed ? amx_table() : nullptr;
+}
+}  // namespace vitapack
+#else
+namespace vitapack {
+const Kernels* kernels_amx() { return nullptr; }
+}  // namespace vitapack
+#endif

@@ -1,0 +1,199 @@
+"""Measures the GEMM configurations on the GPU at hand and keeps the fastest right one.
+
+`vitapack tune` is the command; `gemm_table.save` the cache. Each candidate must reproduce the
+reference before it is timed: compilers have bugs for single tile sizes, and a fast wrong kernel
+would win. Also runs in Triton's interpreter (TRITON_INTERPRET=1), where its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitapack.kernels.linear import gemm_table, reference
+from vitapack.kernels.linear.gemm_table import Choice
+from vitapack.kernels.linear.gpu_ops import ops, run_choice
+from vitapack.kernels.linear.triton_gemm import Tile
+
+log = logging.getLogger("vitapack.kernels")
+Report = Callable[[int, int, str], None]  # done, total, what
+# What compilers and drivers raise for a single configuration: too large for this chip, or refused.
+REFUSALS = ("OutOfResources", "PTXASError", "CompilationError", "SplitWords")
+
+L2_BYTES = 256 << 20  # more than any GPU's L2 cache holds
+# Twelve hand-picked tiles: few enough to compile in a minute or two, and wide enough in shape that
+# the best of published tables lies near one of them. (bm, bn, warps, stages); bk follows the op.
+TILES = (
+    (16, 64, 4, 4), (16, 128, 4, 4), (32, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3),
+    (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4),
+    (128, 256, 8, 3), (256, 64, 8, 3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear: N outputs, K inputs, group 0 for 8 bits."""
+
+    n: int
+    k: int
+    group: int
+
+
+def candidates(op: str, m: int) -> Iterator[Choice]:
+    """The shipped choices' alternatives; tiles much higher than the rows are left out."""
+    for how in gemm_table.hows(op):
+        if how != "fused":
+            yield Choice(how, None, "candidate")
+    for bm, bn, warps, stages in TILES:
+        if bm <= max(32, 2 * m):
+            for bk in (64, 128):
+                yield Choice("fused", Tile(bm, bn, bk, warps, stages), "candidate")
+
+
+def tune(
+    device: torch.device,
+    shapes: list[Shape],
+    rows: list[int],
+    computes: tuple[str, ...] = ("a16", "a8"),
+    *,
+    again: bool = False,
+    repeats: int = 9,
+    report: Report = lambda done, total, what: None,
+) -> dict[str, dict[str, object]]:
+    """Tunes every (linear, rows, activation mode, with and without gate), saved one by one.
+
+    Returns what was chosen now: {key: {"how", "tile", "us", "default_us"}}. Keys that the cache
+    holds are skipped unless `again`, so that an interrupted run goes on; so are, in this run, GEMMs
+    that the GPU has no memory for. Raises ValueError on hardware without kernels, RuntimeError
+    where no candidate is right.
+    """
+    arch, name = gemm_table._properties(device.index)
+    if gemm_table.table_arch(arch) is None:
+        raise ValueError(f"no kernels for compute capability sm_{arch}: nothing to tune")
+    known = {} if again else gemm_table._cached(arch, name)
+    jobs = []
+    for shape in dict.fromkeys(shapes):
+        for m in sorted({gemm_table.bucket(m) for m in rows}):
+            for compute in computes:
+                for gate in (False, True):
+                    op = gemm_table.op_name(shape.group > 0, compute == "a8", gate)
+                    key = gemm_table.key_of(op, m, shape.n, shape.k, shape.group)
+                    if key not in known:
+                        jobs.append((key, op, shape, m, gate))
+    chosen = {}
+    for number, (key, op, shape, m, gate) in enumerate(jobs):
+        report(number, len(jobs), key)
+        try:
+            # Events are recorded on the current device, which need not be this one.
+            with torch.cuda.device(device if device.type == "cuda" else -1):
+                best, row = _fastest(device, op, shape, m, gate, repeats)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("%s: no memory left on the GPU; not tuned", key)
+            continue
+        gemm_table.save(arch, name, {key: best}, {key: row})
+        chosen[key] = row
+    report(len(jobs), len(jobs), "tuned")
+    return chosen
+
+
+def _fastest(
+    device: torch.device, op: str, shape: Shape, m: int, gate: bool, repeats: int
+) -> tuple[Choice, dict[str, object]]:
+    """The fastest candidate that is right, and its record."""
+    call, expected = _problem(device, op, shape, m, gate)
+    default = gemm_table.default_choice(op, gemm_table.arch_of(device), m)
+    assert default is not None
+    size = expected.abs().max().item() + 1e-30
+    times: dict[Choice, float] = {}
+    for choice in dict.fromkeys([default, *candidates(op, m)]):
+        try:
+            out = call(choice)
+        except Exception as error:
+            if type(error).__name__ not in REFUSALS:
+                raise
+            continue
+        # fp16 output: 5e-4 of rounding, and of scratch weights as much again.
+        if not (out.float() - expected).abs().max().item() <= 2e-3 * size:
+            continue
+        times[choice] = _time(lambda choice=choice: call(choice), device, repeats)  # type: ignore[misc]
+    if not times:
+        raise RuntimeError(f"{op} {m} rows {shape}: no candidate agrees with the reference")
+    best = min(times, key=lambda choice: times[choice])
+    row: dict[str, object] = {
+        "how": best.how, "tile": str(best.tile), "us": times[best],
+        "default_us": times.get(default), "tried": len(times),
+    }  # fmt: skip
+    return best, row
+
+
+def _problem(
+    device: torch.device, op: str, shape: Shape, m: int, gate: bool
+) -> tuple[Callable[[Choice], Tensor], Tensor]:
+    """A random GEMM as a function of the choice, and its float32 result."""
+    rng = torch.Generator().manual_seed(0)
+    n, k, group = shape.n, shape.k, shape.group
+    x = torch.randn(m, k, generator=rng).to(device).half()
+    scale = (torch.rand(n, generator=rng) * 1e-3 + 1e-4).to(device)
+    bias = torch.randn(n, generator=rng).to(device).half()
+    residual = torch.randn(m, n, generator=rng).to(device).half() if gate else None
+    gates = torch.randn(1, n, generator=rng).to(device).half() if gate else None
+    groups = None
+    if group:
+        padded = reference.padded_k(k)
+        codes = torch.randint(0, 16, (n, padded), dtype=torch.uint8, generator=rng)
+        codes[:, k:] = 7
+        w = reference.pack_int4(codes).to(device)
+        groups = torch.full((n, reference.group_count(k, group)), 0x77, dtype=torch.uint8)
+        groups = groups.to(device)  # s = 8, z = 7
+        w8 = reference.expand_int4(w, groups, group, k)
+    else:
+        w = w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng).to(device)
+    first, sx = ops.join(None, x, False, True) if "a8" in op else (x, None)
+    sx = None if sx is None else sx.flatten()
+    tail = (bias, -1, residual, gates, m)
+    expected = reference.gemm_ref(first, sx, w8, scale, *tail, torch.float32)
+
+    def call(choice: Choice) -> Tensor:
+        return run_choice(choice, first, sx, w, groups, group, scale, *tail, torch.float16)
+
+    return call, expected
+
+
+def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
+    """Median microseconds of a call."""
+    if device.type == "cuda":
+        return statistics.median(kernel_us(call, repeats))
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
+
+
+def kernel_us(call: Callable[[], object], count: int) -> list[float]:
+    """Microseconds of single calls on the current GPU, after two that warm up.
+
+    Every call finds its inputs in the GPU's memory, as weights are that were last read a step ago,
+    and none waits for the host: that enqueues all of them while the GPU sleeps. Launching takes
+    some 50 us of Python, as long as a small GEMM, and would make all candidates equal.
+    """
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    # In cycles, of which there are 2 in a nanosecond at most; twice what the host should need.
+    torch.cuda._sleep(int(4e9 * count * (host + 1e-4)))
+    for first, last in events:
+        flush.zero_()
+        first.record()
+        call()
+        last.record()
+    torch.cuda.synchronize()
+    return [1e3 * first.elapsed_time(last) for first, last in events]

@@ -1,0 +1,314 @@
+"""The int8 engine for CPUs, seen from Python: packed weights, linears, attention.
+
+    panels = pack(q8=q8, scale=scale, bias=bias)      # or q4=, group=, group_size=
+    y = linear_a8(x, panels)                          # int8 activations, dynamic per token
+    y = linear_a16(x, panels)                         # weight-only, float32 or bf16 products
+
+The C++ is in csrc/int8; its results agree with `vitapack.kernels.linear.reference`: integer
+products bit for bit, the float epilogue to rounding. VITAPACK_ISA names an instruction set to use
+instead of the best one of this CPU (`instruction_sets()` lists them). Threads are torch's. Whole
+blocks of networks are in `cpu_plans.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitapack.kernels.linear.reference import MAX_K, group_count, padded_k
+
+PANEL = 64  # output channels that lie together
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+GROUP_SIZES = (32, 64, 128)
+VARIABLE = "VITAPACK_ISA"
+
+
+@functools.cache
+def _engine() -> ModuleType | None:
+    """The compiled module with the wanted instruction set chosen, None where it is not built."""
+    try:
+        from vitapack import _C  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    if not hasattr(_C, "int8_use"):
+        return None  # built from an older checkout
+    wanted = os.environ.get(VARIABLE, "")
+    try:
+        _C.int8_use(wanted)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}={wanted!r}: {error}") from None
+    return _C
+
+
+def available() -> bool:
+    """Whether the engine is built. ValueError if VITAPACK_ISA names no instruction set of this
+    CPU."""
+    return _engine() is not None
+
+
+def built() -> Any:
+    """The compiled module; ValueError where it is not built."""
+    engine = _engine()
+    if engine is None:
+        raise ValueError(
+            "the compiled part vitapack._C is not built; build it with `pip install -e .` or "
+            "`python setup.py build_ext --inplace` in the checkout (needs a C++17 compiler)"
+        )
+    return engine
+
+
+def instruction_sets() -> list[str]:
+    """What VITAPACK_ISA may be on this CPU, best first."""
+    return list(built().int8_sets())
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return str(built().int8_set())
+
+
+def use_instruction_set(name: str) -> None:
+    """Chooses another instruction set for this process; "" is the best. Results agree."""
+    built().int8_use(name)
+
+
+def has_bf16() -> bool:
+    """Whether the instruction set in use multiplies bf16 in hardware."""
+    return bool(built().int8_has_bf16())
+
+
+@functools.cache
+def _bf16_pays(name: str) -> bool:
+    return bool(built().int8_bf16_pays())
+
+
+def bf16_pays() -> bool:
+    """Whether it does so faster than float32, timed once: 2.3 times slower on Emerald Rapids."""
+    return _bf16_pays(instruction_set())
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A packed weight (N, K) in the engine's order; holds the tensors that `handle` points to.
+
+    codes: uint8, as many bytes as the weight in the file with N padded to 64 and K to 64. group:
+    uint8 or None. scale, bias float32 and start int32, padded to N rounded up to 64.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    codes: Tensor
+    group: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    start: Tensor
+    handle: Any
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.group, self.scale, self.bias, self.start)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def unpacked(self) -> tuple[Tensor, Tensor | None]:
+        """The tensors of the packed file again: (q8, None) or (q4, group)."""
+        engine, threads = built(), torch.get_num_threads()
+        per_row = self.columns if self.bits == 8 else padded_k(self.columns) // 2
+        dtype = torch.int8 if self.bits == 8 else torch.uint8
+        out = torch.empty(self.rows, per_row, dtype=dtype)
+        if out.numel():
+            engine.int8_unpack_rows(
+                self.codes.data_ptr(), self.rows, per_row, _row_bytes(self.columns, self.bits),
+                out.data_ptr(), threads,
+            )  # fmt: skip
+        if self.group is None:
+            return out, None
+        count = group_count(self.columns, self.group_size)
+        group = torch.empty(self.rows, count, dtype=torch.uint8)
+        engine.int8_unpack_group(self.group.data_ptr(), self.rows, count, group.data_ptr())
+        return out, group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Panels:
+        return self  # never written to
+
+
+def _row_bytes(k: int, bits: int) -> int:
+    return padded_k(k) if bits == 8 else padded_k(k) // 2
+
+
+def _padded(values: Tensor | None, rows: int) -> Tensor | None:
+    if values is None:
+        return None
+    out = torch.zeros(rows, dtype=torch.float32)
+    out[: values.shape[0]] = values.detach()
+    return out
+
+
+def pack(
+    *,
+    scale: Tensor,
+    in_features: int,
+    bias: Tensor | None = None,
+    q8: Tensor | None = None,
+    q4: Tensor | None = None,
+    group: Tensor | None = None,
+    group_size: int = 0,
+) -> Panels:
+    """Weights of docs/format.md, on the CPU, to panels. ValueError where they do not fit."""
+    engine, threads = built(), torch.get_num_threads()
+    weight = q8 if q8 is not None else q4
+    if weight is None or (q8 is None) != (group is not None):
+        raise ValueError("a packed weight is q8, or q4 with its group bytes")
+    if in_features > MAX_K:
+        raise ValueError(f"K = {in_features} could overflow int32 accumulators: at most {MAX_K}")
+    rows, bits = weight.shape[0], 8 if q8 is not None else 4
+    if bits == 4 and group_size not in GROUP_SIZES:
+        raise ValueError(f"group size {group_size}: expected one of {GROUP_SIZES}")
+    padded = -(-rows // PANEL) * PANEL
+    row_bytes = _row_bytes(in_features, bits)
+    expected = (rows, in_features if bits == 8 else row_bytes)
+    if tuple(weight.shape) != expected or weight.device.type != "cpu":
+        raise ValueError(
+            f"int{bits} weight: expected {expected} on cpu, found {tuple(weight.shape)} "
+            f"on {weight.device}"
+        )
+    weight = weight.contiguous()
+    codes = torch.empty(padded * row_bytes, dtype=torch.uint8)
+    engine.int8_pack_rows(
+        weight.data_ptr(), rows, weight.shape[1], row_bytes, codes.data_ptr(), threads
+    )
+    packed_group = None
+    if group is not None:
+        count = group_count(in_features, group_size)
+        if tuple(group.shape) != (rows, count):
+            raise ValueError(f"group: expected {(rows, count)}, found {tuple(group.shape)}")
+        packed_group = torch.empty(padded * count, dtype=torch.uint8)
+        engine.int8_pack_group(group.contiguous().data_ptr(), rows, count, packed_group.data_ptr())
+    wide_scale = _padded(scale, padded)
+    assert wide_scale is not None
+    wide_bias = _padded(bias, padded)
+    start = torch.zeros(padded, dtype=torch.int32)
+    handle = engine.Int8Linear(
+        rows, in_features, bits, group_size, codes.data_ptr(), _address(packed_group),
+        wide_scale.data_ptr(), _address(wide_bias), start.data_ptr(),
+    )  # fmt: skip
+    engine.int8_find_start(handle, start.data_ptr(), threads)
+    return Panels(
+        rows, in_features, bits, group_size, codes, packed_group, wide_scale, wide_bias, start,
+        handle,
+    )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows_of(x: Tensor, k: int) -> Tensor:
+    """x (..., K) as (M, K) whose rows are contiguous; a copy only where strides force one."""
+    if x.dtype not in TYPES:
+        raise TypeError(f"expected float32, bfloat16 or float16, found {x.dtype}")
+    if x.device.type != "cpu" or x.shape[-1] != k:
+        raise ValueError(f"expected (..., {k}) on cpu, found {tuple(x.shape)} on {x.device}")
+    x = x.detach().reshape(-1, k)
+    usable = x.stride(1) == 1 or k == 1
+    # Rows that overlap or lie backwards are not worth a special case.
+    return x if usable and (x.shape[0] < 2 or x.stride(0) >= k) else x.contiguous()
+
+
+def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+    """x (..., K) through int8 activations and weights: (..., N) in x's dtype, bias included.
+
+    `out`: contiguous memory for it, to save the allocation.
+    """
+    rows = _rows_of(x, w.columns)
+    shape = (*x.shape[:-1], w.rows)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype)
+    elif tuple(out.shape) != shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"out: expected contiguous {x.dtype} {shape}, found {tuple(out.shape)}")
+    built().int8_linear(
+        w.handle, rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], out.data_ptr(),
+        TYPES[x.dtype], w.rows, gelu, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def linear_a16(x: Tensor, w: Panels, bf16: bool | None = None) -> Tensor:
+    """Weight-only: exact integers times float activations, the scale at the end.
+
+    bf16 activations are multiplied in bf16 where the hardware gains by it (a test may say `bf16`),
+    all others in float32 (float16 would lose bits in bf16).
+    """
+    if bf16 is None:
+        bf16 = x.dtype == torch.bfloat16 and bf16_pays()
+    rows = _rows_of(x, w.columns)
+    out = torch.empty(rows.shape[0], w.rows, dtype=x.dtype)
+    built().int8_linear_wide(
+        w.handle, rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], out.data_ptr(),
+        TYPES[x.dtype], w.rows, bf16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], w.rows)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize_activations`: xq int8 (..., K), sx float32 (..., 1)."""
+    return _quantize(x, None, None)
+
+
+def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 + scale) * LayerNorm(x) + shift of float32 rows (..., K), quantized per row."""
+    return _quantize(x.float(), shift.float().contiguous(), scale.float().contiguous())
+
+
+def _quantize(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    rows = _rows_of(x, k)
+    xq = torch.empty(rows.shape[0], k, dtype=torch.int8)
+    sx = torch.empty(rows.shape[0], 1, dtype=torch.float32)
+    built().int8_quantize(
+        rows.data_ptr(), TYPES[x.dtype], rows.stride(0), rows.shape[0], k, _address(shift),
+        _address(scale), xq.data_ptr(), sx.data_ptr(),
+    )  # fmt: skip
+    return xq.view(x.shape), sx.view(*x.shape[:-1], 1)
+
+
+def accumulate(xq: Tensor, w: Panels) -> Tensor:
+    """The exact integer product of xq (M, K) int8 with the weight: int32 (M, N)."""
+    xq = xq.contiguous()
+    out = torch.empty(xq.shape[0], w.rows, dtype=torch.int32)
+    built().int8_accumulate(w.handle, xq.data_ptr(), xq.shape[0], out.data_ptr())
+    return out
+
+
+class Attention:
+    """softmax(q k^T / sqrt(d)) v in int8, with memory for one shape.
+
+    q and k pass an RMSNorm over d first where weights (d,) are given.
+    """
+
+    def __init__(self, batch: int, tokens: int, heads: int, dim: int) -> None:
+        if min(batch, tokens, heads, dim) < 1:
+            raise ValueError("attention needs at least one token, head and channel")
+        self.shape = (batch, tokens, 3, heads, dim)
+        self.threads = torch.get_num_threads()
+        self.handle = built().Int8Attention(batch, tokens, heads, dim, self.threads)
+
+    def __call__(
+        self, qkv: Tensor, query_norm: Tensor | None = None, key_norm: Tensor | None = None
+    ) -> Tensor:
+        """qkv (B, n, 3, H, d) float32 to (B, n, H * d) float32."""
+        if tuple(qkv.shape) != self.shape or qkv.dtype != torch.float32:
+            raise ValueError(f"expected float32 {self.shape}, found {qkv.dtype} {tuple(qkv.shape)}")
+        batch, tokens, _, heads, dim = self.shape
+        norms = [None if n is None else n.float().contiguous() for n in (query_norm, key_norm)]
+        qkv = qkv.contiguous()
+        out = torch.empty(batch, tokens, heads * dim, dtype=torch.float32)
+        self.handle.run(qkv.data_ptr(), out.data_ptr(), *(_address(n) for n in norms))
+        return out

@@ -1,0 +1,130 @@
+"""A picture to condition tokens: the object set on its ground, then DINOv2, as each family does it.
+
+    condition = ImageConditioner(Part(...), prepare=hunyuan_picture(512, 518, 0.15))
+    tokens = condition(Image.open("chair.png"))      # (1, N, D); the unconditional ones are zeros
+
+What the published pipelines do with OpenCV and torchvision is done with pillow and torch here; a
+pixel differs by a grey level or two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_linear, load
+from vitapack.runtime.condition.predict import encoder_bytes
+from vitapack.runtime.condition.recipes import Prepare
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.loading.fill import Q8, filled_bytes
+from vitapack.runtime.loading.lazy import Part
+from vitapack.runtime.loading.source import Source
+
+VIEWS = ("front", "left", "back", "right")  # of a multi-view model, by index
+Picture = Image.Image | Mapping[str, Image.Image]
+
+
+class ImageConditioner:
+    """Tokens (1, N, D) float32 on the CPU of one picture, or of several views."""
+
+    def __init__(
+        self,
+        encoder: Part[nn.Module],
+        prepare: Prepare,
+        *,
+        registers: bool = False,
+        views: bool = False,
+        extra: Tensor | None = None,
+    ) -> None:
+        """`registers`: keep the encoder's, which are dropped by default. `extra` (1, n, D) tokens
+        come after the picture's."""
+        self.encoder, self.prepare, self.registers = encoder, prepare, registers
+        self.views, self.extra = views, extra
+
+    @property
+    def working_bytes(self) -> int:
+        return self.encoder.working_bytes
+
+    @torch.inference_mode()
+    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+        if not isinstance(image, Mapping):
+            image = {VIEWS[0]: image}
+        elif not self.views and len(image) != 1:
+            raise UserError(f"{name}: this model takes one picture, not {len(image)} views")
+        if odd := [view for view in image if view not in VIEWS]:
+            raise UserError(f"{name}: no view {odd[0]!r}; choose among {', '.join(VIEWS)}")
+        if not image:
+            raise UserError(f"{name}: no picture was given")
+        tokens = []
+        for index, view in enumerate(VIEWS):
+            if view in image:
+                found = self._encode(image[view], name if len(image) == 1 else f"{name}, {view}")
+                tokens.append(
+                    found + view_embedding(index, found.shape[-1]) if self.views else found
+                )
+        if self.extra is not None:
+            tokens.append(self.extra)
+        return torch.cat(tokens, dim=1)
+
+    def _encode(self, image: Image.Image, name: str) -> Tensor:
+        pixels = self.prepare(image, name)
+        mean, std = torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None]
+        encoder = self.encoder()
+        place = next(encoder.parameters()).device
+        tokens = encoder(((pixels - mean) / std)[None].to(place)).last_hidden_state
+        registers = getattr(encoder.config, "num_register_tokens", 0)
+        if registers and not self.registers:
+            tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
+        return tokens.float().cpu()
+
+
+def view_embedding(index: int, channels: int) -> Tensor:
+    """(channels,) [sin | cos] of a view's index, which tells the views of a model apart."""
+    half = channels // 2
+    angles = index * torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(1e4) / half))
+    return torch.cat([angles.sin(), angles.cos()]).float()
+
+
+def encoder_part(
+    source: Source,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    bits: int,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    plain_norm: bool = False,
+    pixels: int = 0,
+) -> Part[nn.Module]:
+    """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears.
+
+    `settings`: the checkpoint's own configuration of it, None where it has none. `plain_norm`: a
+    LayerNorm without affine, eps 1e-5, in place of the last one, as TRELLIS has it. `pixels`: a
+    side of the pictures, by default those that the position table is for.
+    FormatError where the tensors are not those of a DINOv2.
+    """
+    tail = "embeddings.cls_token"
+    starts = [name.removesuffix(tail) for name in source.shapes if name.endswith(tail)]
+    if len(starts) != 1:
+        raise FormatError(f"{source.where}: the image encoder should be a DINOv2; found no {tail}")
+    inner = source.below(starts[0])
+    config = config_of(inner.weights(), settings or {}, source.where)
+
+    def loaded() -> nn.Module:
+        network = load(inner, config, dtype, device, bits)
+        if plain_norm:
+            network.layernorm = nn.LayerNorm(config.hidden, eps=1e-5, elementwise_affine=False)
+        return network
+
+    packed = bits == 8 or any(name.endswith(Q8) for name in inner.shapes)
+    working = encoder_bytes(
+        config,
+        pixels or config.places * config.patch,
+        dtype,
+        expands=packed and torch.device(device).type == "cuda",
+    )
+    return Part(loaded, filled_bytes(inner, dtype, bits, is_linear), working)

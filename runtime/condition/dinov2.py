@@ -1,0 +1,296 @@
+"""DINOv2 as the published models condition on it: transformers' networks, filled from our files.
+
+    config = config_of(source.weights(), settings, where)    # checked, without transformers
+    encoder = load(source, config, torch.float32, "cpu", bits=8)
+    encoder(images).last_hidden_state                         # (B, 1 + registers + patches, h)
+
+transformers is an extra and is imported by `load` alone, since that takes seconds and 220 MB. It is
+given hyper-parameters, never a checkpoint's whole configuration, so it has nothing to look up on a
+network. Released files keep the tensor names of its version 4, below any prefix; version 5 renamed
+some of them (`RENAMED`). torch-hub files are mapped by `from_hub`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.format.container import one_line
+from vitapack.runtime.loading.checkpoint_files import Stored, Weights
+from vitapack.runtime.loading.fill import fill
+from vitapack.runtime.loading.source import Source
+
+HEAD = 64  # channels of a head in every released size
+LAYER = "encoder.layer."  # in the names of the blocks' tensors
+MASK = "embeddings.mask_token"  # of training; no picture needs it
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pictures in 0..1
+NEEDED = "its image encoder needs transformers: pip install 'vitapack[dinov2]'"
+
+# Released owner of weight and bias -> its names in transformers 5; two share the rows in order.
+RENAMED = {
+    "attention.attention.query": ("attention.q_proj",),
+    "attention.attention.key": ("attention.k_proj",),
+    "attention.attention.value": ("attention.v_proj",),
+    "attention.output.dense": ("attention.o_proj",),
+    "mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.weights_out": ("mlp.down_proj",),
+}
+_OWNED = re.compile(r"(encoder\.layer\.\d+\.)(.+?)\.((?:weight|bias)(?:\.q8|\.scale)?)")
+
+
+@dataclass(frozen=True)
+class Dinov2Config:
+    hidden: int
+    layers: int
+    heads: int
+    patch: int  # pixels a side
+    places: int  # patches a side of the stored position table: 37 for 518 px
+    registers: int
+    mlp_ratio: int
+    swiglu: bool
+    eps: float = 1e-6  # of the LayerNorms
+
+    @property
+    def wide(self) -> int:
+        """Inner channels of the MLP; a gated one has two thirds, up to a multiple of 8."""
+        wide = self.hidden * self.mlp_ratio
+        return (int(wide * 2 / 3) + 7) // 8 * 8 if self.swiglu else wide
+
+    def settings(self) -> dict[str, Any]:
+        """Under the names of released config.json files, which are transformers'."""
+        registers = {"num_register_tokens": self.registers} if self.registers else {}
+        return registers | {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "hidden_act": "gelu",
+            "layer_norm_eps": self.eps,
+            "image_size": self.places * self.patch,
+            "patch_size": self.patch,
+            "num_channels": 3,
+            "qkv_bias": True,
+            "use_swiglu_ffn": self.swiglu,
+        }
+
+
+def config_of(
+    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], where: str
+) -> Dinov2Config:
+    """From the tensors' shapes and the checkpoint's own settings, {} where it has none.
+
+    FormatError where the tensors are no DINOv2's, or not the one of the settings.
+    """
+    config = config_from_shapes(shapes, where)
+    heads, eps = settings.get("num_attention_heads", config.heads), config.eps
+    try:  # YAML takes 1e-06 for a string
+        eps = float(settings.get("layer_norm_eps", eps))
+    except (TypeError, ValueError):
+        eps = math.nan
+    if type(heads) is not int or not 0 < heads <= config.hidden or config.hidden % heads:
+        raise FormatError(
+            f"{where}: the image encoder's num_attention_heads is {heads!r}; expected a divisor "
+            f"of its {config.hidden} channels"
+        )
+    if not 0 < eps < 1:
+        raise FormatError(
+            f"{where}: the image encoder's layer_norm_eps is {settings['layer_norm_eps']!r}; "
+            "expected a number near 1e-6"
+        )
+    config = Dinov2Config(**vars(config) | {"heads": heads, "eps": eps})
+    for name, value in config.settings().items():
+        if name != "layer_norm_eps" and settings.get(name, value) != value:
+            raise FormatError(
+                f"{where}: the image encoder's {name} is {settings[name]!r} in its configuration; "
+                f"its tensors and this reader expect {value!r}"
+            )
+    expected, found = released_shapes(config), dict(shapes)
+    found.pop(MASK, None)
+    if odd := sorted(set(expected.items()) ^ set(found.items())):
+        name, shape = odd[0]
+        raise FormatError(
+            f"{where}: the image encoder's tensors are not those of a DINOv2 of its size: "
+            f"{name} {list(shape)} ({len(odd)} differ in all)"
+        )
+    return config
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Dinov2Config:
+    """What shows in the tensors' shapes; heads have 64 channels. FormatError for no DINOv2."""
+
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        found = shapes.get(name)
+        if found is None or len(found) != dims or 0 in found:
+            raise FormatError(
+                f"{where}: the image encoder should be a DINOv2; {name} is "
+                f"{'missing' if found is None else list(found)}"
+            )
+        return found
+
+    hidden, _, patch, _ = shape("embeddings.patch_embeddings.projection.weight", 4)
+    table = shape("embeddings.position_embeddings", 3)[1] - 1
+    places = round(table**0.5)
+    layers = {name.split(".")[2] for name in shapes if name.startswith(LAYER)}
+    swiglu = f"{LAYER}0.mlp.weights_in.weight" in shapes
+    outer = "weights_out" if swiglu else "fc2"
+    wide = shape(f"{LAYER}0.mlp.{outer}.weight", 2)[1]
+    if hidden % HEAD or places**2 != table or len(layers) > 1000:
+        raise FormatError(
+            f"{where}: an image encoder of {hidden} channels, {table} places, {len(layers)} "
+            f"layers is no DINOv2 (heads have {HEAD} channels, places form a square)"
+        )
+    registers = shapes.get("embeddings.register_tokens")
+    config = Dinov2Config(
+        hidden=hidden,
+        layers=len(layers),
+        heads=hidden // HEAD,
+        patch=patch,
+        places=places,
+        registers=registers[1] if registers and len(registers) == 3 else 0,
+        mlp_ratio=round(wide / hidden * (1.5 if swiglu else 1)),
+        swiglu=swiglu,
+    )
+    if config.wide != wide:
+        raise FormatError(
+            f"{where}: an image encoder of {hidden} channels with {wide} in its MLP is no DINOv2"
+        )
+    return config
+
+
+def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a released file but the mask token, which a picture does not need."""
+    h, wide = config.hidden, config.wide
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, h),
+        "embeddings.position_embeddings": (1, 1 + config.places**2, h),
+        "embeddings.patch_embeddings.projection.weight": (h, 3, config.patch, config.patch),
+        "embeddings.patch_embeddings.projection.bias": (h,),
+    }
+    if config.registers:
+        shapes["embeddings.register_tokens"] = (1, config.registers, h)
+    linears = {f"attention.attention.{which}": (h, h) for which in ("query", "key", "value")}
+    linears["attention.output.dense"] = (h, h)
+    if config.swiglu:
+        linears |= {"mlp.weights_in": (2 * wide, h), "mlp.weights_out": (h, wide)}
+    else:
+        linears |= {"mlp.fc1": (wide, h), "mlp.fc2": (h, wide)}
+    for start in (f"{LAYER}{index}." for index in range(config.layers)):
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{start}{norm}.weight": (h,), f"{start}{norm}.bias": (h,)}
+        shapes |= {f"{start}layer_scale{index}.lambda1": (h,) for index in (1, 2)}
+        for name, size in linears.items():
+            shapes |= {f"{start}{name}.weight": size, f"{start}{name}.bias": size[:1]}
+    return shapes | {"layernorm.weight": (h,), "layernorm.bias": (h,)}
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Is this released tensor, below any prefix, the weight of a linear that can be packed?"""
+    return LAYER in name and name.endswith(".weight") and len(shape) == 2
+
+
+def load(
+    source: Source, config: Dinov2Config, dtype: torch.dtype, device: str | torch.device, bits: int
+) -> nn.Module:
+    """transformers' network, made on the meta device and filled tensor by tensor.
+
+    `bits` 8 packs the linears as they come; packed ones stay so. UserError without transformers.
+    """
+    with torch.device("meta"):
+        network = _network(config)
+    network.embeddings.mask_token = None
+    inner = as_installed(source, network.state_dict().keys())
+    return fill(lambda: network, inner, dtype, device, bits, (MASK,))
+
+
+def _network(config: Dinov2Config) -> Any:
+    try:
+        from transformers import (
+            Dinov2Config,
+            Dinov2Model,
+            Dinov2WithRegistersConfig,
+            Dinov2WithRegistersModel,
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise UserError(f"transformers lacks {error.name}; {NEEDED}") from error
+        raise UserError(f"transformers is not installed; {NEEDED}") from error
+    except (ImportError, RuntimeError) as error:  # too old, or its own packages do not fit
+        raise UserError(f"transformers does not work ({one_line(error)}); {NEEDED}") from error
+    settings = config.settings() | {"attn_implementation": "sdpa"}
+    if config.registers:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings))
+    return Dinov2Model(Dinov2Config(**settings))
+
+
+def as_installed(source: Source, wanted: Set[str]) -> Source:
+    """The released tensors under the names of the installed transformers, packed ones too."""
+    reads: dict[str, Callable[[], Tensor]] = {}
+    shapes = {}
+    for name, shape in source.shapes.items():
+        names = [name]
+        if found := _OWNED.fullmatch(name):
+            start, owner, leaf = found.groups()
+            owners = RENAMED.get(owner, ())
+            if all(f"{start}{new}.weight" in wanted for new in owners):
+                names = [f"{start}{new}.{leaf}" for new in owners] or names
+        whole: Callable[[], Tensor] = partial(source.read, name)
+        each = [whole] if len(names) == 1 else in_parts(whole, len(names))
+        for new, read in zip(names, each, strict=True):
+            reads[new] = read
+            shapes[new] = shape if len(names) == 1 else (shape[0] // len(names), *shape[1:])
+    return Source(source.where, source.config, shapes, lambda name: reads[name]())
+
+
+def from_hub(weights: Weights) -> Weights:
+    """A torch-hub file (facebookresearch/dinov2) under the released names, q, k and v apart."""
+    names = {
+        "cls_token": "embeddings.cls_token",
+        "mask_token": MASK,
+        "pos_embed": "embeddings.position_embeddings",
+        "register_tokens": "embeddings.register_tokens",
+        "norm": "layernorm",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "attn.proj": "attention.output.dense",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "ls2.gamma": "layer_scale2.lambda1",
+        "mlp.w12": "mlp.weights_in",
+        "mlp.w3": "mlp.weights_out",
+    }
+    stored: dict[str, Stored] = {}
+    for name, entry in weights.stored.items():
+        start, inner = "", name
+        if name.startswith("blocks."):
+            index, inner = name.removeprefix("blocks.").split(".", 1)
+            start = f"{LAYER}{index}."
+        owner, _, leaf = inner.rpartition(".")
+        if owner == "attn.qkv":
+            shape = (entry.shape[0] // 3, *entry.shape[1:])
+            for which, read in zip(("query", "key", "value"), in_parts(entry.read, 3), strict=True):
+                full = f"{start}attention.attention.{which}.{leaf}"
+                stored[full] = Stored(shape, entry.dtype, read, entry.file)
+        elif inner in names:
+            stored[start + names[inner]] = entry
+        else:
+            stored[f"{start}{names.get(owner, owner)}.{leaf}"] = entry
+    return Weights(weights.files, stored)
+
+
+def in_parts(read: Callable[[], Tensor], count: int) -> list[Callable[[], Tensor]]:
+    """Readers of a tensor's rows in so many equal parts, from one read for all of them: what is not
+    asked for yet waits in memory. A part that is asked for again is read again."""
+    waiting: dict[int, Tensor] = {}
+
+    def part(index: int) -> Tensor:
+        if index not in waiting:
+            waiting.update(enumerate(rows.clone() for rows in read().chunk(count)))
+        return waiting.pop(index)
+
+    return [partial(part, index) for index in range(count)]

@@ -1,0 +1,137 @@
+"""A network whose calls are CUDA graphs: recorded at the first call of a shape, then replayed.
+
+    network = GraphedNetwork(load_dit("model.safetensors", torch.float16, "cuda"))
+    network(x, t, cond)
+
+A call of a packed DiT is hundreds of kernels, each launched from Python; a graph launches them all
+at once. What a replay reads lies at fixed addresses: latents, condition tokens and the modulation
+input of the time (a table's row number, or a vector) are copied there first. So one graph serves
+all steps. A graph a step would save the tables' look-up, a small copy a block, for as many
+recordings and as much of the driver's memory as there are steps.
+
+Guided steps make two recordings, of the pass with the picture's tokens and of the one with a single
+token. They share one pool of memory, which lives as long as the network here: about the activations
+of the larger pass. Never run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.format.container import one_line
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
+from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.networks.modulation import When
+
+WARM_UPS = 3  # as in torch's notes on CUDA graphs; the first one compiles Triton's kernels
+# A replay runs the kernels of the eager call; cuBLAS alone may split a sum in another way.
+CLOSE = 1e-2
+
+
+def expect_gpu(device: str) -> None:
+    """UserError where the device has no CUDA graphs."""
+    if torch.device(device).type != "cuda":
+        raise UserError(
+            f"--cuda-graphs: the device is {device}, and only CUDA GPUs have graphs; leave it out"
+        )
+
+
+class GraphedNetwork(nn.Module):
+    """A DiT or flow transformer on a GPU, called like itself; without gradients."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+        self._recordings: dict[tuple[object, ...], Recording] = {}
+
+    @property
+    def config(self) -> DiTConfig | FlowConfig:
+        return self.network.config
+
+    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
+        return self.network.when(t, guidance)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | When,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        repeats: int = 1,
+    ) -> Tensor:
+        """The network's own; every new combination of shapes and `repeats` is recorded.
+
+        UserError where that fails.
+        """
+        when = self.when(t, guidance)
+        of_time = "vector" if when.rows is None else "rows"
+        inputs = (x, cond, getattr(when, of_time))
+        key = (repeats, of_time, *((value.shape, value.dtype) for value in inputs))
+        if key not in self._recordings:
+
+            def call(x: Tensor, cond: Tensor, value: Tensor) -> Tensor:
+                return self.network(x, When(**{of_time: value}), cond, None, repeats)
+
+            beside = next(iter(self._recordings.values()), None)
+            self._recordings[key] = Recording(call, inputs, beside)
+        return self._recordings[key](*inputs)
+
+
+class Recording:
+    """One call as a CUDA graph over buffers of its own."""
+
+    stream: torch.cuda.Stream
+
+    def __init__(
+        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], beside: Recording | None
+    ) -> None:
+        """Records `call(*inputs)`, which must not look at values on the host nor copy from it, in
+        the memory that another recording works in, unless it is the first. UserError."""
+        self.inputs = [value.clone() for value in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(inputs[0].device):
+            current = torch.cuda.current_stream()
+            # One stream for all: a pool's memory is used again on the stream that had it, and each
+            # stream has a cuBLAS workspace of 8 MiB, 32 on sm_90.
+            self.stream = torch.cuda.Stream() if beside is None else beside.stream
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UPS):
+                    expected = call(*self.inputs)
+                try:
+                    # Errors of this thread alone count: others may allocate meanwhile.
+                    with torch.cuda.graph(
+                        self.graph,
+                        pool=None if beside is None else beside.graph.pool(),
+                        stream=self.stream,
+                        capture_error_mode="thread_local",
+                    ):
+                        self.output = call(*self.inputs)
+                except RuntimeError as error:
+                    raise UserError(
+                        f"this model's step cannot be recorded as a CUDA graph ({one_line(error)});"
+                        " run it without --cuda-graphs"
+                    ) from error
+            current.wait_stream(self.stream)
+        # Kernels launched past torch's stream are not in a graph, and nothing says so: replays with
+        # SageAttention were 80 % off (its pull request 371; `dispatch.attention` avoids it).
+        difference = (self(*inputs) - expected).float().norm()
+        far = difference > CLOSE * expected.float().norm()
+        if far or (expected.isfinite().all() and not difference.isfinite()):
+            raise UserError(
+                "a CUDA graph of this model's step does not give what the step gives: a kernel in "
+                "it was not recorded; run it without --cuda-graphs"
+            )
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What the recorded call gives for other values, in a tensor of its own."""
+        for buffer, value in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(value)
+        self.graph.replay()
+        return self.output.clone()

@@ -1,0 +1,87 @@
+"""Which family a checkpoint belongs to: `open_checkpoint(path)` asks each in turn.
+
+    checkpoint = open_checkpoint("hunyuan3d-dit-v2-mini")
+    checkpoint.variant, checkpoint.config, checkpoint.sampler
+    checkpoint.tensor("double_blocks.0.img_attn.qkv.weight")
+
+A new family is one more file beside these, and one more entry in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
+from vitapack.runtime.families.checkpoint import Checkpoint, Family, Found
+from vitapack.runtime.families.furniture import family as furniture
+from vitapack.runtime.loading.checkpoint_files import is_packed, some
+
+__all__ = ["BUNDLED", "FAMILIES", "Checkpoint", "Family", "open_checkpoint"]
+
+FAMILIES: tuple[Family, ...] = (
+    step1x3d.FAMILY,
+    trellis.FAMILY,
+    hunyuan3d.FAMILY,
+    furniture.FAMILY,
+)
+
+log = logging.getLogger("vitapack.families")
+
+# Models that come with the package, by the name that stands for their folder.
+BUNDLED = {"furniture": Path(__file__).resolve().parents[1] / "bundled" / "furniture"}
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A bundled model's name, or a path, to an existing path; `./furniture` is always a path."""
+    name = os.fspath(path)
+    if name in BUNDLED:
+        if not BUNDLED[name].is_dir():
+            raise UserError(f"the bundled model {name} is not in this installation")
+        return BUNDLED[name]
+    found = Path(name)
+    if not found.exists():
+        raise UserError(
+            f"{found} does not exist; expected a checkpoint's folder or file, or one of the "
+            f"bundled models: {', '.join(BUNDLED)}"
+        )
+    return found
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Detects the family of an original checkpoint (folder, file or bundled name) and reads it.
+
+    Names and shapes of all tensors are checked against the configuration; none is loaded. Raises
+    UserError or FormatError with one line that says what was looked for and what was found.
+    """
+    found = Found(resolve(path))
+    if is_packed(found.path):
+        raise UserError(
+            f"{found.path} is a packed file of vitapack; expected an original checkpoint"
+        )
+    for family in FAMILIES:
+        if family.recognises(found):
+            checkpoint = family.read(found)
+            for setting in checkpoint.unknown:
+                log.warning("%s is not known here; the tensors fit without it", setting)
+            if checkpoint.ignored:
+                log.info("not needed, on purpose: %s", some(checkpoint.ignored))
+            return checkpoint
+    raise UserError(f"{found.path} is no model that is known here: {_what_is_there(found)}")
+
+
+def _what_is_there(found: Found) -> str:
+    wanted = "; or ".join(family.looks_for for family in FAMILIES)
+    inside = [] if found.path.is_file() else sorted(found.path.glob("*/config.yaml"))
+    if found.config is not None:
+        what = found.target() or (found.config.get("target") or "no model.target")
+        return f"config.yaml says {what}; looked for {wanted}"
+    if inside:
+        names = ", ".join(str(path.parent) for path in inside[:4])
+        return f"it has no config.yaml itself, but these folders have: {names}"
+    if found.path.is_file():
+        names = ", ".join(sorted(found.weights)[:3])
+        return f"no config.yaml beside it, and its tensors are {names}, ...; looked for {wanted}"
+    return f"looked for {wanted}; found {found.listing()}"

@@ -1,0 +1,178 @@
+"""Sampling schedules as pure arithmetic, torch-free: settings, levels and model times."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vitapack.runtime.errors import FormatError, UserError
+
+if TYPE_CHECKING:  # schedules alone need no torch
+    pass
+
+
+SAMPLERS = ("euler", "consistency", "unipc")
+
+
+FLOWS = ("hunyuan", "step1x", "trellis")
+
+
+TRAIN_STEPS = 1000  # of every family
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """How a model is sampled. `dataclasses.replace` makes variants; a bad value is a UserError."""
+
+    name: str  # one of SAMPLERS; "euler" is each flow's own Euler schedule
+    steps: int
+    guidance: float  # scale w of v = u + w (c - u), or the value embedded by guidance-embed models
+    shift: float = 1.0  # s of sigma <- s sigma / (1 + (s - 1) sigma); TRELLIS calls it rescale_t
+    flow: str = "hunyuan"  # one of FLOWS
+    order: int = 2  # of UniPC, 1 to 3
+    pcm_timesteps: int = 100  # of the consistency schedule: the grid it was distilled on
+    zero_init: bool = False  # Step1X Euler: the first prediction counts as zero
+    guidance_interval: tuple[float, float] | None = None  # levels in 0..1 where guidance is on
+
+    def __post_init__(self) -> None:
+        if self.name not in SAMPLERS:
+            raise UserError(f"no sampler {self.name!r}: choose one of {', '.join(SAMPLERS)}")
+        if self.flow not in FLOWS:
+            raise UserError(f"no flow {self.flow!r}: expected one of {', '.join(FLOWS)}")
+        if self.name == "consistency" and self.flow != "hunyuan":
+            raise UserError("the consistency sampler exists for Hunyuan3D models only; use euler")
+        _whole("steps", self.steps, 1, TRAIN_STEPS)
+        _whole("order", self.order, 1, 3)
+        _whole("pcm_timesteps", self.pcm_timesteps, 1, TRAIN_STEPS)
+        if TRAIN_STEPS % self.pcm_timesteps:
+            raise UserError(f"pcm_timesteps {self.pcm_timesteps} does not divide {TRAIN_STEPS}")
+        if self.name == "consistency" and self.steps > self.pcm_timesteps:
+            raise UserError(
+                f"{self.steps} consistency steps: this model was distilled on a grid of "
+                f"{self.pcm_timesteps}, take at most that many"
+            )
+        if not (_number(self.shift) and self.shift > 0):
+            raise UserError(f"shift {self.shift!r}: expected a number above 0")
+        if not (_number(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance {self.guidance!r}: expected a number of at least 0")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not (_number(low) and _number(high) and 0 <= low <= high <= 1):
+                raise UserError(f"guidance_interval {self.guidance_interval}: expected 0 <= a <= b")
+            object.__setattr__(self, "guidance_interval", (float(low), float(high)))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SamplerDefaults:
+        """The inverse of `to_json`; FormatError for missing or unknown keys."""
+        known = {field.name for field in fields(cls)}
+        needed = {"name", "steps", "guidance"}
+        if not isinstance(data, Mapping) or not needed <= data.keys() <= known:
+            found = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise FormatError(f"sampler settings hold {found}; expected {', '.join(sorted(known))}")
+        interval = data.get("guidance_interval")
+        return cls(**{**data, "guidance_interval": None if interval is None else tuple(interval)})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """N steps: the network is asked at `times[i]` to move from `levels[i]` to `levels[i + 1]`."""
+
+    levels: tuple[float, ...]  # N + 1; t for the Hunyuan Euler kinds, sigma otherwise
+    times: tuple[float, ...]  # N, in the model's convention, float32 values
+    evaluated: tuple[bool, ...]  # N; False where the velocity would be multiplied by zero
+
+
+def schedule(settings: SamplerDefaults) -> Schedule:
+    """The whole schedule of one run: pure arithmetic, no torch."""
+    steps, shift = settings.steps, settings.shift
+    if settings.name == "unipc":
+        # diffusers' UniPCMultistepScheduler with use_flow_sigmas (models of FLUX's kind).
+        levels = [_shift(s, shift) for s in _linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)[:-1]]
+        if abs(levels[0] - 1) < 1e-6:
+            levels[0] -= 1e-6  # lambda = log(alpha / sigma) must be finite
+        # Kept in float32: alpha_0 = 1 - sigma_0 = 1.0133e-6 then, not 1e-6, and the first lambda
+        # depends on it.
+        levels = [_float32(s) for s in levels] + [0.0]
+    elif settings.name == "consistency":
+        stride = TRAIN_STEPS // settings.pcm_timesteps
+        grid = [0, *(k * stride - 1 for k in range(1, settings.pcm_timesteps))]
+        picked = [grid[i * settings.pcm_timesteps // steps] for i in range(steps)]
+        levels = [_float32(_shift(i / (TRAIN_STEPS - 1), shift)) for i in picked] + [1.0]
+    elif settings.flow == "hunyuan":
+        levels = [_float32(_shift(s, shift)) for s in _linspace(0.0, 1.0, steps)] + [1.0]
+    elif settings.flow == "step1x":
+        # diffusers' FlowMatchEulerDiscreteScheduler shifts its lower end once when it is built
+        # and all of them again per run.
+        last = _shift(1.0 / TRAIN_STEPS, shift)
+        levels = [_float32(_shift(s, shift)) for s in _linspace(1.0, last, steps)] + [0.0]
+    else:
+        levels = [_shift(s, shift) for s in _linspace(1.0, 0.0, steps + 1)]
+    reverse = settings.name == "unipc"
+    if settings.flow == "hunyuan":
+        times = [_float32(1 - level if reverse else level) for level in levels[:-1]]
+    else:
+        times = [_float32(TRAIN_STEPS * level) for level in levels[:-1]]
+    evaluated = [
+        before != after and not (i == 0 and settings.zero_init and not reverse)
+        for i, (before, after) in enumerate(itertools.pairwise(levels))
+    ]
+    return Schedule(tuple(levels), tuple(times), tuple(evaluated))
+
+
+def times(sampler: str, steps: int, shift: float = 1.0, **others: Any) -> list[float]:
+    """The model times at which the network will be evaluated, in order.
+
+    `others` are further fields of SamplerDefaults (flow, order, pcm_timesteps, zero_init, ...).
+    Hunyuan Euler's last evaluation and Step1X's first are multiplied by zero: they are not made,
+    and not listed (20 steps are 19 evaluations).
+    """
+    return evaluation_times(SamplerDefaults(sampler, steps, 1.0, shift, **others))
+
+
+def evaluation_times(settings: SamplerDefaults) -> list[float]:
+    """`times` for settings that exist already."""
+    plan = schedule(settings)
+    return [t for t, evaluated in zip(plan.times, plan.evaluated, strict=True) if evaluated]
+
+
+def guided_times(settings: SamplerDefaults) -> frozenset[float] | None:
+    """The model times at which guidance is on; None for all of them."""
+    if settings.guidance_interval is None:
+        return None
+    low, high = settings.guidance_interval
+    plan = schedule(settings)
+    return frozenset(
+        t for t, level in zip(plan.times, plan.levels, strict=False) if low <= level <= high
+    )
+
+
+def _shift(sigma: float, s: float) -> float:
+    return s * sigma / (1 + (s - 1) * sigma)
+
+
+def _linspace(first: float, last: float, count: int) -> list[float]:
+    if count == 1:
+        return [first]
+    step = (last - first) / (count - 1)
+    return [first + i * step for i in range(count - 1)] + [last]
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name} {value!r}: expected a whole number from {low} to {high}")

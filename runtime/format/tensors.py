@@ -1,0 +1,56 @@
+"""Which tensors a packed network consists of: names, dtypes and shapes from the architecture alone.
+
+Both halves rest on this table: the compressor lays a file out with it before it computes a tensor,
+and the reader demands exactly it. Torch-free. Names are the canonical ones of
+`runtime/networks/dit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vitapack.runtime.format.architecture import network_linears, network_norms
+from vitapack.runtime.format.layermap import KIND_OF, LayerMap
+from vitapack.runtime.format.layouts import W4, W8, W16, weight_tensors
+
+
+def model_tensors(
+    network: Mapping[str, Any],
+    linears: Mapping[str, str],
+    rest: str,
+    modulation: Mapping[str, Any],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The exact tensors of the DiT part: name in the file -> (dtype, shape)."""
+    tables = modulation["kind"] in ("table", "both")
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, linear in network_linears(network).items():
+        if linear.role == "modulation" and tables:
+            shape = (modulation["nodes"], linear.out)
+            tensors[f"{name}.table"] = (modulation["dtype"], shape)
+        if linear.role in ("modulation", "time") and modulation["kind"] == "table":
+            continue
+        tensors |= weight_tensors(name, linear, linears.get(name, W16), rest)
+        if linear.bias:
+            tensors[f"{name}.bias"] = (rest, (linear.out,))
+    for name, norm in network_norms(network).items():
+        tensors[name] = (rest, norm)
+    tensors = {f"model.{name}": spec for name, spec in tensors.items()}
+    if tables:
+        tensors["modulation.t"] = ("F64", (modulation["nodes"],))
+    return tensors
+
+
+def plan_linears(
+    network: Mapping[str, Any], layer_map: LayerMap, modulation: str
+) -> dict[str, str]:
+    """The layout of every block linear, and of the modulation linears whose weights are kept."""
+    layouts = {16: W16, 8: W8, 4: W4[layer_map.group]}
+    plan = {}
+    for name, linear in network_linears(network).items():
+        if linear.role == "block":
+            kind, index = name.split(".")[:2]
+            plan[name] = layouts[layer_map.bits(KIND_OF[kind], int(index))]
+        elif linear.role == "modulation" and modulation != "table":
+            plan[name] = W16 if modulation == "kept" else W8
+    return plan

@@ -1,0 +1,81 @@
+"""A run's phases: what they are predicted to take, and what they took.
+
+    found, early = peaks(base, {"condition": ..., "denoise": ...}, working, lean=True, ahead=False)
+    meter = PhaseMeter(found, "cuda:0")
+    with meter("denoise"): ...
+    meter.bytes["denoise"]    # {"predicted": ..., "peak": ..., "reserved": None}
+
+On a CPU the peak is the process' (memory.py), reset at the start of each phase. On a CUDA device it
+is torch's peak of memory allocated there, and of memory reserved for it, instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+
+from vitapack.runtime.loading.memory import reset_peak, resident
+
+
+def peaks(
+    base: int, weights: Mapping[str, int], working: Mapping[str, int], *, lean: bool, ahead: bool
+) -> tuple[dict[str, int], set[str]]:
+    """The peak of each phase, and the phases in which the next one's network comes already.
+
+    `weights` of each phase's network, in their order, and what it holds `working` beside them.
+    `lean`: it goes with its phase. `ahead`: the next one comes a phase early (ahead.py) wherever
+    the largest peak of the run stays what it is.
+    """
+    found, kept = {}, 0
+    for phase, nbytes in weights.items():
+        kept = nbytes if lean else kept + nbytes
+        found[phase] = base + kept + working[phase]
+    largest, early = max(found.values()), set()
+    for phase, following in pairwise(weights) if ahead else ():
+        if found[phase] + weights[following] <= largest:
+            found[phase] += weights[following]
+            early.add(phase)
+    return found, early
+
+
+class PhaseMeter:
+    """Seconds and bytes by phase: predicted, peak, and what torch reserved on a GPU."""
+
+    def __init__(self, predicted: Mapping[str, int], device: str = "cpu") -> None:
+        self.predicted, self.device = predicted, device
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, dict[str, int | None]] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        gpu = torch.device(self.device).type == "cuda"
+        if gpu:
+            torch.cuda.init()  # the first phase comes before any tensor, and without statistics
+            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:  # a phase that fails was measured as well
+            self.seconds[phase] = time.perf_counter() - start
+            self.bytes[phase] = {
+                "predicted": self.predicted.get(phase),
+                "peak": torch.cuda.max_memory_allocated(self.device)
+                if gpu
+                else resident(peak=True),
+                "reserved": torch.cuda.max_memory_reserved(self.device) if gpu else None,
+            }
+
+
+def memory_words(found: Mapping[str, int | None]) -> str:
+    """A phase's bytes for people, as the end of a line; nothing where no peak is known."""
+    if not found["peak"]:
+        return ""
+    predicted, reserved = found["predicted"], found["reserved"]
+    words = f" (predicted {predicted / 2**30:.2f})" if predicted else ""
+    words += f", reserved {reserved / 2**30:.2f}" if reserved else ""
+    return f", peak {found['peak'] / 2**30:.2f} GiB{words}"

@@ -1,0 +1,466 @@
+"""The one place where all meet: a picture becomes a mesh.
+
+    pipeline = Pipeline.from_packed("model.safetensors")
+    mesh = pipeline(Image.open("chair.png"), seed=0)
+
+Phases: condition (image encoder), denoise (DiT under a sampler), decode (shape decoder, marching
+cubes). Pictures are taken one at a time with noise of their own seed, so a mesh never depends on
+what else was in the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vitapack
+from vitapack.kernels.linear import support
+from vitapack.runtime.condition.conditioner import VIEWS, Picture
+from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
+from vitapack.runtime.engines.choose import dit_config
+from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
+from vitapack.runtime.engines.device import chosen_device
+from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
+from vitapack.runtime.families.furniture import family as furniture
+from vitapack.runtime.families.open import BUNDLED, open_checkpoint
+from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.format.header import read_header
+from vitapack.runtime.format.reader import VERIFY_BELOW, verify
+from vitapack.runtime.format.schedules import SamplerDefaults
+from vitapack.runtime.loading import packed
+from vitapack.runtime.loading.checkpoint_files import is_packed
+from vitapack.runtime.loading.lazy import Part
+from vitapack.runtime.loading.memory import keep_no_holes
+from vitapack.runtime.loading.source import packed_part
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
+from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
+from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
+from vitapack.runtime.pipeline.predict import TRANSFORMERS, base_bytes, denoise_bytes
+from vitapack.runtime.sampling.guidance import denoise
+
+# How each family sees a picture and what its latents become.
+FAMILIES = {module.NAME: module for module in (furniture, hunyuan3d, step1x3d, trellis)}
+MEMORY = ("resident", "lean")  # keep what is loaded, or free each phase's network after it
+PHASES = ("condition", "denoise", "decode")
+
+
+class Pipeline:
+    """DiT, sampler defaults, conditioner and shape decoder of one model."""
+
+    def __init__(
+        self,
+        dit: Network | Part[Network],
+        sampler: SamplerDefaults,
+        conditioner: Callable[..., Tensor],
+        decoder: Any,
+        *,
+        family: str,
+        source: str,
+        sha256: str,
+        variant: str = "",
+        memory: str = "resident",
+        step_bytes: Callable[[int, int], int] | None = None,
+        device: str = "cpu",
+        cuda_graphs: bool = False,
+    ) -> None:
+        """A Part (of a published family also the conditioner's encoder and the decoder's decoder)
+        is loaded when its phase begins, or on a GPU before it (ahead.py), and freed after it where
+        `memory` is "lean". `step_bytes`: of a call
+        of the DiT beside its weights, by condition tokens and batch. `cuda_graphs`: its calls are
+        recorded and replayed as long as it is loaded; UserError unless `device` is a GPU."""
+        if cuda_graphs:
+            expect_gpu(device)
+        if memory not in MEMORY:
+            raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
+        if memory == "lean":
+            keep_no_holes()
+        self._dit, self.sampler = dit, sampler
+        self.conditioner, self.decoder = conditioner, decoder
+        self.family, self.source, self.source_sha256 = family, source, sha256
+        self.variant, self.memory = variant, memory
+        self._step_bytes = step_bytes
+        self.device, self.cuda_graphs = device, cuda_graphs
+        self._graphs: GraphedNetwork | None = None
+        self._ahead = torch.device(device).type == "cuda"  # on a CPU loads and phases share cores
+        self._base = base_bytes(device, cuda_graphs)
+        lacks_transformers = hasattr(conditioner, "encoder") and "transformers" not in sys.modules
+        if device == "cpu" and lacks_transformers:
+            self._base += TRANSFORMERS  # its encoder will need them
+        self._turn = threading.Lock()
+        self.seconds: dict[str, float] = {}  # of the last call, by phase
+        self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: a lock cannot travel."""
+        return vars(self) | {"_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_turn": threading.Lock()})
+
+    @property
+    def dit(self) -> Network:
+        return self._dit() if isinstance(self._dit, Part) else self._dit
+
+    @dit.setter
+    def dit(self, network: Network) -> None:
+        self._dit = network
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        compute: str = "a16",
+        *,
+        parts: str | Path | None = None,
+        memory: str = "resident",
+        cuda_graphs: bool = False,
+        resolution: int | None = None,
+    ) -> Pipeline:
+        """A packed file, an original checkpoint (folder or file), or a bundled model's name.
+
+        `resolution`: cells a side of the decoded grid, by default the family's. UserError where an
+        original is to compute in "a8", or to take `parts` of another; where there is one grid only.
+        """
+        place = Path(path)
+        if str(path) not in BUNDLED and is_packed(place):
+            pipeline = cls.from_packed(
+                place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
+            )
+        else:
+            expect_floats(path, compute)
+            if parts is not None:
+                raise UserError(
+                    f"{path} is an original, which has its own parts: leave --parts out"
+                )
+            pipeline = cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
+        if resolution is not None:
+            if not hasattr(pipeline.decoder, "resolution"):
+                raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
+            pipeline.decoder.resolution = resolution
+        return pipeline
+
+    @classmethod
+    def from_packed(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        compute: str = "a16",
+        *,
+        parts: str | Path | None = None,
+        memory: str = "resident",
+        encoder_bits: int = 8,
+        cuda_graphs: bool = False,
+        absent: bool = False,
+    ) -> Pipeline:
+        """Opens a packed file; the fp16 network is never in memory.
+
+        `parts` is the original checkpoint of a file that refers to its image encoder and shape
+        decoder: only these are read from it, the encoder's linears into 8 bits (`encoder_bits` 16:
+        as they are). UserError where it is another model than the packed one. `cuda_graphs`: the
+        network's calls are recorded and replayed (cuda_graph.py); UserError without a GPU.
+        `absent`: `device` need not be here, since only `predicted_bytes` will be asked for.
+        """
+        header = read_header(path)
+        if header.size <= VERIFY_BELOW:  # now, not when the network is first needed
+            verify(path)
+        where = device if absent else chosen_device(device)
+        if cuda_graphs:
+            expect_gpu(where)  # before the original is looked at
+        dtype = torch.float32 if where == "cpu" else torch.float16
+        config = dit_config(header)
+        family = _family(header.family, config, str(path))
+        original = None if parts is None else original_of(header, parts).component
+        conditioner = packed_part(header, "conditioner", original)
+        decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
+        engine = compute == "a8" and where == "cpu" and support.cpu_engine("int8 a8 DiT")
+        served = where != "cpu" and (absent or support.gpu_kernels("DiT", torch.device(where)))
+        fused = compute if served else ""
+        return cls(
+            Part(
+                lambda: packed.load_packed_dit(
+                    path, device=where, compute=compute, verify_content=False
+                ),
+                packed.loaded_bytes(header, dtype),
+            ),
+            SamplerDefaults.from_json(header.sampler),
+            family.conditioner(conditioner, dtype, where, encoder_bits),
+            decoder,
+            family=header.family,
+            source=str(path),
+            sha256=header.sha256,
+            variant=header.variant,
+            memory=memory,
+            step_bytes=partial(denoise_bytes, config, decoder.latent_shape, dtype, engine, fused),
+            device=where,
+            cuda_graphs=cuda_graphs,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        *,
+        memory: str = "resident",
+        encoder_bits: int = 16,
+        cuda_graphs: bool = False,
+    ) -> Pipeline:
+        """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
+        checkpoint = open_checkpoint(model)
+        family = _family(checkpoint.family, checkpoint.config, str(model))
+        where = chosen_device(device)
+        if cuda_graphs:
+            expect_gpu(where)  # before its files are hashed
+        dtype = torch.float32 if where == "cpu" else torch.float16
+        conditioner = checkpoint.component("conditioner")
+        decoder = family.shape_decoder(checkpoint.component("shape_decoder"), dtype, where)
+        return cls(
+            Part(
+                lambda: dit_of(checkpoint, dtype=dtype, device=where),
+                checkpoint.parameters() * dtype.itemsize,
+            ),
+            checkpoint.sampler,
+            family.conditioner(conditioner, dtype, where, encoder_bits),
+            decoder,
+            family=checkpoint.family,
+            source=str(checkpoint.path),
+            sha256=checkpoint.source(hashed=True)["sha256"],
+            variant=checkpoint.variant,
+            memory=memory,
+            step_bytes=partial(
+                denoise_bytes, checkpoint.config, decoder.latent_shape, dtype, False, ""
+            ),
+            device=where,
+            cuda_graphs=cuda_graphs,
+        )
+
+    def load(self) -> None:
+        """Loads all networks now, which a call would otherwise do phase by phase. UserError."""
+        for part in self._parts().values():
+            part()
+
+    def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
+        """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
+        on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
+        return self._peaks(views, one_batch)[0]
+
+    def _peaks(self, views: int, one_batch: bool) -> tuple[dict[str, int], set[str]]:
+        weights = dict.fromkeys(PHASES, 0)
+        weights |= {phase: part.nbytes for phase, part in self._parts().items()}
+        working = {
+            "condition": getattr(self.conditioner, "working_bytes", 0),
+            "denoise": self._denoise_bytes(views, one_batch),
+            "decode": getattr(self.decoder, "working_bytes", 0),
+        }
+        lean = self.memory == "lean"
+        found, early = peaks(self._base, weights, working, lean=lean, ahead=self._ahead)
+        kept = 0 if lean else sum(weights.values())
+        surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
+        return found | {"decode": max(found["decode"], surface)}, early
+
+    def _parts(self) -> dict[str, Part[Any]]:
+        """By phase, the networks that come and go."""
+        encoder = getattr(self.conditioner, "encoder", None)
+        found = zip(
+            PHASES, (encoder, self._dit, getattr(self.decoder, "decoder", None)), strict=True
+        )
+        return {phase: part for phase, part in found if isinstance(part, Part)}
+
+    def _denoise_bytes(self, views: int, one_batch: bool) -> int:
+        if self._step_bytes is None:
+            return 0
+        tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
+        return self._step_bytes(tokens, 2 if one_batch else 1)
+
+    def free(self, phase: str) -> None:
+        """Lets a phase's network go where `memory` is "lean"; elsewhere nothing happens."""
+        if self.memory == "lean" and phase in (parts := self._parts()):
+            if phase == "denoise":
+                self._graphs = None  # they hold addresses of its weights
+            parts[phase].free()
+
+    @contextmanager
+    def _phases(self, views: int, one_batch: bool) -> Iterator[Callable[[str], Any]]:
+        """One picture's turn: gives the context of each phase, which measures it."""
+        predicted, early = self._peaks(views, one_batch)
+        parts = self._parts()
+        meter = PhaseMeter(predicted, self.device)
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            following = dict(pairwise(PHASES)).get(name)
+            with meter(name):
+                if name in early and following in parts:
+                    parts[following].begin(self.device)
+                yield
+
+        with self._turn:
+            self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
+            try:
+                yield phase
+            except BaseException:
+                for name in PHASES:  # what has come early would be in the next picture's way
+                    self.free(name)
+                raise
+
+    def _stepper(self) -> Network | GraphedNetwork:
+        """What the sampler calls: the network, or the graphs of its calls."""
+        network = self.dit
+        if not self.cuda_graphs:
+            return network
+        if self._graphs is None or self._graphs.network is not network:
+            self._graphs = GraphedNetwork(network)
+        return self._graphs
+
+    # The sampler's own times (and so the tables' rows) never depend on the picture or the seed.
+    def settings(
+        self, steps: int | None, guidance: float | None, sampler: str | None
+    ) -> SamplerDefaults:
+        """The model's defaults with what the caller asked for."""
+        asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "name": sampler}
+        return replace(self.sampler, **{k: v for k, v in asked.items() if v is not None})
+
+    def check_views(self, views: Collection[str]) -> None:
+        """UserError unless this model takes views of these names together."""
+        several = getattr(self.conditioner, "views", False)
+        known = VIEWS if several else VIEWS[:1]
+        if odd := [view for view in views if view not in known]:
+            takes = f"views {', '.join(VIEWS)}" if several else "one picture, no views"
+            raise UserError(f"view {odd[0]!r}: {self.variant or self.family} takes {takes}")
+        if not views:
+            raise UserError("no picture was given")
+
+    def condition(self, image: Picture, name: str = "image") -> Tensor:
+        """Condition tokens (1, N, D) of a picture, or of views by name ("front", "left", ...)."""
+        return self.conditioner(image, name)
+
+    def noise(self, seed: int) -> Tensor:
+        """(1, L, C), for TRELLIS (1, C, R, R, R): the same for the same seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, *self.decoder.latent_shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        anchors = getattr(self.decoder, "anchors", None)  # places that some latents carry along
+        return noise if anchors is None else torch.cat([noise, anchors[None]], dim=-1)
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        cond: Tensor,
+        noise: Tensor,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        dit: Network | None = None,
+        one_batch: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Latents float32 on the CPU, of the noise's shape; `dit` stands in for the model's own
+        network, such as one with a block left out. `one_batch`: guidance as one batch of two, as
+        the references compute it; see `denoise`."""
+        settings = self.settings(steps, guidance, sampler)
+        out = denoise(
+            self._stepper() if dit is None else dit,
+            settings,
+            cond,
+            noise,
+            one_batch=one_batch,
+            progress=progress,
+        )
+        if not torch.isfinite(out).all():
+            raise FormatError(
+                f"{self.source}: the network gave NaN or infinite values; the file is damaged, or "
+                "its dtype too narrow (try --device cpu)"
+            )
+        return out.cpu()
+
+    def grid(self, latents: Tensor) -> np.ndarray:
+        """Logits (R, R, R) float32, positive inside."""
+        return self.decoder(latents)
+
+    def surface(self, grid: np.ndarray) -> Mesh:
+        """The cleaned zero level of a grid; UserError if there is none."""
+        return clean(surface_from_grid(grid, self.decoder.bounds))
+
+    def __call__(
+        self,
+        image: Picture,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        name: str = "image",
+        one_batch: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Mesh:
+        """A mesh whose metadata says how it was made. `image`: a picture, or views by name
+        ("front", "left", "back", "right") for a model of several. Threads take turns. UserError for
+        a picture without an object, for a step count that the packed file has no tables for, for an
+        empty shape."""
+        settings = self.settings(steps, guidance, sampler)
+        views = 1
+        if isinstance(image, Mapping):
+            self.check_views(image)
+            views = len(image)
+            if not getattr(self.conditioner, "views", False):
+                image = image[VIEWS[0]]
+        with self._phases(views, one_batch) as phase:
+            with phase("condition"):
+                cond = self.condition(image, name)
+                self.free("condition")
+            with phase("denoise"):
+                latents = self.latents(
+                    cond,
+                    self.noise(seed),
+                    steps=steps,
+                    guidance=guidance,
+                    sampler=sampler,
+                    one_batch=one_batch,
+                    progress=progress,
+                )
+                self.free("denoise")
+            with phase("decode"):
+                grid = self.grid(latents)
+                self.free("decode")
+                mesh = self.surface(grid)
+        metadata = {
+            "generator": f"vitapack {vitapack.__version__}",
+            "family": self.family,
+            "variant": self.variant,
+            "model": Path(self.source).name,
+            "sha256": self.source_sha256,
+            "seed": seed,
+            "sampler": settings.name,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+        }
+        return replace(mesh, metadata=metadata)
+
+
+def _family(name: str, config: DiTConfig | FlowConfig, source: str) -> Any:
+    """What makes pictures and shapes of a network. UserError where nothing does."""
+    if name not in FAMILIES:
+        raise UserError(f"{source}: no family {name!r} here; known are {', '.join(FAMILIES)}")
+    if isinstance(config, FlowConfig) and not config.in_channels:
+        raise UserError(
+            f"{source} is TRELLIS' flow of structured latents, of which only the transformer "
+            "blocks are here: they can be compressed and timed, but no mesh comes of them; the "
+            "sparse-structure flow gives one"
+        )
+    return FAMILIES[name]

@@ -1,0 +1,183 @@
+"""Samplers: from noise to latents along a learned flow, knowing the network only as a velocity.
+
+    settings = SamplerDefaults("unipc", steps=20, guidance=5.0)
+    velocity = classifier_free(network, cond, torch.zeros_like(cond), settings.guidance)
+    latents = sample(velocity, noise, settings)
+
+`velocity(x, t)` takes the latents and a python float: the time in the model's OWN convention
+(Hunyuan3D 0..1, Step1X-3D and TRELLIS 1000..0), already rounded to float32, since that is what a
+network is given. `times(...)` lists, before anything runs, exactly the floats that will be asked
+for: the packed file holds exact modulation tables for them and for no others. They come from
+additions, multiplications and divisions alone, so every machine computes the same bits.
+
+The three flows differ in direction: Hunyuan3D runs t from 0 (noise) to 1 (data) and predicts
+data - noise; the others run sigma from 1 (noise) to 0 (data) and predict noise - data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitapack.runtime.format.schedules import SamplerDefaults, Schedule, schedule
+
+if TYPE_CHECKING:  # schedules alone need no torch
+    from torch import Tensor
+
+
+Velocity = Callable[["Tensor", float], "Tensor"]
+Network = Callable[["Tensor", float, "Tensor"], "Tensor"]  # (x, t, cond) -> velocity
+Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
+
+
+def sample(
+    velocity: Velocity,
+    noise: Tensor,
+    settings: SamplerDefaults,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents of the shape and dtype of `noise`: float32, also where the network's is lower."""
+    x = noise
+    for x in trajectory(velocity, noise, settings, progress):  # noqa: B007
+        pass
+    return x
+
+
+def trajectory(
+    velocity: Velocity,
+    noise: Tensor,
+    settings: SamplerDefaults,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Yields the N + 1 states: the noise, then the state after every step."""
+    plan = schedule(settings)
+    total = sum(plan.evaluated)
+    done = 0
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        nonlocal done
+        out = velocity(x, t)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return out
+
+    if settings.name == "unipc":
+        yield from _unipc(counted, noise, plan, settings.order, settings.flow == "hunyuan")
+    else:
+        yield from _euler(counted, noise, plan)
+
+
+def classifier_free(
+    network: Network,
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float,
+    *,
+    one_batch: bool = False,
+    only_at: Collection[float] | None = None,
+) -> Velocity:
+    """Guided velocity u + scale (c - u), c and u the network's outputs with and without the image.
+
+    network(x, t, cond) with t a float; cond, uncond (1 or B, n, D). `one_batch` asks for both in
+    one call of twice the batch, [cond, uncond], for which they are of one shape; otherwise two.
+    A scale of 1 is the conditional output: one call. `only_at` (see `guided_times`) lists the times
+    at which guidance is on. TRELLIS' (1 + w) c - w u is scale = 1 + w.
+    """
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        if scale == 1 or (only_at is not None and t not in only_at):
+            return network(x, t, cond)
+        if one_batch:
+            import torch
+
+            both = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (cond, uncond)])
+            with_image, without = network(torch.cat([x, x]), t, both).chunk(2)
+        else:
+            with_image, without = network(x, t, cond), network(x, t, uncond)
+        return without + scale * (with_image - without)
+
+    return velocity
+
+
+def _euler(velocity: Velocity, x: Tensor, plan: Schedule) -> Iterator[Tensor]:
+    """x += (level' - level) v; every family's, since v is always d x / d level."""
+    yield x
+    for i, t in enumerate(plan.times):
+        if plan.evaluated[i]:
+            x = x + (plan.levels[i + 1] - plan.levels[i]) * velocity(x, t)
+        yield x
+
+
+def _unipc(
+    velocity: Velocity, x: Tensor, plan: Schedule, order: int, negate: bool
+) -> Iterator[Tensor]:
+    """UniPC (Zhao et al. 2023, "bh2") in data prediction, with the corrector on every step.
+
+    Like diffusers' scheduler: lower orders at both ends, the last step of order 1 to sigma = 0.
+    The yielded states are the predictor's; the corrector acts at the start of the next step and
+    keeps the prediction that was made at the uncorrected state.
+    """
+    sigmas, steps = plan.levels, len(plan.times)
+    corrected, used = x, 0
+    data: list[Tensor] = []  # predicted clean latents, one a step
+    yield x
+    for i, t in enumerate(plan.times):
+        predicted = velocity(x, t)
+        new = x + sigmas[i] * predicted if negate else x - sigmas[i] * predicted
+        if i:
+            x = _unipc_update(corrected, data, sigmas, i - 1, used, new)
+        corrected = x
+        data.append(new)
+        used = min(order, steps - i, i + 1)
+        x = _unipc_update(corrected, data, sigmas, i, used, None)
+        yield x
+
+
+def _unipc_update(
+    x: Tensor,
+    data: list[Tensor],
+    sigmas: tuple[float, ...],
+    i: int,
+    order: int,
+    new: Tensor | None,
+) -> Tensor:
+    """From sigma_i to sigma_{i+1}: the predictor, or given the `new` prediction the corrector."""
+    before, after = sigmas[i], sigmas[i + 1]
+    if after == 0:
+        return data[i]
+    h = _log_snr(after) - _log_snr(before)
+    ratios = [(_log_snr(sigmas[i - k]) - _log_snr(before)) / h for k in range(1, order)]
+    slopes = [(data[i - k] - data[i]) / r for k, r in enumerate(ratios, 1)]
+    if new is not None:
+        ratios.append(1.0)
+        slopes.append(new - data[i])
+    phi = math.expm1(-h)
+    out = (after / before) * x - ((1 - after) * phi) * data[i]
+    for weight, slope in zip(_unipc_weights(ratios, h), slopes, strict=True):
+        out = out - ((1 - after) * phi * weight) * slope
+    return out
+
+
+def _unipc_weights(ratios: list[float], h: float) -> list[float]:
+    """rho of the order conditions R rho = b; a single one is 1/2 by definition of the method."""
+    count = len(ratios)
+    if count < 2:
+        return [0.5] * count
+    rows, wanted = [], []
+    phi = math.expm1(-h)
+    term = phi / -h - 1
+    factorial = 1
+    for j in range(1, count + 1):
+        rows.append([r ** (j - 1) for r in ratios])
+        wanted.append(term * factorial / phi)
+        factorial *= j + 1
+        term = term / -h - 1 / factorial
+    return np.linalg.solve(np.array(rows), np.array(wanted)).tolist()
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log(1 - sigma) - math.log(sigma)

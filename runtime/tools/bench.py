@@ -1,0 +1,295 @@
+"""What a model takes on this machine: bytes, operations, seconds and memory of a denoising step.
+
+    result = bench("model.safetensors", original="hunyuan3d-dit-v2-mini")
+    print(describe(result))
+
+The packed network and the original each make one picture into a mesh, phase by phase, where the
+image encoder and the shape decoder are at hand: first, since a process takes more among the holes
+that other work has left (the packed 2mini's encoder 2.9 GB instead of 2.0). Then steps of both, the
+original's in 16 bits and on CPUs also in float32, are timed in the same run, one after the other,
+on the same random latents, each with guidance as one batch of two and in two passes
+(`denoise.velocity_of`). Of TRELLIS' flow of structured latents the transformer blocks are timed, on
+as many tokens as its other flow has.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from vitapack.kernels.linear import support
+from vitapack.runtime.engines.choose import dit_config
+from vitapack.runtime.engines.cpu import Engine
+from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
+from vitapack.runtime.engines.device import chosen_device
+from vitapack.runtime.engines.predict import step_bytes
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.checkpoint import Checkpoint
+from vitapack.runtime.families.open import open_checkpoint, resolve
+from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.format.header import read_header
+from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
+from vitapack.runtime.loading import packed
+from vitapack.runtime.loading.checkpoint_files import is_packed
+from vitapack.runtime.loading.memory import keep_holes, return_memory
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
+from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.pipeline.load import dit_of, original_of
+from vitapack.runtime.pipeline.phases import PhaseMeter, memory_words
+from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.pipeline.predict import base_bytes
+from vitapack.runtime.sampling.guidance import velocity_of
+from vitapack.runtime.tools.flops import guided_flops
+
+SLAT_TOKENS = 4096  # a shape's are its surface's cells at 32 a side: some thousands
+
+
+def bench(
+    path: str | Path,
+    *,
+    original: str | Path | None = None,
+    device: str = "auto",
+    compute: str = "a16",
+    repeats: int = 5,
+    cond_tokens: int | None = None,
+    resolution: int | None = None,
+    sampling_steps: int | None = None,
+    whole_pass: bool = True,
+    cuda_graphs: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """JSON of everything measured. `original`, of a packed file, is compared with it, and needed
+    for latents' sizes where the file holds no decoder. `whole_pass`: also a picture to a mesh by
+    each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it through
+    graphs (cuda_graph.py). `note` is told what is predicted before each part runs. UserError.
+    """
+    where = chosen_device(device)
+    place = resolve(path)
+    is_file = is_packed(place)
+    if original is not None and not is_file:
+        raise UserError(f"{path} is an original itself; --original goes with a packed file")
+    checkpoint = None if is_file else open_checkpoint(path)
+    if cuda_graphs:
+        expect_gpu(where)
+    rows: list[tuple[str, Callable[[], Network], int, int, SamplerDefaults]] = []
+    if is_file:
+        header = read_header(place)
+        checkpoint = None if original is None else original_of(header, original)
+        sampler = SamplerDefaults.from_json(header.sampler)
+        load = lambda: packed.load_packed_dit(place, device=where, compute=compute)  # noqa: E731
+        held = packed.loaded_bytes(header, torch.float32 if where == "cpu" else torch.float16)
+        rows.append((f"packed {compute}", load, header.size, held, sampler))
+    if checkpoint is not None:
+        for dtype in (torch.float16,) if where != "cpu" else (torch.bfloat16, torch.float32):
+            rows.append(
+                (
+                    str(dtype).removeprefix("torch."),
+                    lambda dtype=dtype: dit_of(checkpoint, dtype, where),  # type: ignore[misc]
+                    checkpoint.parameters() * dtype.itemsize,
+                    checkpoint.parameters() * dtype.itemsize,
+                    checkpoint.sampler,
+                )
+            )
+    variant = header.variant if is_file else checkpoint.variant  # type: ignore[union-attr]
+    config = dit_config(header) if is_file else checkpoint.config  # type: ignore[union-attr]
+    latents = _latents(config, place if is_file else None, checkpoint, where)
+    tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
+    count = sampling_steps or rows[0][-1].steps  # the tables of a packed file serve no other
+    passes = [(f"packed {compute}", path, original, compute)] if is_file else []
+    if checkpoint is not None:
+        passes.append(("float32" if where == "cpu" else "float16", original or path, None, "a16"))
+    phases = [
+        _phases(name, model, parts, computes, where, resolution, count, cuda_graphs, note)
+        for name, model, parts, computes in (passes if whole_pass else ())
+    ]
+    keep_holes()  # which the lean passes have none of
+    steps = [
+        row
+        for name, load, size, held, sampler in rows
+        for row in _time(
+            name, load, size, held, sampler, latents, tokens, where, repeats, cuda_graphs, note
+        )
+    ]
+    return {
+        "model": str(path),
+        "variant": variant,
+        "device": torch.cuda.get_device_name(where) if where != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "latents": list(latents),
+        "cond_tokens": tokens,
+        "steps": steps,
+        "phases": phases,
+    }
+
+
+def _latents(
+    config: DiTConfig | FlowConfig, file: Path | None, checkpoint: Checkpoint | None, device: str
+) -> tuple[int, ...]:
+    if isinstance(config, FlowConfig) and not config.in_channels:
+        return SLAT_TOKENS, config.hidden
+    if checkpoint is not None and checkpoint.latents is not None:
+        return checkpoint.latents
+    if file is not None:
+        try:
+            decoder = Pipeline.from_packed(file, device).decoder
+        except UserError:
+            raise UserError(
+                f"{file} does not say how many latents it is for: give its --original"
+            ) from None
+        shape = tuple(decoder.latent_shape)
+        anchors = getattr(decoder, "anchors", None)
+        return shape if anchors is None else (*shape[:-1], shape[-1] + anchors.shape[-1])
+    raise UserError("this checkpoint holds no shape decoder, so it runs no whole step")
+
+
+def _time(
+    name: str,
+    load: Callable[[], Network],
+    size: int,
+    held: int,
+    sampler: SamplerDefaults,
+    latents: Sequence[int],
+    tokens: int,
+    device: str,
+    repeats: int,
+    cuda_graphs: bool,
+    note: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
+    return_memory()
+    base = base_bytes(device, cuda_graphs)
+    meter = PhaseMeter({}, device)
+    with meter("load"):
+        network = load()
+    config = network.config
+    place = next(p for p in network.parameters() if p.is_floating_point())
+    engine = isinstance(network, Engine) and support.cpu_engine("int8 a8 DiT")
+    computes = {part.compute for part in network.modules() if isinstance(part, PackedLinear)}
+    served = place.is_cuda and computes and support.gpu_kernels("DiT", place.device)
+    fused = max(computes) if served else ""  # "a8" before the modulation's "a16"
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *latents, generator=rng, dtype=torch.float32).to(place.device)
+    cond = torch.randn(1, tokens, config.cond_channels, generator=rng, dtype=torch.float32)
+    guided = guided_times(sampler)
+    t = next(t for t in evaluation_times(sampler) if guided is None or t in guided)
+    found = []
+    for batch in (1,) if config.guidance_embed else (1, 2):  # the larger peak comes last
+        how = {1: "two passes", 2: "one batch"}[batch]
+        how = ("embedded" if config.guidance_embed else how) + ", graphs" * cuda_graphs
+        return_memory()
+        working = step_bytes(
+            config, tuple(latents), tokens, batch, place.dtype, engine=engine, fused=fused
+        )
+        meter.predicted = {"step": base + held + working}
+        note(
+            f"{name}, guidance {how}: {repeats + 1} steps, "
+            f"predicted peak {meter.predicted['step'] / 2**30:.2f} GiB"
+        )
+        stepper = GraphedNetwork(network) if cuda_graphs else network
+        velocity = velocity_of(stepper, sampler, cond, one_batch=batch == 2)
+        seconds = []
+        with meter("step"), torch.inference_mode():
+            for _ in range(repeats + 1):  # the first warms up
+                start = time.perf_counter()
+                velocity(x, t)
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+        flops = guided_flops(config, tuple(latents), tokens, batch == 2)
+        median = statistics.median(seconds[1:])
+        found.append(
+            {
+                "name": name,
+                "bytes": size,
+                "flops": flops.to_json(),
+                "guidance": how,
+                "n": repeats,
+                "median_seconds": median,
+                "p90_seconds": sorted(seconds[1:])[math.ceil(0.9 * (repeats - 1))],
+                "tflops_per_second": flops.total / median / 1e12,
+                "load_seconds": meter.seconds["load"],
+                "memory": meter.bytes["step"],
+            }
+        )
+    return found
+
+
+def _phases(
+    name: str,
+    path: str | Path,
+    parts: str | Path | None,
+    compute: str,
+    device: str,
+    side: int | None,
+    steps: int,
+    cuda_graphs: bool,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be, or
+    where it stopped: random weights may have no surface."""
+    image = Image.new("RGBA", (256, 256))
+    ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
+    return_memory()
+    try:
+        pipeline = Pipeline.open(
+            path, device, compute, parts=parts, memory="lean", cuda_graphs=cuda_graphs
+        )
+        if side is not None and hasattr(pipeline.decoder, "resolution"):
+            pipeline.decoder.resolution = side
+        for phase, count in pipeline.predicted_bytes().items():
+            often = f", {steps} steps" * (phase == "denoise")
+            note(f"{name}, {phase}{often}: predicted peak {count / 2**30:.2f} GiB")
+    except UserError as error:
+        return {"name": name, "skipped": str(error)}
+    stopped = None
+    try:
+        pipeline(image, steps=steps)
+    except UserError as error:
+        stopped = str(error)
+    return {
+        "name": name,
+        "stopped": stopped,
+        "seconds": pipeline.seconds,
+        "bytes": pipeline.bytes,
+        "steps": steps,
+        "resolution": getattr(pipeline.decoder, "resolution", None),
+        "queries": getattr(pipeline.decoder, "queries", None),
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """For people: one line a network, then the phases."""
+    lines = [
+        f"{result['variant']} on {result['device']}, {result['threads']} threads, "
+        f"latents {result['latents']}, {result['cond_tokens']} condition tokens"
+    ]
+    base = result["steps"][0]["median_seconds"]
+    for row in result["steps"]:
+        memory = memory_words(row["memory"])
+        speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
+        lines.append(
+            f"{row['name'] + ', ' + row['guidance']:24} {row['bytes'] / 2**30:7.3f} GiB  "
+            f"{row['flops']['total'] / 1e12:7.3f} TFLOP a step  {speed}  "
+            f"{row['tflops_per_second']:.3f} TFLOP/s{memory}"
+        )
+    for phases in result["phases"]:
+        name = phases["name"]
+        if "skipped" in phases:
+            lines.append(f"{name}: phases not timed: {phases['skipped']}")
+            continue
+        for phase, seconds in phases["seconds"].items():
+            memory = memory_words(phases["bytes"][phase])
+            lines.append(f"{name + ', ' + phase:24} {seconds:8.2f} s{memory}")
+        if phases["stopped"]:
+            lines.append(f"{name}: stopped: {phases['stopped']}")
+    return "\n".join(lines)

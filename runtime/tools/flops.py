@@ -1,0 +1,83 @@
+"""Floating-point operations of one denoising step, counted from the network's own graph.
+
+    count = step_flops(config, latents=(3072, 64), cond_tokens=1370, batch=2)
+
+The network is built and called on the meta device, where nothing is computed, under torch's
+counter: matrix products and attention, two operations a multiply-add. Packing changes none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
+from vitapack.runtime.networks.dit import DiTConfig
+from vitapack.runtime.networks.flow import FlowConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    total: int
+    attention: int  # of it: query-key and probability-value products
+
+    def to_json(self) -> dict[str, int]:
+        return {"total": self.total, "attention": self.attention}
+
+
+def step_flops(
+    config: DiTConfig | FlowConfig, latents: tuple[int, ...], cond_tokens: int, batch: int
+) -> Flops:
+    """One call of the network on `batch` items; guidance as one batch of two is 2."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = network_of(config).eval().requires_grad_(False)
+        x, t = torch.empty(batch, *latents), torch.empty(batch)
+        cond = torch.empty(batch, cond_tokens, config.cond_channels)
+        guidance = torch.empty(batch) if config.guidance_embed else None
+        linear = 0
+
+        def count(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
+            nonlocal linear
+            linear += 2 * module.in_features * out.numel()
+
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(count)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            network(x, t, cond, guidance)
+    total = counter.get_total_flops()
+    return Flops(total, total - linear)
+
+
+def guided_flops(
+    config: DiTConfig | FlowConfig, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
+) -> Flops:
+    """A guided step of one shape: a batch of two, or a pass with the picture's tokens and one with
+    a single token. Where guidance is embedded: one call."""
+    if config.guidance_embed:
+        return step_flops(config, latents, cond_tokens, 1)
+    if one_batch:
+        return step_flops(config, latents, cond_tokens, 2)
+    both = [step_flops(config, latents, tokens, 1) for tokens in (cond_tokens, 1)]
+    return Flops(sum(f.total for f in both), sum(f.attention for f in both))
+
+
+def run_flops(
+    config: DiTConfig | FlowConfig,
+    latents: tuple[int, ...],
+    cond_tokens: int,
+    sampler: SamplerDefaults,
+) -> int:
+    """A whole run: the evaluations that are made; guidance where it is on, as in `guided_flops`."""
+    times, guided = evaluation_times(sampler), guided_times(sampler)
+    one = step_flops(config, latents, cond_tokens, 1).total
+    if config.guidance_embed or sampler.guidance == 1:
+        return one * len(times)
+    twice = len(times) if guided is None else sum(t in guided for t in times)
+    return one * len(times) + step_flops(config, latents, 1, 1).total * twice

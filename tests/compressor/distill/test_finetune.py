@@ -1,0 +1,263 @@
+"""Fine-tuning: what is trained is what the file holds, and nothing else in it changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_released import chair, tiny_released
+
+from vitapack.cli import main
+from vitapack.compressor.distill import finetune as tuner
+from vitapack.compressor.distill import state, trainer, trajectories
+from vitapack.compressor.distill.finetune import finetune
+from vitapack.compressor.distill.trained_linear import TrainedLinear
+from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.packing.quantizers import QUANTIZERS
+from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.furniture.family import held_out
+from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.format.describe import describe
+from vitapack.runtime.format.header import read_header
+from vitapack.runtime.format.layermap import BlockEntry, LayerMap, kept_blocks
+from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
+from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.sampling.guidance import denoise
+
+PICTURES = [picture.image_path for picture in held_out("validation-views")][:3]
+MAP = LayerMap(
+    "furniture",
+    {"double": 8, "single": 16},
+    (
+        BlockEntry("double", 0, 8, 0.5), BlockEntry("double", 7, 4, 0.1),
+        BlockEntry("single", 3, 8, 0.2), BlockEntry("single", 9, 4, 0.3),
+    ),
+    how="by hand",
+)  # fmt: skip
+
+
+def packed_file(folder: Path, layer_map: LayerMap = MAP, **options) -> Path:
+    path = folder / "packed.safetensors"
+    compress(open_checkpoint("furniture"), layer_map, path, steps=[3], **options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_file(tmp_path_factory.mktemp("packed"))
+
+
+def tuned(packed: Path, out: Path, **options) -> dict:
+    options = {"iterations": 4, "batch": 2, "lr": 1e-3} | options
+    return finetune("furniture", packed, PICTURES, out, **options)
+
+
+def linear_of(weight: torch.Tensor, bits: int, group: int = 32) -> PackedLinear:
+    quantizer = QUANTIZERS["search"]
+    made = quantizer.int8(weight) if bits == 8 else quantizer.int4(weight, group)
+    return PackedLinear(
+        weight.shape[1], made.scale, torch.randn(weight.shape[0]),
+        group_size=0 if bits == 8 else group,
+        **{name: tensor for name, tensor in made.tensors().items() if name != "scale"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "inputs", "group"), [(8, 40, 0), (4, 40, 32), (4, 200, 128)])
+def test_a_trained_linear_begins_as_the_packed_one_and_ends_as_what_it_computes(
+    bits: int, inputs: int, group: int
+) -> None:
+    original = torch.randn(24, inputs)
+    packed = linear_of(original, bits, group)
+    x = torch.randn(5, inputs)
+    trained = TrainedLinear(packed, original)
+    assert torch.equal(trained.weight, original)
+    wanted = x @ packed.dequantized().t() + packed.bias
+    torch.testing.assert_close(trained(x), wanted, rtol=1e-5, atol=1e-5)
+
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
+    target = torch.randn(5, 24)
+    first = (trained(x) - target).square().mean().item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        (trained(x) - target).square().mean().backward()
+        optimizer.step()
+    assert (trained(x) - target).square().mean().item() < first / 2
+
+    stored = trained.stored()
+    again = PackedLinear.from_tensors(
+        {f"x.{name}": tensor for name, tensor in stored.items()}, "x", inputs, group
+    )
+    assert torch.equal(again.scale, packed.scale)
+    torch.testing.assert_close(trained(x), x @ again.dequantized().t() + again.bias)
+    # And a file that was tuned before begins as it is, though the original rounds elsewhere.
+    second = TrainedLinear(again, original)
+    assert torch.equal(
+        second.grid.rounded(second.weight.detach()).dequantized(), again.dequantized()
+    )
+
+
+def test_only_the_chosen_blocks_change_and_the_file_is_as_big(packed: Path, tmp_path: Path) -> None:
+    note = tuned(packed, tmp_path / "out.safetensors")
+    before, after = read_header(packed), read_header(tmp_path / "out.safetensors")
+    assert note["blocks"] == [["double", 7], ["single", 3]]
+    assert note["loss_after"] < note["loss_before"]
+    assert after.tensors == before.tensors
+    assert after.linears == before.linears
+    assert after.layer_map == replace(before.layer_map, notes={"finetuned": note})
+    old, new = load_file(packed), load_file(tmp_path / "out.safetensors")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert all(n.startswith(("model.double_blocks.7.", "model.single_blocks.3.")) for n in changed)
+    assert not any(name.endswith((".table", ".group", "weight.scale")) for name in changed)
+    assert "double 7, single 3: 4 iterations on 2 pictures" in describe(after)
+    assert not (tmp_path / "out.safetensors.finetune").exists()
+
+
+def test_what_was_judged_is_what_was_written(packed: Path, tmp_path: Path, monkeypatch) -> None:
+    students = []
+    real = tuner.load_packed_dit
+    monkeypatch.setattr(
+        tuner, "load_packed_dit", lambda *a, **k: students.append(real(*a, **k)) or students[0]
+    )
+    tuned(packed, tmp_path / "out.safetensors")
+    written = load_packed_dit(tmp_path / "out.safetensors")
+    sampler = SamplerDefaults.from_json(read_header(packed).sampler)
+    x, cond = torch.randn(1, 64, 28), torch.randn(1, 50, 192)
+    ours, theirs = (denoise(network, sampler, cond, x) for network in (students[0], written))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
+    packed: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(state, "SAVE_SECONDS", 0.0)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    tuned(packed, whole, iterations=7)
+
+    def stop(done: int, total: int, what: str) -> None:
+        seen.append(done)
+        if what == "fine-tune" and done == 5:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuned(packed, parts, iterations=7, progress=stop)
+    assert not parts.exists()
+    with pytest.raises(UserError, match="other files or settings"):
+        tuned(packed, parts, iterations=7, seed=1)
+    steps: list[int] = []
+    tuned(
+        packed, parts, iterations=7,
+        progress=lambda done, total, what: what == "fine-tune" and steps.append(done),
+    )  # fmt: skip
+    assert steps[0] == 5  # the state after the fourth was saved before the interruption
+    assert parts.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.safetensors", whole.name]
+
+
+def test_other_choices(packed: Path, tmp_path: Path) -> None:
+    header = read_header(packed)
+    assert tuner.blocks_to_train(header, "max-vital") == [("double", 0), ("single", 9)]
+    assert len(tuner.blocks_to_train(header, "all")) == 4
+    note = tuned(packed, tmp_path / "a.safetensors", blocks="all", iterations=2, batch=1)
+    assert len(note["blocks"]) == 4
+    # A tuned file can be tuned again, and one picture alone is enough.
+    again = finetune(
+        "furniture", tmp_path / "a.safetensors", PICTURES[:1], tmp_path / "b.safetensors",
+        iterations=20, batch=2, lr=1e-3,
+    )  # fmt: skip
+    assert (again["pictures"], again["held_out_pictures"]) == (1, 1)
+
+
+def test_from_the_command_line(packed: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.safetensors"
+    words = ["finetune", "furniture", packed, "--images", PICTURES[0].parent, "-o", out]
+    words += ["--iterations", 2, "--limit", 2, "--json", "--quiet"]
+    main([str(word) for word in words])
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("written") == str(out)
+    assert found == read_header(out).layer_map.notes["finetuned"]
+    assert (found["pictures"], found["held_out_pictures"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"blocks": "some"}, "no blocks 'some'"),
+        ({"lr": float("nan")}, "learning rate nan"),
+        ({"steps": 4}, "no modulation table at t="),
+        ({"lr": 0.9}, "nothing was written; try a lower --lr"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    packed: Path, tmp_path: Path, monkeypatch, options: dict, expected: str
+) -> None:
+    monkeypatch.setattr(trainer, "WARM_UP", 1)
+    with pytest.raises(UserError) as caught:
+        tuned(packed, tmp_path / "out.safetensors", **options)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pictures"):
+        finetune("furniture", packed, [], tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match="name another one"):
+        finetune("furniture", packed, PICTURES, packed)
+    plain = packed_file(tmp_path, LayerMap.uniform("furniture", MAP.totals, 8))
+    with pytest.raises(UserError, match=r"states no vitality.*--blocks all"):
+        tuned(plain, tmp_path / "out.safetensors")
+    empty = packed_file(tmp_path, replace(MAP, blocks=()))
+    with pytest.raises(UserError, match="keeps no blocks"):
+        tuned(empty, tmp_path / "out.safetensors")
+    other = tiny_released("hunyuan3d-2mini", tmp_path / "other")
+    with pytest.raises(UserError, match="was not made from"):
+        finetune(other, packed, PICTURES, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("hunyuan3d-2.0", 2), ("hunyuan3d-2mini-turbo", 1), ("step1x-3d", 2),
+        ("trellis-ss", 2),
+    ],
+)  # fmt: skip
+def test_every_family(name: str, terms: int, tmp_path: Path, monkeypatch) -> None:
+    model = tiny_released(name, tmp_path / "model")
+    checkpoint = open_checkpoint(model)
+    totals = {kind: len(kept) for kind, kept in kept_blocks(checkpoint.config).items()}
+    entries = [
+        BlockEntry(kind, i, (4, 8, 16)[i % 3], 1.0 + i)
+        for kind, count in totals.items() for i in range(count)
+    ]  # fmt: skip
+    entries = [entry for entry in entries if entry.index != 1]
+    layer_map = LayerMap(checkpoint.family, totals, tuple(entries), how="by hand")
+    packed = tmp_path / "packed.safetensors"
+    compress(checkpoint, layer_map, packed, steps=[3])
+    chair().save(tmp_path / "chair.png")
+    samples = []
+    real = trajectories.Paths.read
+    monkeypatch.setattr(
+        trajectories.Paths, "read", lambda self, *a: samples.append(real(self, *a)) or samples[-1]
+    )
+    out = tmp_path / "out.safetensors"
+    note = finetune(model, packed, [tmp_path / "chair.png"], out, iterations=6, lr=1e-4)
+    assert [tuple(block) for block in note["blocks"]] == [(kind, 0) for kind in totals]
+    assert note["loss_after"] < note["loss_before"]
+    sampler = SamplerDefaults.from_json(note["sampler"])
+    assert sampler.steps == 3
+    # Every time the sampler asks at, and what its interval of guidance leaves of the second term.
+    times, interval = evaluation_times(sampler), guided_times(sampler)
+    asked = {float(t): bool(on) for one in samples for t, on in zip(one.t, one.guided, strict=True)}
+    assert asked == {t: terms == 2 and (interval is None or t in interval) for t in times}
+    for one in samples:
+        assert one.without.flatten(1).any(1).tolist() == one.guided.tolist()
+        assert one.with_image.flatten(1).any(1).all()
+    assert read_header(out).layer_map.notes["finetuned"] == json.loads(json.dumps(note))
+    load_packed_dit(out)

@@ -1,0 +1,310 @@
+"""The int8 engine against the reference kernels, on every instruction set of this CPU, forced."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vitapack.kernels.linear import cpu, reference
+
+SETS = cpu.instruction_sets()
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (7, 64, 64),
+    (13, 70, 130),
+    (200, 129, 300),
+    (0, 4, 8),
+    (5, 3, 1100),
+]
+
+
+def int8_weight(n, k, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    q8 = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
+    return q8, torch.rand(n, generator=rng) * 0.01, torch.randn(n, generator=rng)
+
+
+def int4_weight(n, k, group_size, seed=0, largest=8):
+    """Random codes and groups, padding that expands to 0."""
+    rng = torch.Generator().manual_seed(seed)
+    padded, count = reference.padded_k(k), reference.group_count(k, group_size)
+    s = torch.randint(1, largest + 1, (n, count), generator=rng)
+    z = torch.randint(0, 16, (n, count), generator=rng)
+    codes = torch.randint(0, 16, (n, padded), generator=rng, dtype=torch.uint8)
+    zeros = z.repeat_interleave(group_size, 1)[:, :padded].to(torch.uint8)
+    codes[:, k:] = zeros[:, k:]
+    return reference.pack_int4(codes), reference.pack_group(s, z)
+
+
+def activations(m, k, seed=1):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_bit_equal_to_the_reference(isa, shape):
+    m, n, k = shape
+    q8, scale, bias = int8_weight(n, k)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=k)
+    assert torch.equal(panels.unpacked()[0], q8)
+    x = activations(m, k)
+    xq, sx = reference.quantize_activations(x)
+    ours_q, ours_s = cpu.quantize_activations(x)
+    assert torch.equal(ours_q, xq)
+    assert torch.equal(ours_s, sx)
+    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, q8))
+    torch.testing.assert_close(
+        cpu.linear_a8(x, panels),
+        reference.linear_w8a8_ref(x, q8, scale, bias),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_expands_to_the_same_integers(isa, shape, group_size):
+    m, n, k = shape
+    q4, group = int4_weight(n, k, group_size)
+    scale = torch.rand(n) * 0.01
+    panels = cpu.pack(q4=q4, group=group, group_size=group_size, scale=scale, in_features=k)
+    codes, groups = panels.unpacked()
+    assert torch.equal(codes, q4)
+    assert torch.equal(groups, group)
+    w8 = reference.expand_int4(q4, group, group_size, k)
+    x = activations(m, k)
+    xq, _ = reference.quantize_activations(x)
+    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, w8))
+    ours, theirs = cpu.linear_a8(x, panels), reference.linear_w8a8_ref(x, w8, scale, None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    wide = reference.linear_a16_ref(x, w8, scale, None)
+    torch.testing.assert_close(cpu.linear_a16(x, panels), wide, rtol=1e-4, atol=1e-4)
+
+
+def test_int4_that_overflows_wraps_as_the_reference_does(isa):
+    q4, group = int4_weight(64, 192, 64, largest=16)
+    panels = cpu.pack(q4=q4, group=group, group_size=64, scale=torch.ones(64), in_features=192)
+    w8 = reference.expand_int4(q4, group, 64, 192)
+    assert int(w8.min()) == -128
+    xq, _ = reference.quantize_activations(activations(3, 192))
+    exact = (xq.double() @ w8.double().t()).int()
+    assert torch.equal(cpu.accumulate(xq, panels), exact)
+
+
+def test_the_largest_sums_do_not_overflow(isa):
+    k = 33000  # beyond 2^31 / (255 * 255): an accumulator that saturated would be caught
+    q8 = torch.full((2, k), 127, dtype=torch.int8)
+    q8[1] = -127
+    xq = torch.full((1, k), 127, dtype=torch.int8)
+    panels = cpu.pack(q8=q8, scale=torch.ones(2), in_features=k)
+    assert cpu.accumulate(xq, panels).tolist() == [[127 * 127 * k, -127 * 127 * k]]
+    assert cpu.accumulate(-xq, panels).tolist() == [[-127 * 127 * k, 127 * 127 * k]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_tokens(isa, dtype):
+    x = activations(9, 100).to(dtype)
+    x[0] = 0
+    x[1] = 448 * torch.sign(x[1])
+    x[2, 3] = 448  # an outlier
+    x[3] = 0
+    x[3, 5] = 1e-42 if dtype == torch.float32 else torch.finfo(dtype).smallest_normal
+    x[4, 99] = float("nan")
+    x[5, 0] = float("inf")
+    x[6, 50] = -float("inf")
+    x[7] = torch.finfo(dtype).max
+    q8, scale, bias = int8_weight(70, 100)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=100)
+    xq, sx = reference.quantize_activations(x)
+    ours_q, ours_s = cpu.quantize_activations(x)
+    assert torch.equal(ours_q, xq)
+    torch.testing.assert_close(ours_s, sx, rtol=0, atol=0, equal_nan=True)
+    ours = cpu.linear_a8(x, panels)
+    theirs = reference.linear_w8a8_ref(x, q8, scale, bias)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.isnan(ours[4:7]).all()
+    assert torch.isnan(cpu.linear_a16(x, panels)[4:7]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only_is_as_exact_as_torch(isa, dtype):
+    q8, scale, bias = int8_weight(70, 600)
+    x = activations(13, 600).to(dtype)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=600)
+    exact = x.double() @ (q8.double() * scale.double()[:, None]).t() + bias.double()
+    theirs = (reference.linear_a16_ref(x, q8, scale, bias.to(dtype)).double() - exact).norm()
+    for bf16 in (False, True) if dtype == torch.bfloat16 and cpu.has_bf16() else (False,):
+        ours = (cpu.linear_a16(x, panels, bf16=bf16).double() - exact).norm()
+        assert ours <= 2 * theirs
+
+
+def test_bf16_products_only_where_there_are_some(isa):
+    panels = cpu.pack(q8=torch.ones(2, 64, dtype=torch.int8), scale=torch.ones(2), in_features=64)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    assert cpu.linear_a16(x, panels).tolist() == [[64.0, 64.0]]
+    if not cpu.has_bf16():
+        assert not cpu.bf16_pays()
+        with pytest.raises(ValueError, match="no bf16 products"):
+            cpu.linear_a16(x, panels, bf16=True)
+
+
+def test_strides_and_gelu(isa):
+    q8, scale, bias = int8_weight(66, 100)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=100)
+    wide = activations(40, 300)
+    for x in (
+        wide[:, 50:150],
+        wide[::3, :100],
+        activations(100, 7).t(),
+        wide[:1, :100].expand(4, 100),
+    ):
+        plain = reference.linear_w8a8_ref(x, q8, scale, bias)
+        torch.testing.assert_close(cpu.linear_a8(x, panels), plain, rtol=1e-5, atol=1e-5)
+        bent = torch.nn.functional.gelu(plain, approximate="tanh")
+        torch.testing.assert_close(cpu.linear_a8(x, panels, gelu=True), bent, rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_of_any_number(isa):
+    # One input and weight 1: the linear passes x through, whatever its size.
+    panels = cpu.pack(
+        q8=torch.ones(1, 1, dtype=torch.int8) * 127, scale=torch.tensor([1 / 127]), in_features=1
+    )
+    x = torch.cat([torch.linspace(-12, 12, 999), torch.tensor([-1e30, 1e30, 0.0, 1e-30])])[:, None]
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    ours = cpu.linear_a8(x, panels, gelu=True)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+def test_modulated_norm(isa):
+    x = activations(11, 200) * 3 + 5
+    shift, scale = activations(2, 200, seed=5)
+    exact = (1 + scale) * torch.nn.functional.layer_norm(x, (200,), eps=1e-6) + shift
+    xq, sx = cpu.modulate_quantize(x, shift, scale)
+    error = (xq * sx - exact).abs()
+    assert bool((error <= 0.501 * sx + 1e-5).all())
+    x[3, 7] = float("nan")
+    _, sx = cpu.modulate_quantize(x, shift, scale)
+    assert torch.isnan(sx).flatten().tolist() == [i == 3 for i in range(11)]
+
+
+def attention_of(qkv, query_norm=None, key_norm=None):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    if query_norm is not None:
+        q, k = (
+            part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-6) * weight
+            for part, weight in ((q, query_norm), (k, key_norm))
+        )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 4), (2, 70, 3, 20), (1, 300, 2, 64), (1, 850, 1, 64), (1, 131, 1, 128)],
+)
+def test_attention(isa, shape):
+    batch, tokens, heads, dim = shape
+    rng = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(batch, tokens, 3, heads, dim, generator=rng)
+    norms = torch.rand(2, dim, generator=rng) + 0.5
+    attend = cpu.Attention(batch, tokens, heads, dim)
+    for weights in ((), tuple(norms)):
+        exact = attention_of(qkv, *weights)
+        ours = attend(qkv, *weights)
+        # int8 operands: 1.4 % on normal numbers, where nothing averages out.
+        assert (ours - exact).norm() <= 0.016 * exact.norm()
+
+
+def test_attention_with_a_sink_and_zero_values(isa):
+    """A token with most of the probability and no value must not cost the others their bits."""
+    rng = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, 200, 3, 1, 64, generator=rng)
+    qkv[0, 150, 1] = 12 * qkv[0, :, 0].mean(0) + 3  # every query looks at it
+    qkv[0, :, 0] += 2
+    qkv[0, 150, 2] = 0
+    exact = attention_of(qkv)
+    ours = cpu.Attention(1, 200, 1, 64)(qkv)
+    assert torch.isfinite(ours).all()
+    assert (ours - exact).norm() <= 0.05 * exact.norm()
+    qkv[:, :, 2] = 0
+    assert not cpu.Attention(1, 200, 1, 64)(qkv).any()
+
+
+@pytest.mark.parametrize("dim", [16, 64])  # 64: four tokens are quantized together
+def test_attention_of_nan(isa, dim):
+    qkv = torch.randn(1, 40, 3, 2, dim)
+    qkv[0, 7, 0, 0, 3] = float("nan")  # a query: its row of that head alone
+    out = cpu.Attention(1, 40, 2, dim)(qkv)
+    wrong = torch.isnan(out)[0]
+    assert wrong[7, :dim].all()
+    assert int(wrong.sum()) == dim
+    qkv[0, 9, 1, 1, 0] = float("nan")  # a key: all rows of its head
+    qkv[0, 9, 2, 0, 0] = float("inf")  # a value
+    assert torch.isnan(cpu.Attention(1, 40, 2, dim)(qkv)).all()
+
+
+def test_results_do_not_depend_on_the_threads(isa):
+    q8, scale, bias = int8_weight(200, 128)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=128)
+    x, qkv = activations(500, 128), torch.randn(2, 150, 3, 2, 32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append((cpu.linear_a8(x, panels), cpu.Attention(2, 150, 2, 32)(qkv)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        assert torch.equal(other[1], found[0][1])
+
+
+def test_many_callers_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    q8, scale, bias = int8_weight(200, 128)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=128)
+    inputs = [activations(50 + i, 128, seed=i) for i in range(16)]
+    alone = [cpu.linear_a8(x, panels) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda x: cpu.linear_a8(x, panels), inputs * 4))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone * 4, strict=True))
+
+
+def test_the_variable_forces_a_set_and_refuses_unknown_ones():
+    code = "from vitapack.kernels.linear import cpu; print(cpu.instruction_set())"
+
+    def run(name):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"VITAPACK_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert run("portable").stdout.strip() == "portable"
+    wrong = run("mmx")
+    assert wrong.returncode != 0
+    assert f"VITAPACK_ISA='mmx': no instruction set 'mmx' here: choose one of {SETS[0]}" in (
+        wrong.stderr
+    )
+
+
+def test_refusals():
+    q8, scale, _ = int8_weight(4, 8)
+    panels = cpu.pack(q8=q8, scale=scale, in_features=8)
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 8\)"):
+        cpu.linear_a8(torch.zeros(2, 9), panels)
+    with pytest.raises(TypeError, match="float64"):
+        cpu.linear_a8(torch.zeros(2, 8, dtype=torch.float64), panels)
+    with pytest.raises(ValueError, match="overflow"):
+        cpu.pack(q8=torch.zeros(1, 140000, dtype=torch.int8), scale=scale[:1], in_features=140000)
+    with pytest.raises(ValueError, match="group size 48"):
+        cpu.pack(
+            q4=torch.zeros(1, 32, dtype=torch.uint8), group=torch.zeros(1, 1, dtype=torch.uint8),
+            group_size=48, scale=scale[:1], in_features=8,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="q8, or q4"):
+        cpu.pack(scale=scale, in_features=8)
