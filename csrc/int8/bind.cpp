@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 
 #include <pybind11/pybind11.h>
@@ -37,20 +36,6 @@ Type type_of(const std::string& name) {
   throw std::invalid_argument("type " + name + ": f32, bf16 or f16");
 }
 
-// Scratch of the functions that stand alone; grows to the largest call and stays.
-struct Scratch {
-  std::mutex mutex;
-  Buffer buffer;
-  template <class T> T* need(std::size_t bytes) {
-    if (buffer.bytes() < bytes) {
-      buffer = Buffer();
-      buffer = Buffer(bytes);
-    }
-    return buffer.as<T>();
-  }
-};
-Scratch scratch;
-
 // Blocks of rows times ranges of panels, enough for every thread.
 struct Grid {
   std::int64_t rows, block, blocks, panels, range, ranges;
@@ -77,7 +62,6 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   e.gelu = gelu;
   py::gil_scoped_release release;
   if (m == 0 || w.n == 0) return;
-  const std::lock_guard<std::mutex> hold(scratch.mutex);
   const std::int64_t stride = w.kp + 64, size = std::int64_t(size_of(from));
   // Every thread quantizes the rows that it multiplies, which stay in its L2. Few rows: as many
   // blocks as threads, each of all channels. Where that is less than two tiles each, and where all
@@ -92,8 +76,8 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   const std::int64_t rows = (by_rows ? block : m) + kMaxTile, copies = by_rows ? threads : 1;
   const std::int64_t a_bytes = round_up(rows * stride, 64), sx_bytes = round_up(rows * 4, 64);
   const std::int64_t panel_bytes = kPanel * w.kp;
-  auto* base = scratch.need<std::uint8_t>(
-      std::size_t(copies * (a_bytes + sx_bytes) + threads * panel_bytes));
+  const Scratch scratch(std::size_t(copies * (a_bytes + sx_bytes) + threads * panel_bytes));
+  auto* base = scratch.as<std::uint8_t>();
   auto* panels = reinterpret_cast<std::int8_t*>(base + copies * (a_bytes + sx_bytes));
   const auto quantize = [&](std::int64_t row, std::int64_t count, std::uint8_t* a, float* sx) {
     k.quantize(at<const char>(x) + row * x_stride * size, from, x_stride, count, w.k, a, stride, sx);
@@ -135,12 +119,12 @@ void run_linear_wide(const Linear& w, Address x, const std::string& x_type, std:
   e.type = type_of(out_type);
   py::gil_scoped_release release;
   if (m == 0 || w.n == 0) return;
-  const std::lock_guard<std::mutex> hold(scratch.mutex);
   const Grid grid(m, w.panel_count(), threads, k.tile);
   const std::int64_t stride = w.kp + 32, padded = m + kMaxTile, bytes = bf16 ? 2 : 4;
   const std::int64_t panel_bytes = kPanel * w.kp * (bytes + 1);
   const std::int64_t a_bytes = round_up(padded * stride * bytes, 64);
-  auto* a = scratch.need<char>(std::size_t(a_bytes + panel_bytes * threads));
+  const Scratch scratch(std::size_t(a_bytes + panel_bytes * threads));
+  auto* a = scratch.as<char>();
   char* panels = a + a_bytes;
   constexpr std::int64_t kPart = 32;
   parallel(threads, (m + kPart - 1) / kPart, [&](std::int64_t unit, int) {

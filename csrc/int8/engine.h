@@ -169,7 +169,8 @@ std::vector<std::string> instruction_sets();
 bool bf16_pays(const Kernels& k);
 
 // pool.cpp: job(context, unit, thread) for every unit, thread < threads. The same results for
-// any number of threads, as long as units are independent. Never throws once it runs.
+// any number of threads, as long as units are independent. Never throws once it runs. Callers at
+// the same time have threads of their own.
 void parallel_for(int threads, std::int64_t units, void (*job)(void*, std::int64_t, int),
                   void* context);
 
@@ -200,6 +201,22 @@ class Buffer {
  private:
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
+};
+
+// Memory for the length of a call, of any content, in whole cache lines. It stays for later calls: as
+// many buffers as there were callers at the same time, each as large as its largest call.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T> T* as() const { return static_cast<T*>(data_); }
+
+ private:
+  void* place_ = nullptr;  // whose buffer it is; null: its own
+  Buffer own_;
+  void* data_ = nullptr;
 };
 
 }  // namespace vitapack

@@ -1,4 +1,10 @@
-// The engine's one thread pool.
+// The engine's threads, and the scratch of functions that stand alone.
+//
+// Nothing is shared between callers: two pipelines in one process never wait for each other. A job
+// borrows a pool for its length, and as many pools exist as there were callers at the same time; one
+// caller gets the same pool every time. So two callers of 8 threads each use 16 cores, and where
+// there are fewer the system divides them, as it does between OpenMP's teams. (With one pool, which
+// the second caller did without, that caller had one core of 16 until the first was done.)
 //
 // Made for cores that are shared: waiting is a bounded spin (about 100 us, more than the serial parts
 // between two phases of a network, or the Python between two calls, take) and then a condition
@@ -132,25 +138,68 @@ class Pool {
   void* context_ = nullptr;
 };
 
-std::mutex busy;  // held while a job runs: a second caller works alone instead
-Pool* pool = nullptr;
-long owner = -1;
+// A place's holder is the process that holds it: in the child of a fork, whose other threads do not
+// exist, what they held is free. No lock, which a fork could leave locked for ever.
+template <class T> struct Place {
+  std::atomic<long> holder{0};
+  T kept;
+
+  bool take(long self) {
+    long seen = holder.load(std::memory_order_relaxed);
+    return seen != self && holder.compare_exchange_strong(seen, self, std::memory_order_acquire);
+  }
+  void give_back() { holder.store(0, std::memory_order_release); }
+};
+
+constexpr int kCallers = 64;
+
+template <class T> Place<T>* take(Place<T> (&places)[kCallers]) {
+  const long self = process();
+  for (Place<T>& place : places)
+    if (place.take(self)) return &place;
+  return nullptr;
+}
+
+struct Team {
+  Pool* pool = nullptr;  // never deleted: its workers are never joined
+  long owner = 0;
+};
+
+Place<Team> teams[kCallers];
+Place<Buffer> buffers[kCallers];
 
 }  // namespace
 
 void parallel_for(int threads, std::int64_t units, void (*job)(void*, std::int64_t, int),
                   void* context) {
   if (std::int64_t(threads) > units) threads = int(units);
-  std::unique_lock<std::mutex> hold(busy, std::defer_lock);
-  if (threads > 1 && hold.try_lock()) {
-    if (owner != process()) {  // first use, or the child of a fork, which has no workers
-      pool = new Pool;
-      owner = process();
-    }
-    pool->run(threads, units, job, context);
+  Place<Team>* place = threads > 1 ? take(teams) : nullptr;
+  if (!place) {  // one thread, or more callers than places
+    for (std::int64_t unit = 0; unit < units; ++unit) job(context, unit, 0);
     return;
   }
-  for (std::int64_t unit = 0; unit < units; ++unit) job(context, unit, 0);
+  Team& team = place->kept;
+  if (team.owner != process()) {  // first use, or the child of a fork, which has no workers
+    team.pool = new Pool;
+    team.owner = process();
+  }
+  team.pool->run(threads, units, job, context);
+  place->give_back();
+}
+
+Scratch::Scratch(std::size_t bytes) {
+  Place<Buffer>* place = take(buffers);
+  place_ = place;
+  Buffer& buffer = place ? place->kept : own_;
+  if (buffer.bytes() < bytes) {
+    buffer = Buffer();  // first, so that both are never there
+    buffer = Buffer(bytes);
+  }
+  data_ = buffer.as<void>();
+}
+
+Scratch::~Scratch() {
+  if (place_) static_cast<Place<Buffer>*>(place_)->give_back();
 }
 
 Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {

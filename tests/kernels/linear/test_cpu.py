@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -272,6 +273,67 @@ def test_many_callers_at_once():
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda x: cpu.linear_a8(x, panels), inputs * 4))
     assert all(torch.equal(a, b) for a, b in zip(together, alone * 4, strict=True))
+
+
+def test_a_linear_does_not_wait_for_another_threads():
+    """A small linear starts after the first rows of a large one are written, and ends before the
+    last ones are: no time is compared. The large one is run again if the system let it end first.
+    """
+    q8, scale, bias = int8_weight(512, 1024)
+    large = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=1024)
+    small = cpu.pack(q8=q8[:64], scale=scale[:64], bias=bias[:64], in_features=1024)
+    wide, row = activations(800, 1024), activations(1, 1024)
+    cpu.use_instruction_set("portable")  # the slowest, so that the large one takes long
+    try:
+        alone = cpu.linear_a8(wide, large), cpu.linear_a8(row, small)
+        for _ in range(5):
+            out = torch.full((800, 512), float("nan"))
+            worker = threading.Thread(target=lambda out=out: cpu.linear_a8(wide, large, out=out))
+            worker.start()
+            while out[0, 0].isnan():
+                pass
+            meanwhile = cpu.linear_a8(row, small)
+            overlapped = bool(out[-1, -1].isnan())
+            worker.join()
+            assert torch.equal(meanwhile, alone[1])
+            assert torch.equal(out, alone[0])
+            if overlapped:
+                return
+    finally:
+        cpu.use_instruction_set("")
+    pytest.fail("the small linear ended after the large one, five times")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_computes_whatever_its_parent_was_at(isa):
+    """Threads of the parent hold memory and pools of the engine that nobody in the child returns."""
+    q8, scale, bias = int8_weight(256, 256)
+    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=256)
+    x = activations(64, 256)
+    stop, before = threading.Event(), torch.get_num_threads()
+
+    def run():
+        while not stop.is_set():
+            cpu.linear_a8(x, panels)
+
+    torch.set_num_threads(2)
+    expected = cpu.linear_a8(x, panels).tolist()
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:  # no test machinery here: a code, and out
+                same = [cpu.linear_a8(x, panels).tolist() == expected for _ in range(9)]
+                os._exit(0 if all(same) else 3)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(before)
 
 
 def test_the_variable_forces_a_set_and_refuses_unknown_ones():
