@@ -1,6 +1,7 @@
 """The packed file of docs/format.md's worked example, made of plain numbers without torch.
 
-`python tests/golden_packed.py` writes it anew; its bytes may only change with the format version.
+`python tests/helpers/golden_packed.py` writes it anew; its bytes may only change with the format
+version.
 """
 
 from __future__ import annotations
