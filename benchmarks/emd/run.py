@@ -162,7 +162,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure_hard(job: dict[str, Any]) -> dict[str, Any]:
     """The clouds that the tests take small, large."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from emd_clouds import hard_pairs  # type: ignore[import-not-found]
 
     rows = []
