@@ -1,6 +1,7 @@
 """The int8 engine against the reference kernels, on every instruction set of this CPU, forced."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -307,7 +308,7 @@ def test_a_linear_does_not_wait_for_another_threads():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_computes_whatever_its_parent_was_at(isa):
-    """Threads of the parent hold memory and pools of the engine that nobody in the child returns."""
+    """Threads of the parent hold memory and pools of the engine, which no child returns."""
     q8, scale, bias = int8_weight(256, 256)
     panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=256)
     x = activations(64, 256)
@@ -326,6 +327,7 @@ def test_a_forked_child_computes_whatever_its_parent_was_at(isa):
         for _ in range(4):
             child = os.fork()
             if child == 0:  # no test machinery here: a code, and out
+                signal.alarm(60)
                 same = [cpu.linear_a8(x, panels).tolist() == expected for _ in range(9)]
                 os._exit(0 if all(same) else 3)
             assert os.waitpid(child, 0)[1] == 0
