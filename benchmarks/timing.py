@@ -1,4 +1,4 @@
-"""Times of things that are compared: taken in turn, in one process."""
+"""Interleaved timing of runs that are compared, in one process."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Run = Callable[[], Any]
 def interleaved(
     runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each, taken in turn so that a slow phase of the machine hits all."""
-    found = all_times(runs, rounds, warm, repeats)
-    return {name: statistics.median(times) for name, times in found.items()}
+    """Median seconds of each run, interleaved so that a slow period of the machine affects all."""
+    times = all_times(runs, rounds, warm, repeats)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def all_times(
     runs: dict[str, Run], rounds: int, warm: bool = True, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every round.
+    """Seconds per call of every round.
 
-    OpenMP's threads spin for some milliseconds after a call, on a core that the next one needs, so
-    that each measurement of `repeats` calls starts after a pause.
+    Each measurement of `repeats` calls starts after a pause: OpenMP's threads spin for some
+    milliseconds after a call, on cores that the next one needs.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     if warm:
@@ -45,8 +45,11 @@ def all_times(
 
 
 def register_dots(seconds: float) -> tuple[Run, float]:
-    """A loop of dot products on registers of about so long, and its 1e9 operations: the VNNI peak,
-    taken in turn with what is measured by it, since the machine's speed wanders by a tenth."""
+    """A loop of dot products on registers that takes about `seconds`, and its 1e9 operations.
+
+    It measures the VNNI peak. Interleave it with the runs that are compared with the peak, since
+    the machine's speed drifts by a tenth.
+    """
 
     def run() -> float:
         return 1e-9 * cpu.built().int8_peak(int(seconds * 5e8), torch.get_num_threads())

@@ -1,8 +1,8 @@
-"""V-IoU of int8 activations against weight-only on the bundled model's unseen views.
+"""Measures the V-IoU of int8 activations against weight-only on the bundled model's unseen views.
 
-Pictures are spread over one process a core, each of one thread: so small a network gains little
-from two. What is finished stands in a journal in the work folder, named after the weights: a run
-that was stopped goes on where it was, and another model starts anew.
+Images are distributed over one single-threaded process per core: so small a network gains little
+from a second thread. Finished images are recorded in a journal in the work folder, named after the
+weights, so that an interrupted run continues, and another model starts from the beginning.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PLANS = ("int8", "int4")
 SCORES = ("a8 to a16", "a16 to truth", "a8 to truth")
 
 
-def measure(work: Path, pictures: int) -> dict[str, Any]:
-    """Mean V-IoU and 95 % interval of each score and plan on the first `pictures` views."""
+def measure(work: Path, images: int) -> dict[str, Any]:
+    """Mean V-IoU and 95 % interval of each score and plan on the first `images` views."""
     checkpoint = open_checkpoint("furniture")
     weights = checkpoint.source(hashed=True)["sha256"][:12]
     packed = {plan: work / f"furniture-{weights}-{plan}.safetensors" for plan in PLANS}
     for plan, path in packed.items():
         if not path.exists():
             compress(checkpoint, resolve_plan(plan, checkpoint), path)
-    count = min(pictures, len(list(held_out("unseen-views"))))
+    count = min(images, len(list(held_out("unseen-views"))))
     journal = work / f"furniture-{weights}.jsonl"
     done = _read(journal)
     wanted = [(plan, number) for number in range(count) for plan in PLANS]
@@ -69,13 +69,13 @@ def measure(work: Path, pictures: int) -> dict[str, Any]:
 
 
 def scores(packed: Path, number: int) -> dict[str, float]:
-    """One picture's V-IoUs, a8 and a16 from the same noise."""
-    picture = list(held_out("unseen-views"))[number]
-    grids = {mode: grid_of(pipeline(packed, mode), picture, number) for mode in ("a16", "a8")}
+    """One image's V-IoUs, with a8 and a16 from the same noise."""
+    view = list(held_out("unseen-views"))[number]
+    grids = {mode: grid_of(pipeline(packed, mode), view, number) for mode in ("a16", "a8")}
     return {
         "a8 to a16": grid_iou(grids["a8"], grids["a16"]),
-        "a16 to truth": grid_iou(grids["a16"], picture.grid),
-        "a8 to truth": grid_iou(grids["a8"], picture.grid),
+        "a16 to truth": grid_iou(grids["a16"], view.grid),
+        "a8 to truth": grid_iou(grids["a8"], view.grid),
     }
 
 
@@ -85,7 +85,7 @@ def pipeline(packed: Path, mode: str) -> Pipeline:
 
 
 def _read(journal: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """What a stopped run has finished; a line cut short is left out."""
+    """The finished images of an interrupted run; a truncated line is ignored."""
     done = {}
     for line in journal.read_text().splitlines() if journal.exists() else []:
         try:

@@ -1,8 +1,8 @@
-"""A guided step of Hunyuan3D-2mini, which is what a user waits for, not one forward pass.
+"""Times a guided denoising step of Hunyuan3D-2mini, which a user waits for, not one forward pass.
 
-References call the network on a batch of two with all condition tokens. Here the unconditional half
-is a pass of its own on one token (`runtime/sampling/guidance.py`), for torch's bf16 too in a row of
-its own.
+Reference implementations evaluate the network on a batch of two with all condition tokens. vitapack
+runs the unconditional half as a separate pass on one token (`runtime/sampling/guidance.py`); a
+further row does the same with torch's bf16.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ROWS = {
 
 
 def measure(work: Path, latents: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each row, in turn, and its relative error to float32, which takes two passes."""
+    """Interleaved seconds of each row, and its relative error to float32 in two passes."""
     model = prepare(work)
     x, _, cond = (part[:1] for part in inputs(latents))
-    sampler = SamplerDefaults("euler", 5, 5.0)  # as many as `prepare` packs
+    sampler = SamplerDefaults("euler", 5, 5.0)  # the steps that `prepare` packs
     half = load_dit(model, dtype=torch.bfloat16)
     eight = load_dit(work / "int8.safetensors", compute="a8")
     four = load_dit(work / "int4.safetensors", compute="a8")
@@ -72,8 +72,8 @@ def text(part: dict[str, Any]) -> str:
     ]
     guidance = next(iter(part.values()))["guidance"]
     return (
-        "### A guided step of Hunyuan3D-2mini\n\nWithout a picture all condition tokens are equal "
-        "and stay so, so that pass runs on one that stands for all, exactly. Guidance "
-        f"{guidance:g}, which amplifies errors; relative to float32.\n\n"
+        "### A guided step of Hunyuan3D-2mini\n\nIn the unconditional pass all condition tokens "
+        "are equal and stay equal, so it runs on one token that represents all, exactly. Guidance "
+        f"{guidance:g}, which amplifies errors; errors are relative to float32.\n\n"
         + "\n".join(table("| latents + condition | | seconds | of bf16 | error | n |", rows))
     )

@@ -1,8 +1,8 @@
-"""int4 weights with exact float group scales: what the packed file is held against.
+"""int4 weights with float group scales, with which the packed file's integer ones are compared.
 
-The codes and zero points are the packed file's. Only the scale of a group differs: in place of the
-channel's scale times a small integer, the float that fits the original weights best (least
-squares). Activations are float, so that the comparison charges both integer group scales and int8
+Codes and zero points are the packed file's. Only the group scales differ: instead of the channel
+scale times a small integer, the float that fits the original weights best (least squares).
+Activations are floats, so the comparison includes the cost of both integer group scales and int8
 activations.
 """
 
@@ -20,7 +20,7 @@ from vitapack.runtime.pipeline.load import load_dit
 
 
 def float_group_weight(linear: PackedLinear, weight: Tensor) -> Tensor:
-    """The weight (N, K) of a 4-bit linear's codes under float group scales fit to `weight`."""
+    """A 4-bit linear's weight (N, K) with float group scales fitted to `weight`."""
     if linear.bits != 4:
         raise ValueError(f"expected a 4-bit linear, found {linear.bits} bits")
     linear.restore()
@@ -40,7 +40,7 @@ def float_group_weight(linear: PackedLinear, weight: Tensor) -> Tensor:
 
 
 def float_group_dit(packed: Path, original: Path) -> Any:
-    """The packed DiT with all its 4-bit linears under float group scales, in float32."""
+    """The packed DiT in float32, with float group scales in all 4-bit linears."""
     module = load_dit(packed, compute="a16")
     source = load_dit(original)
     for name, linear in list(module.named_modules()):

@@ -1,4 +1,4 @@
-"""One process of `benchmarks.cpu`'s memory part: loads a packed file and takes two steps."""
+"""One process of `benchmarks.cpu`'s part `memory`: loads a packed file and runs two steps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The Hunyuan3D-2mini of random weights that `benchmarks.cpu` runs: its files, its inputs, what it
-computes."""
+"""The Hunyuan3D-2mini with random weights of `benchmarks.cpu`: files, inputs, operation counts."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def prepare(work: Path) -> Path:
-    """The random 2mini checkpoint and its two packed files, made once."""
+    """Writes the random 2mini checkpoint and its two packed files, once; returns the checkpoint."""
     work.mkdir(parents=True, exist_ok=True)
     model = work / "mini"
     if not model.exists():
@@ -44,8 +43,11 @@ def inputs(latents: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def linear_gops(latents: int) -> dict[str, float]:
-    """1e9 operations of 2mini's blocks: 24 layers of 12 h^2 a token, and attention; less what
-    nobody reads, 10 h^2 and the queries of the condition's tokens in the last layer."""
+    """1e9 operations of 2mini's blocks at batch 2: 24 layers of 12 h^2 per token, and attention.
+
+    Without those of the last layer whose results nothing reads: 10 h^2 per condition token, and
+    the condition tokens' queries.
+    """
     tokens, hidden = latents + CONDITION, HEADS * HEAD
     return {
         "linears": 2 * 2e-9 * hidden**2 * (24 * 12 * tokens - 10 * CONDITION),
@@ -54,7 +56,7 @@ def linear_gops(latents: int) -> dict[str, float]:
 
 
 def float32_output(work: Path, latents: int) -> torch.Tensor:
-    """The original in float32, kept: half a minute at 512 latents."""
+    """The original's output in float32, cached: it takes half a minute at 512 latents."""
     place = work / f"float32-{latents}.pt"
     if not place.exists():
         torch.save(load_dit(work / "mini")(*inputs(latents)), place)

@@ -1,6 +1,6 @@
-"""docs/cpu.md's and docs/cpu_figures.md's tables from benchmarks/results/cpu/*.json.
+"""Writes the tables of docs/cpu.md and docs/cpu_figures.md from benchmarks/results/cpu/*.json.
 
-`python -m benchmarks.cpu` calls it.
+Called by benchmarks.cpu.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Results = dict[str, Any]
 
 
 def write(processors: list[Results]) -> None:
-    """Replaces what stands between both pages' marks."""
+    """Replaces the text between the markers of both pages."""
     for page, text in ((PAGE, glance(processors)), (ALL, figures(processors))):
         page.write_text(between(page.read_text(), BEGIN, END, f"\n\n{text}\n\n"))
 
 
 def glance(processors: list[Results]) -> str:
-    """What was aimed at, for each processor that was measured wholly; ratios of one run each."""
+    """The table of docs/cpu.md: targets and ratios for each completely measured processor."""
     processors = [results for results in processors if set(COMPARED) <= set(results)]
     rows: dict[str, list[str]] = {}
     for results in processors:
@@ -35,27 +35,27 @@ def glance(processors: list[Results]) -> str:
     names = " | ".join(f"{r['machine']['processor']}, {r['machine']['threads']} cores"
                        for r in processors)  # fmt: skip
     return lines(
-        f"| | aim | {names} |",
+        f"| | target | {names} |",
         [f"| {title} | {AIMS[title]} | {' | '.join(values)} |" for title, values in rows.items()],
     )
 
 
 COMPARED = ("dit", "guided", "errors", "breakdown", "peers", "memory", "gemm", "attention")
 AIMS = {
-    "2mini forward, 512 latents: W8A8 / torch bf16": "0.30",
+    "2mini forward pass, 512 latents: W8A8 / torch bf16": "0.30",
     "W4A8 / torch bf16": "0.30",
     "3072 latents: W8A8 / torch bf16": "",
-    "a guided step, 512 latents: W8A8 / torch bf16 as its reference runs it": "",
-    "W8A8 / the best other library": "0.60",
-    "linears of the forward, share of VNNI peak": "70%",
-    "the least of them": "",
-    "linears alone, 128 rows or more, least share": "70%",
-    "attention alone, share": "40%",
-    "linears alone: least W8A8 x torch bf16": "1.8",
-    "error of the forward to float32: W8A8": "2%",
+    "guided step, 512 latents: W8A8 / torch bf16 as the reference implementation runs it": "",
+    "W8A8 / fastest other library": "0.60",
+    "linears in the forward pass, share of VNNI peak": "70%",
+    "the slowest of them": "",
+    "single linears, 128 rows or more, lowest share": "70%",
+    "single attention, lowest share": "40%",
+    "single linears: lowest speedup of W8A8 over torch bf16": "1.8",
+    "relative error of the forward pass to float32: W8A8": "2%",
     "W4A8 / exact float group scales": "1.05",
-    "peak memory / counted on paper": "1.35",
-    "loading, seconds": "1",
+    "peak memory / sum of weights, scratch and output": "1.35",
+    "seconds to load": "1",
 }
 
 
@@ -100,8 +100,7 @@ def ratios(results: Results) -> dict[str, str]:
 
 
 def peak_of(row: dict[str, Any], part: dict[str, Any]) -> float:
-    """1e9 operations a second of dot products on registers, taken in turn with the row; Zen 4's was
-    the best of the part."""
+    """Measured VNNI peak in GOP/s, interleaved with the row; for Zen 4 the part's best."""
     return float(row.get("peak_gops") or part["peak_gops"])
 
 
@@ -113,7 +112,7 @@ def section(results: Results) -> str:
     m = results["machine"]
     blocks = [
         f"## {m['processor']}, {m['threads']} threads\n\n{m['instruction_set']}, torch "
-        f"{m['torch']}. What stands in one table ran interleaved, round by round; medians."
+        f"{m['torch']}. The rows of a table ran interleaved, round by round; medians."
     ]
     blocks += [writer(results[part]) for part, writer in WRITERS.items() if part in results]
     return "\n\n".join(blocks)
@@ -137,7 +136,7 @@ def dit_text(part: dict[str, Any]) -> str:
                 f"| {latents} + {found['condition']} | {title} | {seconds[name]:.2f} "
                 f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {found['n_runs']} |"
             )
-    return "### A whole Hunyuan3D-2mini forward\n\nBatch 2, random weights.\n\n" + lines(
+    return "### A forward pass of Hunyuan3D-2mini\n\nBatch 2, random weights.\n\n" + lines(
         "| latents + condition | | seconds | of bf16 | of VNNI peak | n |", rows
     )
 
@@ -154,9 +153,9 @@ def errors_text(part: dict[str, float]) -> str:
     rows = [f"| {title} | {part[name]:.2%} |" for name, title in names.items()]
     ratio = part["w4a8"] / part["w4 float groups"]
     return (
-        "### Error of the forward to float32, 512 latents\n\n"
+        "### Relative error of the forward pass to float32, 512 latents\n\n"
         + lines("| | relative error |", rows)
-        + f"\n\nW4A8 has {ratio:.3f} of the error of exact float group scales."
+        + f"\n\nW4A8 has {ratio:.3f} times the error of exact float group scales."
     )
 
 
@@ -171,13 +170,13 @@ def breakdown_text(part: dict[str, Any]) -> str:
             f"| {four['seconds'][name]:.3f} |"
         )
     rows.append(f"| whole | {eight['whole']:.3f} | | | {four['whole']:.3f} |")
-    outside = "the modulation's row and Python"
+    outside = "the modulation row and Python"
     if "first and last linears" not in eight["seconds"]:
-        outside += ", here also embeddings and final layer, which were torch's"
+        outside += ", here also embeddings and final layer, which torch ran"
     return (
-        f"### Where a forward's time goes, {part['latents']} latents\n\nSeconds of all threads "
-        "over their number; waiting is for the other thread at the end of a phase, outside are "
-        f"{outside}. Mean of {part['n_runs']}.\n\n"
+        f"### Time of a forward pass by operation, {part['latents']} latents\n\nSeconds summed "
+        "over threads, divided by their number. Waiting: for other threads at the end of a phase. "
+        f"Outside: {outside}. Mean of {part['n_runs']}.\n\n"
         + lines("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
     )
 
@@ -194,10 +193,10 @@ def peers_text(part: dict[str, Any]) -> str:
             f"| {found['n_runs']} |"
         )
     text = "### Other libraries, 512 + 1370 tokens\n\n" + lines(
-        "| | seconds | our W8A8 beside it | ours / theirs | error to fp32 | n |", rows
+        "| | seconds | W8A8 in the same run | W8A8 / other | error to fp32 | n |", rows
     )
     if any(name.startswith("ggml") for name in part):
-        text += "\n\nggml holds GGUF's formats: ggml-python, built with GGML_LLAMAFILE=ON."
+        text += "\n\nggml: GGUF's formats in ggml-python, built with GGML_LLAMAFILE=ON."
     return text
 
 
@@ -209,8 +208,8 @@ def memory_text(part: dict[str, Any]) -> str:
         for name, f in part.items()
     ]
     return (
-        "### Memory and loading\n\nMB above the interpreter with torch and the inputs; counted is "
-        "weights + scratch + output.\n\n"
+        "### Memory and loading\n\nMB in addition to the interpreter with torch and the inputs; "
+        "counted: weights + scratch + output.\n\n"
         + lines("| | file | weights | scratch | peak | peak / counted | load, s |", rows)
     )
 
@@ -226,7 +225,7 @@ def gemm_text(part: dict[str, Any]) -> str:
             f"| {gops['w4a8']:.0f} | {gops['w4a8'] / peak:.0%} | {gops['w8a16']:.0f} |"
         )
     return (
-        f"### Linears, GOP/s\n\nbf16 in and out, quantization included; VNNI peak "
+        f"### Single linears, GOP/s\n\nFrom bf16 to bf16, quantization included; VNNI peak "
         f"{statistics.median(peaks):.0f} GOP/s, n = {part['n_runs']}.\n\n"
         + lines(
             "| M | K x N | torch bf16 | W8A8 | of peak | x bf16 | W4A8 | of peak | W8A16 |", rows
@@ -242,7 +241,7 @@ def attention_text(part: dict[str, Any]) -> str:
         f"| {r['error']['bf16']:.2%} |"
         for r in part["rows"]
     ]
-    return f"### Attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
+    return f"### Single attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
         "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of VNNI peak | error | error of bf16 |",
         rows,
     )

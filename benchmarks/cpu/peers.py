@@ -1,6 +1,7 @@
-"""The same 2mini forward in other libraries, each interleaved with our W8A8 in one process.
+"""Times the same 2mini forward pass in other libraries, each interleaved with our W8A8.
 
-What is not installed is said in the table, not left out. Peers quantize the linears of the blocks.
+The table names libraries that are not installed instead of omitting them. All quantize the linears
+of the blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PEERS = (
 
 
 def measure(name: str, work: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of a peer and of our W8A8 beside it, its error to float32, or why there is none."""
+    """Interleaved seconds of a peer and our W8A8, and its error; or the reason it did not run."""
     if name not in PEERS:
         raise SystemExit(f"no peer {name!r}: choose from {', '.join(PEERS)}")
     needs = NEEDS.get(name, NEEDS.get(name.split("-")[0], ()))
@@ -185,7 +186,7 @@ def _openvino(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Callable
 
 
 def _openvino_model(name: str, work: Path, args: tuple[torch.Tensor, ...]) -> Path:
-    """OpenVINO's file of the model, converted once: that takes minutes."""
+    """OpenVINO's file of the model, converted once, since that takes minutes."""
     import openvino
 
     place = work / f"{name}.xml"

@@ -1,21 +1,25 @@
-"""The CPU engine against torch and other libraries: JSON first, the pages' tables from it.
+"""Compares the CPU engine with torch and other libraries: JSON first, then the pages from it.
 
-One JSON a processor in benchmarks/results/cpu; docs/cpu.md compares them, docs/cpu_figures.md
-has them all.
+Each processor has one JSON file in benchmarks/results/cpu. docs/cpu.md compares them,
+docs/cpu_figures.md shows them all.
 
     python -m benchmarks.cpu --work DIR                    # all parts, about 20 minutes
-    python -m benchmarks.cpu --work DIR --parts gemm,dit   # some again
-    python -m benchmarks.cpu --page-only                   # both pages from the JSON again
+    python -m benchmarks.cpu --work DIR --parts gemm,dit   # only these
+    python -m benchmarks.cpu --page-only                   # only both pages, from the JSON
 
-Parts: `gemm` and `attention` (GOP/s as a fraction of the VNNI peak measured in the same run), `dit`
-(a whole Hunyuan3D-2mini forward, random weights, batch 2), `errors` (of it, not timed), `guided` (a
-guided step as the pipeline makes it, beside one batch of two),
-`breakdown` (where its time goes), `memory` (peak RSS and load time of a process that only does
-that), `peers` (the same forward in other libraries that are installed), `furniture` (V-IoU of
-int8 activations against weight-only) and `trellis` (a pass of TRELLIS' flow). What is compared runs
-interleaved in one process; times are medians. DIR keeps the random checkpoints and their packed
-files.
-Run it on an idle machine: parts are separate so that each fits into a quiet minute or two.
+Parts:
+    gemm, attention  GOP/s as a fraction of the VNNI peak measured in the same run
+    dit        a Hunyuan3D-2mini forward pass, random weights, batch 2
+    guided     a guided step as the pipeline runs it, and as one batch of two
+    errors     relative errors of the forward pass; not timed
+    breakdown  time of the forward pass by operation
+    memory     peak RSS and load time of a process that only loads and runs the network
+    peers      the same forward pass in other installed libraries
+    furniture  V-IoU of int8 activations against weight-only
+    trellis    a forward pass of TRELLIS's flow transformer
+
+Runs that are compared are interleaved in one process; times are medians. DIR keeps the random
+checkpoints and their packed files. Run it on an idle machine: each part takes a minute or two.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ from vitapack.runtime.pipeline.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-# CPU family and model, as /proc/cpuinfo numbers them, to a file's name and a title.
+# CPU family and model of /proc/cpuinfo -> file name and title.
 PROCESSORS = {
     "6 207": ("emerald-rapids", "Intel Xeon, Emerald Rapids"),
     "25 17": ("zen4", "AMD EPYC, Zen 4"),
@@ -66,11 +70,11 @@ PARTS = (
     "trellis",
 )  # fmt: skip
 SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), (5120, 1024))
-ROWS = (128, 3764)  # one small call; all tokens of 2mini at 512 latents, batch 2
+ROWS = (128, 3764)  # a small GEMM; all tokens of 2mini at 512 latents, batch 2
 
 
 def packed(n: int, k: int, bits: int) -> cpu.Panels:
-    """Random weights, groups of 64."""
+    """A random weight (n, k) in the engine's panels; 4 bits in groups of 64."""
     scale = torch.rand(n) * 1e-3
     if bits == 8:
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
@@ -83,9 +87,9 @@ def packed(n: int, k: int, bits: int) -> cpu.Panels:
 
 
 def gemm(rounds: int) -> dict[str, Any]:
-    """bf16 in, bf16 out: dynamic quantization, product, scales and bias are all timed.
+    """GOP/s from bf16 to bf16; dynamic quantization, product, scales and bias are timed.
 
-    Outputs are allocated before: fresh pages would cost all of them up to a third of the time.
+    Outputs are allocated in advance: fresh pages would cost up to a third of the time.
     """
     rows = []
     for m in ROWS:
@@ -111,7 +115,7 @@ def gemm(rounds: int) -> dict[str, Any]:
 
 
 def attention(rounds: int) -> dict[str, Any]:
-    """Batch 2, 16 heads of 64, from the fused qkv in float32 to float32, quantization included."""
+    """Attention of batch 2, 16 heads of 64, from float32 qkv to float32, quantization included."""
     rows = []
     dots, dot_gops = register_dots(0.1)
     for tokens in (512 + CONDITION, 3072 + CONDITION):
@@ -144,7 +148,7 @@ def attention(rounds: int) -> dict[str, Any]:
 
 
 def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[str, Any]:
-    """The whole forward, interleaved with torch's bf16 in one process; `earlier` rounds count."""
+    """The forward pass, interleaved with torch's bf16; rounds of the `earlier` result are added."""
     model = prepare(work)
     args = x, t, cond = inputs(latents)
     with torch.no_grad():
@@ -176,7 +180,7 @@ def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[
 
 
 def errors(work: Path) -> dict[str, float]:
-    """Relative errors to the float32 original at 512 latents (nothing here is timed)."""
+    """Relative errors to the float32 original at 512 latents."""
     model = prepare(work)
     args = x, t, cond = inputs(512)
     found: dict[str, float] = {}
@@ -194,15 +198,15 @@ def errors(work: Path) -> dict[str, float]:
 
 
 def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a forward by kind of operation: those of all threads over the number of threads.
+    """Seconds of a forward pass by operation: the sum over threads, divided by their number.
 
-    `waiting`: for the other thread at the end of a phase; `outside`: the modulation's row, Python.
+    `waiting`: for other threads at the end of a phase; `outside`: the modulation row, and Python.
     """
     prepare(work)
     args = inputs(latents)
     tokens, hidden = 2 * (latents + CONDITION), HEADS * HEAD
     square = 2e-9 * tokens * hidden**2  # of 8 double and 16 single blocks
-    unread = 2e-9 * 2 * CONDITION * hidden**2  # see linear_gops
+    unread = 2e-9 * 2 * CONDITION * hidden**2  # outputs that nothing reads, see linear_gops
     operations = {
         "linear qkv": 24 * 3 * square - unread,
         "linear proj": 8 * square,
@@ -239,7 +243,7 @@ def breakdown(work: Path, latents: int, rounds: int) -> dict[str, Any]:
 
 
 def memory(work: Path) -> dict[str, Any]:
-    """Peak resident memory and load time of a process that loads a packed file and takes a step."""
+    """Peak resident memory and load time of a process that loads a packed file and runs a step."""
     prepare(work)
     found = {}
     for plan in ("int8", "int4"):
@@ -254,9 +258,9 @@ def memory(work: Path) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if line]
-    told = {name.strip(): value.strip() for name, value in lines}
-    number = f"{told['cpu family']} {told['model']}"
-    file, title = PROCESSORS.get(number, (number.replace(" ", "-"), told["model name"]))
+    info = {name.strip(): value.strip() for name, value in lines}
+    number = f"{info['cpu family']} {info['model']}"
+    file, title = PROCESSORS.get(number, (number.replace(" ", "-"), info["model name"]))
     return {
         "file": file,
         "processor": title,
@@ -276,16 +280,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="where the random checkpoint is kept")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and packed files")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--latents", type=int, nargs="+", default=[512, 3072])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default=",".join(cpu_peers.PEERS))
-    parser.add_argument("--pictures", type=int, default=48, help="of the bundled model's views")
+    parser.add_argument("--images", type=int, default=48, help="`furniture`: number of images")
     parser.add_argument(
-        "--add", action="store_true", help="`dit` and `trellis` add their rounds to earlier ones"
+        "--add", action="store_true", help="`dit` and `trellis`: add rounds to the recorded ones"
     )
-    parser.add_argument("--page-only", action="store_true")
+    parser.add_argument("--page-only", action="store_true", help="only the pages, from the JSON")
     options = parser.parse_args()
     here = machine()
     path = RESULTS / f"{here['file']}.json"
@@ -319,12 +323,12 @@ def main() -> None:
             earlier = read(path).get("trellis", {}) if options.add else {}
             found = cpu_trellis.measure(options.work, options.rounds, earlier)
         elif part == "furniture":
-            found = cpu_furniture.measure(options.work, options.pictures)
+            found = cpu_furniture.measure(options.work, options.images)
         else:
             prepare(options.work)
             names = options.peers.split(",")
             found = {name: cpu_peers.measure(name, options.work, options.rounds) for name in names}
-        # Read again: another part may have been measured meanwhile.
+        # Read again: another process may have recorded a part in the meantime.
         results = read(path)
         results["machine"] = here
         kept = results.get(part, {}) if part in ("dit", "guided", "peers") else {}

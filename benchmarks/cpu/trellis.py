@@ -1,7 +1,7 @@
-"""A pass of TRELLIS' sparse-structure flow at full size, with the blocks that the paper keeps.
+"""Times a forward pass of TRELLIS's sparse-structure flow, full size, the paper's kept blocks.
 
-4096 tokens attend to each other and to 1374 of the picture, so most of torch's time goes into
-attention; `int8 linears alone` is what leaving that to torch's SDPA costs.
+4096 tokens attend to each other and to the image's 1374, so torch spends most of its time in
+attention; the row `int8 linears alone` leaves attention to torch's SDPA.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ ROWS = {
     "bf16": "torch bf16, eager, SDPA",
     "linears": "int8 linears alone, SDPA in float32",
     "w8a8": "W8A8",
-    "mixed": "W8A8 and W4A8, as the paper's map has it",
+    "mixed": "W8A8 and W4A8 by the paper's layer map",
 }
 
 
 def prepare(work: Path) -> Path:
-    """The random checkpoint and its packed files, made once: the paper's kept blocks in its bits
-    and all in 8."""
+    """Writes the random checkpoint and its packed files, once; returns the checkpoint.
+
+    Both files have the paper's kept blocks: `mixed` in the paper's bits, `w8a8` all in 8 bits.
+    """
     work.mkdir(parents=True, exist_ok=True)
     model = work / "trellis"
     if not model.exists():
@@ -54,8 +56,10 @@ def measure(
     rounds: int,
     earlier: dict[str, Any],
 ) -> dict[str, Any]:
-    """Seconds of each row, in turn (`earlier` rounds count), relative errors to float32, and where
-    the time of W8A8 goes."""
+    """Interleaved seconds of each row, relative errors to float32, and W8A8's time by operation.
+
+    Rounds of the `earlier` result are added.
+    """
     dots, dot_gops = register_dots(1.0)
     model = prepare(work)
     rng = torch.Generator().manual_seed(0)
@@ -81,7 +85,7 @@ def measure(
         "peak": dots,
     }
     with torch.inference_mode():
-        runs["w8a8"](), runs["mixed"]()  # plans are made; torch needs no such first call
+        runs["w8a8"](), runs["mixed"]()  # allocates scratch memory; torch needs no warm-up
         plan: Any = eight.scratch.plan  # type: ignore[union-attr]
         before, _ = plan.seconds()
         times = all_times(runs, rounds, warm=False)
@@ -113,7 +117,7 @@ def measure(
 def operations(blocks: int) -> float:
     """1e9 operations of the blocks' linears and attention."""
     tokens, hidden = 16**3, 1024
-    linears = tokens * 14 + CONDITION * 2  # hidden^2 a token: qkv, proj, q, proj, MLP; k and v
+    linears = tokens * 14 + CONDITION * 2  # hidden^2 per token: qkv, proj, q, proj, MLP; k and v
     attention = tokens * (tokens + CONDITION)
     return 1e-9 * blocks * (2 * linears * hidden**2 + 4 * attention * hidden)
 
@@ -133,9 +137,9 @@ def text(part: dict[str, Any]) -> str:
     longest = sorted(part["breakdown"].items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {value / whole:.0%}" for name, value in longest[:8])
     return (
-        "### A pass of TRELLIS' sparse-structure flow\n\n"
-        f"{part['tokens']} tokens, {part['condition']} of the picture, {part['blocks']} of 24 "
-        "blocks, random weights; errors to float32.\n\n"
+        "### A forward pass of TRELLIS's sparse-structure flow\n\n"
+        f"{part['tokens']} tokens, {part['condition']} condition tokens, {part['blocks']} of 24 "
+        "blocks, random weights; errors relative to float32.\n\n"
         + "\n".join(table("| | seconds | of fp32 | of bf16 | of VNNI peak | error | n |", rows))
         + f"\n\nOf W8A8's time: {shares}. Scratch {part['scratch_bytes'] / 1e6:.0f} MB."
     )

@@ -1,4 +1,4 @@
-"""docs/emd.md's figures from benchmarks/results/emd.json; `python -m benchmarks.emd` calls it."""
+"""Writes docs/emd.md's figures from benchmarks/results/emd.json; called by benchmarks.emd."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "emd.md"
 def table_line(row: dict[str, Any]) -> str:
     ours = row["solver"] == "vitapack"
     names = {"vitapack": "vitapack", "pot": "POT `ot.emd2`", "scipy": "scipy LSA"}
-    asked, gap = (f"{row['gap']:.2%}", f"{row['certified_gap']:.3%}") if ours else ("", "exact")
+    requested, gap = (f"{row['gap']:.2%}", f"{row['certified_gap']:.3%}") if ours else ("", "exact")
     return (
-        f"| {row['pair']} | {row['n']:,} | {names[row['solver']]} | {asked} | {gap} "
+        f"| {row['pair']} | {row['n']:,} | {names[row['solver']]} | {requested} | {gap} "
         f"| {abs(row['error']):.0e} | {row['seconds']:.4f} | {row['n_runs']} "
         f"| {row['times_pot']:.1f}x | {row['peak_mib']:.1f} |"
     )
@@ -27,7 +27,7 @@ def table_text(part: dict[str, Any]) -> str:
         f"{on(part)}. CPU seconds of one thread, medians of n runs.",
         "",
         *table(
-            "| pair | N | solver | gap asked | certified | true error | CPU s | n | vs POT | MiB |",
+            "| pair | N | solver | gap set | certified | true error | CPU s | n | vs POT | MiB |",
             map(table_line, exact_rows),
         ),
     ]
@@ -37,7 +37,7 @@ def table_text(part: dict[str, Any]) -> str:
             same = (row["pair"], row["n"], row["gap"])
             plain = next(r for r in exact_rows if (r["pair"], r["n"], r["gap"]) == same)
             ratios.append(f"{row['seconds'] / plain['seconds']:.2f} ({row['pair']}, {row['n']:,})")
-    lines += ["", f"p=2 takes, at gap 0.1 %, this much of p=1's time: {', '.join(ratios)}."]
+    lines += ["", f"Time of p=2 relative to p=1, at gap 0.1 %: {', '.join(ratios)}."]
     return "\n".join(lines)
 
 
@@ -49,7 +49,7 @@ def hard_text(part: dict[str, Any]) -> str:
             f'runs; the slowest is "{slowest["cloud"]}" with {slowest["seconds"]:.2f} CPU s.',
             "",
             *table(
-                "| clouds | CPU s | bids a point | phases | certified gap |",
+                "| clouds | CPU s | bids per point | phases | certified gap |",
                 [
                     f"| {row['cloud']} | {row['seconds']:.3f} | {row['bids_a_point']:.0f} "
                     f"| {row['phases']} | {row['certified_gap']:.2%} |"
@@ -63,7 +63,7 @@ def hard_text(part: dict[str, Any]) -> str:
 def large_text(part: dict[str, Any]) -> str:
     rows = [
         f"{row['pair']} {row['seconds']:.1f} CPU s, {row['peak_mib']:.1f} MiB above the input "
-        f"({row['peak_mib'] * 2**20 / row['n']:.0f} bytes a point)"
+        f"({row['peak_mib'] * 2**20 / row['n']:.0f} bytes per point)"
         for row in part["rows"]
     ]
     first = part["rows"][0]
@@ -74,7 +74,7 @@ def batch_text(part: dict[str, Any]) -> str:
     return (
         f"{on(part)}. {part['pairs']} pairs of N={part['n']:,}, gap {part['gap']:.1%}: two threads "
         f"take {part['wall_s_two_threads']:.2f} s, one {part['wall_s_one_thread']:.2f} s (wall, "
-        f"medians of {part['repeats']} runs in turns): **{part['speedup']:.2f}x**."
+        f"medians of {part['repeats']} interleaved runs): **{part['speedup']:.2f}x**."
     )
 
 
@@ -97,17 +97,17 @@ def floor_text(part: dict[str, Any]) -> str:
 
 
 def cuda_text(part: dict[str, Any]) -> str:
-    """One row a kernel, the registers of each architecture beside each other."""
+    """One row per kernel, one column of registers per architecture."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in part["kernels"]:
         rows.setdefault(entry["kernel"], []).append(entry)
     names = [entry["arch"] for entry in next(iter(rows.values()))]
     return "\n".join(
         [
-            f"nvcc {part['nvcc']}, {part['status']}. Registers a thread:",
+            f"nvcc {part['nvcc']}, {part['status']}. Registers per thread:",
             "",
             *table(
-                f"| kernel | {' | '.join(names)} | stack | spilled | shared bytes a block |",
+                f"| kernel | {' | '.join(names)} | stack | spilled | shared bytes per block |",
                 [
                     f"| `{kernel}` | {' | '.join(str(e['registers']) for e in entries)} "
                     f"| {max(e['stack_bytes'] for e in entries)} "
@@ -126,7 +126,7 @@ def on(part: dict[str, Any]) -> str:
 
 
 def texts(report: dict[str, Any]) -> dict[str, str]:
-    """Part -> Markdown, for the parts that the report has."""
+    """Markdown by part, for the parts in the report."""
     makers = {
         "table": table_text,
         "hard": hard_text,
@@ -139,7 +139,7 @@ def texts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def write(report: dict[str, Any]) -> None:
-    """Puts each part's text between its two markers in docs/emd.md."""
+    """Writes each part's text between its two markers in docs/emd.md."""
     page = PAGE.read_text()
     for part, text in texts(report).items():
         page = between(page, f"<!-- {part} -->\n", f"<!-- end of {part} -->", f"{text}\n")

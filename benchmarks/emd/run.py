@@ -1,16 +1,15 @@
-"""The EMD solver against POT and scipy, all in one run: JSON first, docs/emd.md's tables from it.
+"""Compares the EMD solver with POT and scipy: measures into JSON, then writes docs/emd.md's tables.
 
     python -m benchmarks.emd                        # about 3 minutes
-    python -m benchmarks.emd --parts cuda           # only the CUDA kernels' compile report again
-    python -m benchmarks.emd --page-only            # docs/emd.md from the JSON again
+    python -m benchmarks.emd --parts cuda           # only the CUDA kernels' compile report
+    python -m benchmarks.emd --page-only            # only docs/emd.md, from the JSON
 
-Parts: `table` (POT, scipy and us), `hard` (clouds that slow solvers down), `large` (N=100,000),
-`batch` (threads), `floor` (what sampling noise measures as; no times) and `cuda` (registers and
-spills; needs nvcc). Times are CPU seconds of one
-thread, medians of n runs; POT's and scipy's include their cost matrix, as ours has none. Every
-measurement is a process of its own; its memory is what it adds at its peak to what it held before.
-`similar` is a chair against the chair turned by 6 degrees with thicker legs; `different` is the
-chair against a torus. Run it on an idle machine.
+Parts: `table` (POT, scipy, vitapack), `hard` (clouds that slow solvers down), `large` (N=100,000),
+`batch` (threads), `floor` (sampling floor; no times) and `cuda` (registers and spills; needs nvcc).
+Times are CPU seconds of one thread, medians of n runs; POT's and scipy's include their cost matrix,
+which vitapack does not need. Each measurement runs in its own process; its memory is the peak minus
+the memory before the call. `similar` is a chair against the same chair rotated by 6 degrees with
+thicker legs, `different` the chair against a torus. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Mesh = tuple[np.ndarray, np.ndarray]
 
 
 def box(low: tuple[float, ...], high: tuple[float, ...]) -> Mesh:
-    """A box's 8 corners and 12 triangles."""
+    """The 8 corners and 12 triangles of a box."""
     corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
     sides = ((0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3))
     faces = [triangle for a, b, c, d in sides for triangle in ((a, b, c), (a, c, d))]
@@ -60,7 +59,7 @@ def join(parts: list[Mesh]) -> Mesh:
 
 
 def chair(leg: float) -> Mesh:
-    """Seat, back and four legs of half width `leg`, within [-1, 1]."""
+    """A seat, a back and four legs of half width `leg`, within [-1, 1]."""
     parts = [box((-0.5, -0.5, -0.05), (0.5, 0.5, 0.05)), box((-0.5, 0.42, 0.05), (0.5, 0.5, 1.0))]
     for x in (-0.45, 0.45):
         for y in (-0.45, 0.45):
@@ -84,7 +83,7 @@ def torus(rings: int = 96, sides: int = 48) -> Mesh:
 
 
 def pair(name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two clouds of n points, float32, sampled independently and without strata."""
+    """Two clouds of n points (n, 3), float32, sampled independently and not stratified."""
     from vitapack.kernels.emd.solve import sample_surface
 
     def sample(mesh: Mesh, number: int) -> np.ndarray:
@@ -99,7 +98,7 @@ def pair(name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def solve(solver: str, x: np.ndarray, y: np.ndarray, gap: float, p: int = 1) -> dict[str, Any]:
-    """One solver once: the distance and what it says about it."""
+    """Runs one solver once: its distance, and for vitapack gap, bids and phases."""
     if solver == "vitapack":
         from vitapack.kernels.emd.solve import emd
 
@@ -126,7 +125,7 @@ def solve(solver: str, x: np.ndarray, y: np.ndarray, gap: float, p: int = 1) -> 
 def timed(
     run: Callable[[], dict[str, Any]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
-    """What the last of the runs returned, and the median of their times."""
+    """The result of the last run, with the median time of all."""
     times, found = [], {}
     for _ in range(repeats):
         started = clock()
@@ -136,17 +135,17 @@ def timed(
 
 
 def memory(key: str) -> float:
-    """VmRSS (held now) or VmHWM (held at most since `forget_peak`), in MiB; Linux only."""
+    """VmRSS (now) or VmHWM (peak since `reset_peak`) in MiB; Linux only."""
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) / 1024
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One job, in the process that it has to itself."""
+    """Runs one job; the process runs nothing else."""
     if job["part"] == "hard":
         return measure_hard(job)
     if job["part"] == "batch":
@@ -154,14 +153,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     x, y = pair(job["pair"], job["n"])
     gap, p = job["gap"] or 0.0, job.get("p", 1)
     solve(job["solver"], x[:64].copy(), y[:64].copy(), 1e-2)  # imports and first-call work
-    forget_peak()
+    reset_peak()
     before = memory("VmRSS")
     found = timed(lambda: solve(job["solver"], x, y, gap, p), job["repeats"], time.process_time)
     return job | found | {"peak_mib": memory("VmHWM") - before}
 
 
 def measure_hard(job: dict[str, Any]) -> dict[str, Any]:
-    """The clouds that the tests take small, large."""
+    """The tests' hard clouds, at the job's larger size."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from emd_clouds import hard_pairs  # type: ignore[import-not-found]
 
@@ -175,7 +174,7 @@ def measure_hard(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_batch(job: dict[str, Any]) -> dict[str, Any]:
-    """Eight different pairs with one thread and with two: wall seconds."""
+    """Wall seconds of a batch of different pairs, with one thread and with two."""
     from vitapack.kernels.emd.solve import emd
 
     clouds = [pair(job["pair"], job["n"], seed) for seed in range(job["pairs"])]
@@ -188,13 +187,13 @@ def measure_batch(job: dict[str, Any]) -> dict[str, Any]:
 
         return timed(work, 1, time.perf_counter)["seconds"]
 
-    walls = [(run(1), run(2)) for _ in range(job["repeats"])]  # in turns: the machine may drift
+    walls = [(run(1), run(2)) for _ in range(job["repeats"])]  # interleaved: speed may drift
     one, two = (statistics.median(wall) for wall in zip(*walls, strict=True))
     return job | {"wall_s_one_thread": one, "wall_s_two_threads": two, "speedup": one / two}
 
 
 def run_floor() -> dict[str, Any]:
-    """EMD between independent samplings of one surface, evenly random and stratified."""
+    """EMD between independent samplings of one surface, uniform and stratified."""
     from vitapack.kernels.emd.solve import emd_floor, sample_surface
 
     rows = []
@@ -241,9 +240,9 @@ def run_table() -> dict[str, Any]:
 
 
 def compile_report() -> dict[str, Any]:
-    """What ptxas says about each CUDA kernel; warnings are errors. Nothing is run."""
+    """ptxas' report on each CUDA kernel; warnings are errors. Runs no kernel."""
     if shutil.which("nvcc") is None:
-        raise SystemExit("no nvcc on PATH; install the CUDA toolkit or leave the part `cuda` out")
+        raise SystemExit("no nvcc on PATH; install the CUDA toolkit or leave out the part `cuda`")
     rows = []
     pattern = re.compile(
         r"solveI([fd])Li([12])E.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -317,7 +316,7 @@ def run_part(part: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--page-only", action="store_true", help="docs/emd.md from the JSON")
+    parser.add_argument("--page-only", action="store_true", help="only docs/emd.md, from the JSON")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
