@@ -12,5 +12,5 @@ class UserError(Exception):
     """A mistake in the input; `str(error)` is one line for the user."""
 
 
-class FormatError(UserError, ValueError):
+class FormatError(UserError):
     """A file that is not what it claims to be, or not what was asked for."""

@@ -50,7 +50,6 @@ from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap
 from vitapack.runtime.format.reader import TensorReader
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.packed import load_packed_dit
-from vitapack.runtime.networks.modulation import MissingTime
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.sampling.guidance import velocity_of
 
@@ -119,10 +118,7 @@ def finetune(
     folder = out.with_name(f"{out.name}.finetune")
     state = State(folder / "state.safetensors", identity)
     student = load_packed_dit(packed, dtype=torch.float32).to(pipeline.device)
-    try:
-        velocity_of(student, sampler, torch.zeros(1, 1, 1))  # which looks all times up
-    except MissingTime as error:
-        raise UserError(f"{packed}: {error}") from None
+    velocity_of(student, sampler, torch.zeros(1, 1, 1))  # MissingTime now, not after the recording
     conditions = condition_all(pipeline, images, digests, folder, report)
     trained = Trained(student, pipeline.dit, header, chosen)
     seen, held = record(pipeline, conditions, settings, folder, report)

@@ -296,8 +296,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{path}: its GLB header is damaged ({_one_line(error)})") from error
     if suffix == ".stl":
         lines = [head[:_STL_HEADER].rstrip(b"\0 ")]

@@ -164,8 +164,6 @@ def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiT
                                activation="gelu"),
         )  # fmt: skip
     except ValueError as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{where}: {error}") from error
     unknown += params.left()
     return config

@@ -135,8 +135,6 @@ def flow_config(
             time=trellis_time(hidden),
         )
     except ValueError as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{where}: {error}") from error
     unknown += params.left()
     return config

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitapack.runtime.errors import UserError
+
 
 @dataclass(frozen=True)
 class TimeEmbedding:
@@ -92,7 +94,7 @@ class TimeMLP(nn.Module):
         return self.out_layer(F.silu(wide) if self.config.activation == "silu" else F.gelu(wide))
 
 
-class MissingTime(ValueError):
+class MissingTime(UserError):
     """A time or guidance value that the modulation tables of a packed file do not hold."""
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork
-from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.modulation import MissingTime, When
+from vitapack.runtime.networks.modulation import When
 from vitapack.runtime.sampling import solvers as sampling
 
 
@@ -30,15 +29,12 @@ def denoise(
 ) -> Tensor:
     """Latents of the noise's shape, float32, on the network's device.
 
-    cond (1, N, D) and `one_batch` as in `velocity_of`. UserError for a time without a modulation
-    table.
+    cond (1, N, D) and `one_batch` as in `velocity_of`. MissingTime for a time without a
+    modulation table.
     """
     where = next(network.parameters()).device
-    try:
-        velocity = velocity_of(network, settings, cond, one_batch=one_batch)
-        return sampling.sample(velocity, noise.to(where), settings, progress).float()
-    except MissingTime as error:
-        raise UserError(str(error)) from None
+    velocity = velocity_of(network, settings, cond, one_batch=one_batch)
+    return sampling.sample(velocity, noise.to(where), settings, progress).float()
 
 
 def velocity_of(
