@@ -13,8 +13,8 @@ HALVES = ["kernels", "runtime", "compressor", "benchmarks"]
 # A room may import rooms of lower floors and none of its own floor. Type-only imports count.
 FLOORS = {
     "runtime": [
-        {"errors"},
-        {"files"},
+        {"errors", "progress"},
+        {"choices", "files"},
         {"format"},
         {"networks"},
         {"engines"},

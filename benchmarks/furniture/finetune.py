@@ -23,11 +23,12 @@ from PIL import Image
 from benchmarks.furniture.card import JUDGED, interval
 from benchmarks.furniture.data import Entry, catalogue, normalise, read_obj, render_views
 from benchmarks.furniture.page import FINETUNING, write_page
-from vitapack.compressor.distill.finetune import CHOICES, finetune
+from vitapack.compressor.distill.finetune import finetune
 from vitapack.compressor.evaluate.metrics import grid_iou
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.compressor.report.demo import grid_of
+from vitapack.runtime.choices import TRAINED_BLOCKS
 from vitapack.runtime.families.furniture.family import FOLDER, held_out
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.pipeline.pipeline import Pipeline
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("archives", type=Path, help="the folder with the .sh3f archives")
     parser.add_argument("plan", help="plan.json, such as the demo's")
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
-    parser.add_argument("--blocks", nargs="+", choices=CHOICES, default=CHOICES)
+    parser.add_argument("--blocks", nargs="+", choices=TRAINED_BLOCKS, default=TRAINED_BLOCKS)
     parser.add_argument("--pictures", type=int, default=698)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)

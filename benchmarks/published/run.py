@@ -37,7 +37,8 @@ from benchmarks.published.paper_tables import MODELS
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.compressor.planning.paper import plan_paper
-from vitapack.compressor.tools.random_checkpoint import PARTS, write
+from vitapack.compressor.tools.random_checkpoint import write
+from vitapack.runtime.choices import NETWORKS
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.files import atomic_path
 
@@ -113,7 +114,7 @@ def tables(work: Path, names: list[str]) -> None:
 
 def memory(work: Path, names: list[str]) -> None:
     for name in names:
-        with hollow.checkpoint(work, name, PARTS) as checkpoint:
+        with hollow.checkpoint(work, name, NETWORKS) as checkpoint:
             found = published_memory.predicted(checkpoint, name, work / "x.safetensors")
         save("memory", name, found)
 
@@ -172,7 +173,7 @@ def maps(work: Path, names: list[str], plans: list[str]) -> None:
 
 
 def made(
-    work: Path, name: str, plan: str, options: argparse.Namespace, parts: Sequence[str] = PARTS
+    work: Path, name: str, plan: str, options: argparse.Namespace, parts: Sequence[str] = NETWORKS
 ) -> tuple[Path, Path]:
     """A checkpoint and its packed file; with --keep those that are there already."""
     folder, out = work / name, work / f"{name}-{plan}.safetensors"

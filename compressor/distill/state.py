@@ -14,8 +14,6 @@ from torch import nn
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path
 
-SAVE_SECONDS = 30.0  # between two states on the disk
-
 
 class State:
     """The training after a step, on the disk: parameters, Adam's moments, the step."""

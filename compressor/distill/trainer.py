@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitapack.compressor.distill.state import SAVE_SECONDS, State
+from vitapack.compressor.distill.state import State
 from vitapack.compressor.distill.trained_linear import TrainedLinear
 from vitapack.compressor.distill.trajectories import Paths
+from vitapack.runtime.choices import TRAINED_BLOCKS, check_choice
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.architecture import network_linears, network_norms
 from vitapack.runtime.format.header import PackedHeader
@@ -28,7 +29,7 @@ from vitapack.runtime.networks.linear import PackedLinear
 Report = Callable[[int, int, str], None]  # done, total, what
 Block = tuple[str, int]  # kind, original index
 
-CHOICES = ("min-vital", "max-vital", "all")
+SAVE_SECONDS = 30.0  # between two states on the disk
 WARM_UP = 20  # iterations until the learning rate is reached; then it falls linearly to 0
 
 
@@ -44,8 +45,7 @@ class Settings:
     sampler: SamplerDefaults
 
     def __post_init__(self) -> None:
-        if self.blocks not in CHOICES:
-            raise UserError(f"no blocks {self.blocks!r}: choose one of {', '.join(CHOICES)}")
+        check_choice("blocks", self.blocks, TRAINED_BLOCKS)
         if self.iterations < 1 or self.batch < 1:
             raise UserError("iterations and batch must be at least 1")
         if not 0 < self.lr < 1:

@@ -21,10 +21,9 @@ import numpy as np
 from vitapack.compressor.evaluate.alignment import Alignment, align
 from vitapack.compressor.evaluate.statistics import mean_interval
 from vitapack.compressor.evaluate.voxels import dilate, lattice_around, surface_voxels, voxelise
+from vitapack.runtime.choices import ALIGNMENTS, check_choice
 from vitapack.runtime.decode.mesh import READABLE, Mesh, load, report
 from vitapack.runtime.errors import UserError
-
-ALIGNMENTS = ("rigid", "similarity", "none")
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ class EvaluateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.align not in ALIGNMENTS:
-            raise UserError(f"alignment {self.align!r}; expected one of {', '.join(ALIGNMENTS)}")
+        check_choice("alignment", self.align, ALIGNMENTS)
         if self.resolution < 8 or self.points < 100 or self.emd_points < 0 or not self.tau > 0:
             raise UserError(
                 f"resolution {self.resolution}, points {self.points}, emd_points "

@@ -28,12 +28,13 @@ from vitapack.compressor.packing.quantizers import (
     one_thread_each,
 )
 from vitapack.compressor.packing.resumable import partial_file
+from vitapack.runtime.choices import FLOATS, MODULATIONS, check_choice
 from vitapack.runtime.condition.dinov2 import is_linear
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.format.architecture import Linear, network_linears, network_norms
 from vitapack.runtime.format.container import ITEM_BYTES, Layout, lay_out
-from vitapack.runtime.format.header import KEY, MODULATIONS, PARTS, RESTS, encode, schedule_nodes
+from vitapack.runtime.format.header import KEY, PARTS, encode, schedule_nodes
 from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap, kept_blocks
 from vitapack.runtime.format.layouts import BITS_OF, GROUP_OF, W16
 from vitapack.runtime.format.reader import torch_dtype
@@ -97,11 +98,10 @@ def compress(
     for what, value, known in (
         ("quantizer", quantizer, tuple(QUANTIZERS)),
         ("modulation", modulation, MODULATIONS),
-        ("rest", rest, RESTS),
-        ("table dtype", table_dtype, RESTS),
+        ("rest", rest, FLOATS),
+        ("table dtype", table_dtype, FLOATS),
     ):
-        if value not in known:
-            raise UserError(f"no {what} {value!r}: choose one of {', '.join(known)}")
+        check_choice(what, value, known)
     out = Path(out)
     if out.is_dir():
         raise UserError(

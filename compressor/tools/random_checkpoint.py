@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from vitapack.runtime.choices import NETWORKS, check_choice
 from vitapack.runtime.condition.dinov2 import MASK, Dinov2Config, released_shapes
 from vitapack.runtime.decode.occupancy import OccupancyDecoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder
@@ -31,7 +32,6 @@ from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.container import lay_out, write_container
 
-PARTS = ("dit", "decoder", "conditioner")
 Specs = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> safetensors dtype, shape
 Report = Callable[[int, int, str], None]
 
@@ -340,12 +340,11 @@ MODELS: dict[str, Maker] = {
 }
 
 
-def files_of(name: str, parts: Sequence[str] = PARTS, sizes: Sizes | None = None) -> Files:
+def files_of(name: str, parts: Sequence[str] = NETWORKS, sizes: Sizes | None = None) -> Files:
     """Everything that `write` writes, by its place. UserError for unknown names and parts."""
-    if name not in MODELS:
-        raise UserError(f"no model {name!r}: choose one of {', '.join(MODELS)}")
-    if odd := [part for part in parts if part not in PARTS] or (not parts and ["nothing"]):
-        raise UserError(f"no part {odd[0]!r}: choose among {', '.join(PARTS)}")
+    check_choice("model", name, tuple(MODELS))
+    if odd := [part for part in parts if part not in NETWORKS] or (not parts and ["nothing"]):
+        raise UserError(f"no part {odd[0]!r}: choose among {', '.join(NETWORKS)}")
     return MODELS[name](sizes or Sizes(), tuple(parts))
 
 
@@ -353,7 +352,7 @@ def write(
     name: str,
     out: Path,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = NETWORKS,
     seed: int = 0,
     sizes: Sizes | None = None,
     progress: Report | None = None,

@@ -26,7 +26,6 @@ from PIL import Image
 from vitapack.compressor.vitality.ablation import Block, Run, Settings, Task, chamfer, runner
 from vitapack.compressor.vitality.journal import Journal
 from vitapack.compressor.vitality.table import (
-    METRICS,
     CurvePoint,
     Vitality,
     by_kind,
@@ -39,6 +38,7 @@ from vitapack.compressor.vitality.table import (
     split_halves,
     summarize,
 )
+from vitapack.runtime.choices import METRICS, check_choice
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.layermap import KIND_OF, kept_blocks
 
@@ -131,8 +131,7 @@ def _check(
     jobs: int,
     curve_images: int,
 ) -> None:
-    if settings.metric not in METRICS:
-        raise UserError(f"no metric {settings.metric!r}: choose one of {', '.join(METRICS)}")
+    check_choice("metric", settings.metric, METRICS)
     if not 16 <= settings.points <= 1_000_000:
         raise UserError(f"{settings.points} points: choose 16 to 1000000 (10000 is the paper's)")
     if not 0 < settings.gap <= 0.1:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vitapack.compressor.evaluate.statistics import mean_interval
+from vitapack.runtime.choices import METRICS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.checks import checked_network
@@ -28,7 +29,6 @@ from vitapack.runtime.format.schedules import SamplerDefaults
 
 FORMAT = "vitapack-vitality"
 VERSION = 1
-METRICS = ("emd", "chamfer")
 SPLITS = 500
 FLOOR_SIGMAS = 2.0  # a block is called non-vital within this many sd of the sampling floor
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitapack.runtime.choices import VIEWS
 from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_linear, load
 from vitapack.runtime.condition.predict import encoder_bytes
 from vitapack.runtime.condition.recipes import Prepare
@@ -25,7 +26,6 @@ from vitapack.runtime.loading.fill import Q8, filled_bytes
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.source import Source
 
-VIEWS = ("front", "left", "back", "right")  # of a multi-view model, by index
 Picture = Image.Image | Mapping[str, Image.Image]
 
 

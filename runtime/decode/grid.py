@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitapack.runtime.errors import UserError
+from vitapack.runtime import choices
 
 Field = Callable[[Tensor], Tensor]  # points (P, 3) -> logits (P,)
 Progress = Callable[[int, int], None]  # (points done, points known so far)
@@ -30,7 +30,6 @@ COARSEST, FAITHFUL, VARIES = 48, 96, 4
 # A node that stands out of its neighbours' mean by this part of its distance to the level may hide
 # a speck. Rounding to bfloat16 makes at most 0.008 of it.
 CONTRAST = 0.05
-MAX_RESOLUTION = 2048
 # Points a call: on a GPU as the reference's; on a CPU what its caches hold. A point of 2mini's
 # decoder takes 87 us in calls of 1000, 98 of 8000, 103 of 250 (n = 3).
 CHUNKS = {"cuda": 8000, "cpu": 1000}
@@ -230,13 +229,6 @@ class _Asker:
 
 
 def _check(resolution: int, bounds: float) -> None:
-    if (
-        not isinstance(resolution, int)
-        or isinstance(resolution, bool)
-        or not 1 <= resolution <= 2048
-    ):
-        raise UserError(
-            f"grid resolution {resolution!r}: expected a whole number from 1 to {MAX_RESOLUTION}"
-        )
+    choices.resolution(resolution, "grid resolution")
     if not bounds > 0:
         raise ValueError(f"bounds {bounds}: expected a positive half side")

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from vitapack.runtime.choices import MESH_FORMATS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.files import atomic_path
 
-FORMATS = (".glb", ".obj", ".ply", ".stl")
+FORMATS = tuple(f".{name}" for name in MESH_FORMATS)
 # What `load` accepts: every single-file format that trimesh reads, plus .gltf with its .bin.
 READABLE = (*FORMATS, ".gltf", ".off")
 _TAG = "vitapack "

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from vitapack.runtime import choices
 from vitapack.runtime.errors import UserError
 
 
 def chosen_device(name: str) -> str:
     """A device that is there; "auto" is the GPU where torch sees one. UserError."""
-    if name == "auto":
+    if choices.device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    # Not "cpu:0", which would be taken for a GPU below, nor what torch knows and nothing here does.
-    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise UserError(f"no device {name!r}: expected auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitapack.runtime.choices import FLOATS, MODULATIONS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.architecture import BLOCK_KINDS
 from vitapack.runtime.format.checks import _check, _choice, _keys, _object, _text, checked_network
@@ -36,9 +37,7 @@ from vitapack.runtime.format.tensors import model_tensors, plan_linears
 FORMAT = 1
 KEY = "vitapack"  # of __metadata__
 
-MODULATIONS = ("table", "int8", "both", "kept")  # kept: as in the source, fp16
 STORAGES = ("embedded", "referenced", "none")
-RESTS = ("F16", "F32")
 PARTS = {"shape_decoder": "vae", "conditioner": "conditioner"}  # field -> tensor prefix
 MAX_NODES = 100_000
 MAX_SCHEDULES = 256
@@ -185,7 +184,7 @@ def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
                 f"the layer map keeps {kind} blocks {_short(kept)}, "
                 f"the network has {_short(listed)}"
             )
-    _choice("rest", data["rest"], RESTS)
+    _choice("rest", data["rest"], FLOATS)
     modulation = _modulation(data["modulation"])
     linears = _linears(data["linears"], network, layer_map, modulation["kind"])
     SamplerDefaults.from_json(data["sampler"])
@@ -258,7 +257,7 @@ def _modulation(data: Any) -> dict[str, Any]:
     _object("modulation", data)
     _keys("modulation", data, ("kind", "dtype", "guidance", "nodes", "schedules"))
     _choice("modulation kind", data["kind"], MODULATIONS)
-    _choice("modulation dtype", data["dtype"], RESTS)
+    _choice("modulation dtype", data["dtype"], FLOATS)
     guidance = data["guidance"]
     _check(
         "modulation guidance",

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from vitapack.runtime.choices import MAX_STEPS, SAMPLERS, check_choice, guidance, is_number, whole
 from vitapack.runtime.errors import FormatError, UserError
 
-if TYPE_CHECKING:  # schedules alone need no torch
-    pass
-
-
-SAMPLERS = ("euler", "consistency", "unipc")
-
-
 FLOWS = ("hunyuan", "step1x", "trellis")
-
-
-TRAIN_STEPS = 1000  # of every family
+TRAIN_STEPS = MAX_STEPS
 
 
 @dataclass(frozen=True)
@@ -40,15 +31,14 @@ class SamplerDefaults:
     guidance_interval: tuple[float, float] | None = None  # levels in 0..1 where guidance is on
 
     def __post_init__(self) -> None:
-        if self.name not in SAMPLERS:
-            raise UserError(f"no sampler {self.name!r}: choose one of {', '.join(SAMPLERS)}")
+        check_choice("sampler", self.name, SAMPLERS)
         if self.flow not in FLOWS:
             raise UserError(f"no flow {self.flow!r}: expected one of {', '.join(FLOWS)}")
         if self.name == "consistency" and self.flow != "hunyuan":
             raise UserError("the consistency sampler exists for Hunyuan3D models only; use euler")
-        _whole("steps", self.steps, 1, TRAIN_STEPS)
-        _whole("order", self.order, 1, 3)
-        _whole("pcm_timesteps", self.pcm_timesteps, 1, TRAIN_STEPS)
+        whole(self.steps, 1, TRAIN_STEPS, "steps")
+        whole(self.order, 1, 3, "order")
+        whole(self.pcm_timesteps, 1, TRAIN_STEPS, "pcm_timesteps")
         if TRAIN_STEPS % self.pcm_timesteps:
             raise UserError(f"pcm_timesteps {self.pcm_timesteps} does not divide {TRAIN_STEPS}")
         if self.name == "consistency" and self.steps > self.pcm_timesteps:
@@ -56,13 +46,12 @@ class SamplerDefaults:
                 f"{self.steps} consistency steps: this model was distilled on a grid of "
                 f"{self.pcm_timesteps}, take at most that many"
             )
-        if not (_number(self.shift) and self.shift > 0):
+        if not (is_number(self.shift) and self.shift > 0):
             raise UserError(f"shift {self.shift!r}: expected a number above 0")
-        if not (_number(self.guidance) and self.guidance >= 0):
-            raise UserError(f"guidance {self.guidance!r}: expected a number of at least 0")
+        guidance(self.guidance, "guidance")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
-            if not (_number(low) and _number(high) and 0 <= low <= high <= 1):
+            if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1):
                 raise UserError(f"guidance_interval {self.guidance_interval}: expected 0 <= a <= b")
             object.__setattr__(self, "guidance_interval", (float(low), float(high)))
 
@@ -167,12 +156,3 @@ def _linspace(first: float, last: float, count: int) -> list[float]:
 
 def _float32(value: float) -> float:
     return float(np.float32(value))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UserError(f"{name} {value!r}: expected a whole number from {low} to {high}")

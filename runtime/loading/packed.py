@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vitapack.runtime.choices import COMPUTES, check_choice
 from vitapack.runtime.engines.choose import dit_config, network_of
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.architecture import network_linears
@@ -53,12 +54,11 @@ def load_packed_dit(
     """
     import torch
 
-    from vitapack.runtime.networks.linear import COMPUTES, PackedLinear
+    from vitapack.runtime.networks.linear import PackedLinear
     from vitapack.runtime.networks.modulation import ModulationTable, TimeNodes
 
     header = read_header(path)
-    if compute not in COMPUTES:
-        raise UserError(f"compute {compute!r}: expected one of {', '.join(COMPUTES)}")
+    check_choice("compute mode", compute, COMPUTES)
     chosen = _modulation(header, modulation)
     if verify_content or (verify_content is None and header.size <= VERIFY_BELOW):
         verify(path)

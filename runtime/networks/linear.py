@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from vitapack.kernels.linear import dispatch, support
 from vitapack.kernels.linear.reference import expand_int4, group_count, padded_k
+from vitapack.runtime.choices import COMPUTES
 
 if TYPE_CHECKING:
     from vitapack.kernels.linear.cpu import Panels
-
-COMPUTES = ("a16", "a8")  # weight-only, or dynamic per-token int8 activations as well
 
 
 class PackedLinear(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vitapack.runtime.choices import COMPUTES, check_choice
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.engines.choose import network_of
@@ -21,7 +22,6 @@ from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.loading.build import build
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.linear import COMPUTES
 
 
 def load_dit(
@@ -38,8 +38,7 @@ def load_dit(
     "a16" on the activations as they are, "a8" on int8 ones; an original checkpoint has none.
     Raises UserError or FormatError with one line.
     """
-    if compute not in COMPUTES:
-        raise UserError(f"no compute mode {compute!r}: choose one of {', '.join(COMPUTES)}")
+    check_choice("compute mode", compute, COMPUTES)
     packed = _packed_file(resolve(path))
     if packed is not None:
         from vitapack.runtime.loading.packed import load_packed_dit

@@ -26,7 +26,8 @@ from torch import Tensor
 
 import vitapack
 from vitapack.kernels.linear import support
-from vitapack.runtime.condition.conditioner import VIEWS, Picture
+from vitapack.runtime.choices import MEMORY_MODES, VIEWS, check_choice
+from vitapack.runtime.condition.conditioner import Picture
 from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.engines.choose import dit_config
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
@@ -54,7 +55,6 @@ from vitapack.runtime.sampling.guidance import denoise
 
 # How each family sees a picture and what its latents become.
 FAMILIES = {module.NAME: module for module in (furniture, hunyuan3d, step1x3d, trellis)}
-MEMORY = ("resident", "lean")  # keep what is loaded, or free each phase's network after it
 PHASES = ("condition", "denoise", "decode")
 
 
@@ -84,8 +84,7 @@ class Pipeline:
         recorded and replayed as long as it is loaded; UserError unless `device` is a GPU."""
         if cuda_graphs:
             expect_gpu(device)
-        if memory not in MEMORY:
-            raise UserError(f"no memory mode {memory!r}: choose one of {', '.join(MEMORY)}")
+        check_choice("memory mode", memory, MEMORY_MODES)
         if memory == "lean":
             keep_no_holes()
         self._dit, self.sampler = dit, sampler

@@ -13,7 +13,7 @@ from tiny_released import chair, tiny_released
 
 from vitapack.cli import main
 from vitapack.compressor.distill import finetune as tuner
-from vitapack.compressor.distill import state, trainer, trajectories
+from vitapack.compressor.distill import trainer, trajectories
 from vitapack.compressor.distill.finetune import finetune
 from vitapack.compressor.distill.trained_linear import TrainedLinear
 from vitapack.compressor.packing.compress import compress
@@ -135,7 +135,7 @@ def test_what_was_judged_is_what_was_written(packed: Path, tmp_path: Path, monke
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     packed: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     tuned(packed, whole, iterations=7)
 
