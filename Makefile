@@ -20,7 +20,8 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	mkdir -p build/types/vitapack
 	ln -sf $(CURDIR)/vitapack/*.py build/types/vitapack/
-	ln -sfn $(CURDIR)/kernels $(CURDIR)/runtime $(CURDIR)/compressor build/types/vitapack/
+	ln -sfn $(CURDIR)/vitapack/commands $(CURDIR)/kernels $(CURDIR)/runtime $(CURDIR)/compressor \
+		build/types/vitapack/
 	MYPYPATH=build/types $(RUN) -m mypy -p vitapack
 
 setup: $(VENV)/.ready

@@ -29,15 +29,16 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import vitapack
-from vitapack.cli import at_least_one, seed_number
+from vitapack.runtime import choices
 from vitapack.runtime.condition.images import decode_image
 from vitapack.runtime.decode.mesh import encode
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.terminal import COUNT
 
 PARAMETERS: dict[str, Callable[[str], Any]] = {
-    "seed": seed_number,
-    "steps": at_least_one,
+    "seed": choices.seed,
+    "steps": choices.at_least_one,
     "guidance": float,
     "format": str,
 }
@@ -62,7 +63,7 @@ def parameters(query: str) -> dict[str, Any]:
             raise Refused(400, f"parameter {name!r}: expected {', '.join(PARAMETERS)}, once each")
         try:
             found[name] = PARAMETERS[name](text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
+        except (ValueError, UserError) as error:
             raise Refused(400, f"{name}: {error}") from None
     if found["format"] not in TYPES:
         raise Refused(400, f"format: {found['format']!r}: expected one of {', '.join(TYPES)}")
@@ -282,13 +283,13 @@ def main() -> None:
     option("--port", type=int, default=8000, help="0: any that is free")
     option("--parts", metavar="MODEL", help="original that holds encoder and decoder")
     option("--device", default="auto")
-    option("--compute", choices=("a16", "a8"), default="a16")
-    option("--memory", choices=("resident", "lean"), default="resident")
+    option("--compute", choices=choices.COMPUTES, default="a16")
+    option("--memory", choices=choices.MEMORY_MODES, default="resident")
     option("--cuda-graphs", action="store_true")
-    option("--resolution", type=at_least_one, help="cells a side of the decoded grid")
-    option("--queue", type=at_least_one, default=8, help="pictures that may wait")
-    option("--max-bytes", type=at_least_one, default=20_000_000, help="of a picture's file")
-    option("--timeout", type=at_least_one, default=60, help="seconds to send one, or take a mesh")
+    option("--resolution", type=COUNT, help="cells a side of the decoded grid")
+    option("--queue", type=COUNT, default=8, help="pictures that may wait")
+    option("--max-bytes", type=COUNT, default=20_000_000, help="of a picture's file")
+    option("--timeout", type=COUNT, default=60, help="seconds to send one, or take a mesh")
     options = parser.parse_args()
     try:
         pipeline = Pipeline.open(

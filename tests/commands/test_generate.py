@@ -1,16 +1,21 @@
-"""`vitapack generate` with several views of one object."""
+"""`vitapack generate`: folders of images, several views of one object."""
 
 import json
+from pathlib import Path
 
 import pytest
+from command_line import complaint, run
+from PIL import Image
 from tiny_released import chair, tiny_released
 
-from vitapack import cli
-from vitapack.runtime.condition.conditioner import VIEWS
+from vitapack.runtime.choices import VIEWS
+from vitapack.runtime.condition.images import load_image
 from vitapack.runtime.decode.mesh import report
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.families.furniture.family import held_out
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
+PICTURE = next(held_out("unseen-views")).image_path
 FAST = ["--steps", "2", "--resolution", "16", "--device", "cpu", "--quiet"]
 
 
@@ -25,25 +30,57 @@ def made(tmp_path_factory):
     return folder
 
 
-def complaint(capsys, *words):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(list(map(str, words)))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "model.safetensors"
+    run("compress", "furniture", "--plan", "int8", "-o", path, "--quiet", "--steps", "4")
+    return path
+
+
+def test_a_folder_of_pictures_is_one_call(packed: Path, tmp_path: Path, capsys) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        (photos / f"{name}.png").write_bytes(PICTURE.read_bytes())
+    out = tmp_path / "out"
+    run("generate", packed, photos, "-o", out, "--steps", "4", "--json", "--quiet")
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert [Path(row["file"]).name for row in written] == ["a.glb", "b.glb"]
+    assert (out / "a.glb").read_bytes() == (out / "b.glb").read_bytes()
+    run("evaluate", out, out, "--json", "--quiet")
+    assert json.loads(capsys.readouterr().out)["summary"]["v_iou"]["mean"] == 1.0
+
+
+def test_one_bad_picture_costs_only_its_own_mesh(packed: Path, tmp_path: Path, capsys) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "good.png").write_bytes(PICTURE.read_bytes())
+    Image.new("RGBA", (64, 64)).save(photos / "bad.png")
+    with pytest.raises(SystemExit) as caught:
+        run("generate", packed, photos, "-o", tmp_path, "--steps", "4", "--quiet")
+    assert caught.value.code == 2
+    assert (tmp_path / "good.glb").exists()
+    assert "no object" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    packed, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("vitapack.runtime.pipeline.pipeline.Pipeline.__call__", None)  # never asked
+    (tmp_path / "file").touch()
+    line = complaint(capsys, "generate", packed, PICTURE, "-o", tmp_path / "file", "--quiet")
+    assert "cannot write" in line
 
 
 def test_views_are_one_mesh_as_from_python(made, tmp_path, capsys):
-    assert cli.VIEWS == VIEWS
     words = ["--front", made / "front.png", "--back", made / "back.png", "--seed", "3"]
     model = made / "hunyuan3d-2mv"
-    cli.main(["generate", str(model), *map(str, words), "-o", str(tmp_path), *FAST, "--json"])
+    run("generate", model, *words, "-o", tmp_path, *FAST, "--json")
     (row,) = json.loads(capsys.readouterr().out)["written"]
     assert (tmp_path / "front.glb").exists()
     pipeline = Pipeline.from_model(model, device="cpu")
     pipeline.decoder.resolution = 16
-    views = {view: cli.read_images([made / f"{view}.png"])[0][1] for view in ("front", "back")}
+    views = {view: load_image(made / f"{view}.png") for view in ("front", "back")}
     both = pipeline(views, seed=3, steps=2)
     assert row["mesh"]["faces"] == report(both).faces
     assert row["mesh"]["volume"] == pytest.approx(report(both).volume)

@@ -1,0 +1,48 @@
+"""`vitapack analyze`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from vitapack.runtime.choices import METRICS
+from vitapack.runtime.files import destination
+from vitapack.terminal import COUNT, SEED, progress, say
+
+HELP = "measure how vital each block is to the geometry"
+EXAMPLE = "analyze furniture --images photos -o vitality.json"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="original checkpoint: a folder or file in released layout, or `furniture`")
+    add("--images", type=Path, required=True, metavar="DIR")
+    add("-o", "--out", type=Path, required=True)
+    add("--metric", choices=METRICS, default="emd")
+    add("--points", type=COUNT, default=10_000)
+    add("--steps", type=COUNT)
+    add("--guidance", type=float)
+    add("--seed", type=SEED, default=0)
+    add("--limit", type=COUNT, help="use only the first so many images")
+    add("--jobs", type=COUNT, default=1, help="worker processes; on a GPU 1")
+    add("--resume", action="store_true", help="continue an interrupted analysis from its journal")
+    add("--device", default="cpu")
+
+
+def run(options: Namespace) -> None:
+    from vitapack.compressor.vitality.analyze import analyze
+    from vitapack.compressor.vitality.table import describe
+    from vitapack.runtime.condition.images import find_images, load_image
+    from vitapack.runtime.pipeline.pipeline import Pipeline
+
+    destination(options.out)
+    places = find_images([options.images])[: options.limit]
+    images = [(path.stem, load_image(path)) for path in places]
+    pipeline = Pipeline.from_model(options.model, device=options.device)
+    with progress(options.quiet) as report:
+        result = analyze(
+            pipeline, images, options.out, metric=options.metric, points=options.points,
+            steps=options.steps, guidance=options.guidance, seed=options.seed,
+            resume=options.resume, jobs=options.jobs, progress=report,
+        )  # fmt: skip
+    say(options, result.to_json(), describe(result))
