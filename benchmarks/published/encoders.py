@@ -72,7 +72,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
     family = hunyuan3d if name.startswith("hunyuan3d") else step1x3d
     conditioner = family.conditioner(source_of(name, Path(folder)), dtype, "cpu", bits)
     start = time.perf_counter()
-    conditioner.encoder()
+    conditioner.component()
     loaded = time.perf_counter()
     tokens = {
         sample.name: conditioner(Image.open(sample.image_path), sample.name)
@@ -82,7 +82,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
     figures = {
         "base": base,
         "peak": resident(peak=True),
-        "predicted": conditioner.encoder.nbytes,
+        "predicted": conditioner.component.nbytes,
         "load_seconds": loaded - start,
         "picture_seconds": (done - loaded) / len(tokens),
         "transformers": getattr(sys.modules.get("transformers"), "__version__", None),

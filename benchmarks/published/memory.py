@@ -60,7 +60,7 @@ def asked(name: str, folder: str, file: str) -> dict[str, Any]:
             file, device, compute, parts=folder, memory=memory, absent=True
         )
         found[way] = pipeline.predicted_bytes(views=VIEWS.get(name, 1))
-        found["resolution"] = getattr(pipeline.decoder, "resolution", 64)
+        found["resolution"] = pipeline.decoder.resolution or 64
     return found
 
 

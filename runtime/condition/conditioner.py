@@ -10,6 +10,7 @@ pixel differs by a grey level or two.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,26 +30,54 @@ from vitapack.runtime.loading.source import Source
 Picture = Image.Image | Mapping[str, Image.Image]
 
 
-class ImageConditioner:
-    """Tokens (1, N, D) float32 on the CPU of one picture, or of several views."""
+class Conditioner(ABC):
+    """First phase: an image, or views of one object, to condition tokens.
+
+    `component` is the image encoder that the pipeline loads for its phase, None for one that is in
+    memory from the start. `views`: several views of one object are accepted. `imports`: packages
+    that the encoder imports when it is loaded, for memory prediction.
+    """
+
+    component: Part[nn.Module] | None = None
+    views: bool = False
+    imports: tuple[str, ...] = ()
+
+    @property
+    def working_bytes(self) -> int:
+        """Peak memory of a call, excluding weights."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+        """Condition tokens (1, N, D) float32 on the CPU; `name` is the image's in messages.
+
+        Raises: UserError for an image without an object.
+        """
+
+
+class ImageConditioner(Conditioner):
+    """A DINOv2 on one image, or on each of several views."""
+
+    imports = ("transformers",)
 
     def __init__(
         self,
-        encoder: Part[nn.Module],
+        component: Part[nn.Module],
         prepare: Prepare,
         *,
         registers: bool = False,
         views: bool = False,
         extra: Tensor | None = None,
     ) -> None:
-        """`registers`: keep the encoder's, which are dropped by default. `extra` (1, n, D) tokens
-        come after the picture's."""
-        self.encoder, self.prepare, self.registers = encoder, prepare, registers
+        """`registers`: keep the encoder's register tokens, which are dropped by default. `extra`
+        (1, n, D): tokens appended to the image's."""
+        self.component: Part[nn.Module] = component
+        self.prepare, self.registers = prepare, registers
         self.views, self.extra = views, extra
 
     @property
     def working_bytes(self) -> int:
-        return self.encoder.working_bytes
+        return self.component.working_bytes
 
     @torch.inference_mode()
     def __call__(self, image: Picture, name: str = "image") -> Tensor:
@@ -74,9 +103,9 @@ class ImageConditioner:
     def _encode(self, image: Image.Image, name: str) -> Tensor:
         pixels = self.prepare(image, name)
         mean, std = torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None]
-        encoder = self.encoder()
-        place = next(encoder.parameters()).device
-        tokens = encoder(((pixels - mean) / std)[None].to(place)).last_hidden_state
+        encoder = self.component()
+        device = next(encoder.parameters()).device
+        tokens = encoder(((pixels - mean) / std)[None].to(device)).last_hidden_state
         registers = getattr(encoder.config, "num_register_tokens", 0)
         if registers and not self.registers:
             tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)

@@ -1,11 +1,13 @@
-"""Latents to the grid of logits that the surface is taken from, positive inside.
+"""Shape decoders: latents to the grid of logits that the surface is extracted from.
 
-A decoder says `latent_shape` and `bounds` without being loaded; `decoder(latents)` loads it.
+Everything but `decoder(latents)` works before the network is loaded.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,32 +28,74 @@ from vitapack.runtime.loading.memory import holes_kept
 from vitapack.runtime.loading.source import Source
 
 
-class VolumeDecoder:
-    """A ShapeVAE: latents (1, n, c) to (R + 1)^3 logits, evaluated near the surface only."""
+class Decoder(ABC):
+    """Third phase: latents to a cubic grid of logits over [-bounds, bounds]^3, positive inside.
 
-    def __init__(
-        self, decoder: Part[ShapeDecoder], config: ShapeDecoderConfig, device: str = "cpu"
-    ) -> None:
-        self.decoder, self.config, self.device = decoder, config, device
-        self.latent_shape: tuple[int, ...] = (config.latents, config.channels)
-        self.bounds = config.bounds
-        self.resolution = 384  # of the published pipelines
-        self.dense = False  # every node, for comparisons
-        self.queries = 0  # of the last shape
+    `component` is the network that the pipeline loads for its phase, None for one that is in memory
+    from the start. `latent_shape` has no batch dimension. `resolution`: cells per side of the grid,
+    which may be set; None where the network's own grid is the only one. `queries`: points evaluated
+    for the last shape, None where there is no choice of points. `anchors` (tokens, channels): fixed
+    positions appended to the channels of the denoiser's input.
+    """
+
+    component: Part[Any] | None = None
+    latent_shape: tuple[int, ...]
+    bounds: float
+    resolution: int | None = None
+    queries: int | None = None
+    anchors: Tensor | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the denoiser's input: `latent_shape` with the anchors' channels appended."""
+        *places, channels = self.latent_shape
+        extra = 0 if self.anchors is None else self.anchors.shape[-1]
+        return (*places, channels + extra)
 
     @property
     def working_bytes(self) -> int:
-        """Of the network at work, and on a CPU of the grid, which always lies there."""
-        grid = refine_bytes(self.resolution) if self.device == "cpu" else 0
-        return self.decoder.working_bytes + grid
+        """Peak memory of a call, excluding weights."""
+        return 0
 
     @property
     def surface_bytes(self) -> int:
-        """Of the surface's extraction, which needs no network."""
+        """Peak memory of extracting the surface from the grid, after the network is freed."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """Latents (1, *latent_shape), with or without anchors, to logits (R, R, R) float32."""
+
+
+class VolumeDecoder(Decoder):
+    """A ShapeVAE: latents (1, n, c) to (R + 1)^3 logits, evaluated near the surface only."""
+
+    resolution: int
+    queries: int
+
+    def __init__(
+        self, component: Part[ShapeDecoder], config: ShapeDecoderConfig, device: str = "cpu"
+    ) -> None:
+        self.component: Part[ShapeDecoder] = component
+        self.config, self.device = config, device
+        self.latent_shape = (config.latents, config.channels)
+        self.bounds = config.bounds
+        self.resolution = 384  # of the published pipelines
+        self.dense = False  # evaluate every node, for comparisons
+        self.queries = 0
+
+    @property
+    def working_bytes(self) -> int:
+        """The network's and, on a CPU, the grid's, which is in main memory on every device."""
+        grid = refine_bytes(self.resolution) if self.device == "cpu" else 0
+        return self.component.working_bytes + grid
+
+    @property
+    def surface_bytes(self) -> int:
         return surface_bytes(self.resolution) if self.device == "cpu" else 0
 
     def __call__(self, latents: Tensor) -> np.ndarray:
-        network = self.decoder()
+        network = self.component()
         device = network.post_kl.weight.device
         evaluate = dense if self.dense else coarse_to_fine
         field = network.field(latents.to(device))
@@ -61,24 +105,25 @@ class VolumeDecoder:
         return grid.values.numpy()
 
 
-class OccupancyGrid:
+class OccupancyGrid(Decoder):
     """TRELLIS: latents (1, 8, 16, 16, 16) to logits at the centres of 64^3 voxels.
 
-    One ring of empty voxels closes shapes that touch the border. TRELLIS' z points up; the grid is
-    turned to y up, front +z, like everything else here.
+    One layer of empty voxels closes shapes that touch the border. TRELLIS' z points up; the grid is
+    turned to y up, front +z, as in every other family.
     """
 
     def __init__(
-        self, decoder: Part[OccupancyDecoder], config: OccupancyConfig, device: str = "cpu"
+        self, component: Part[OccupancyDecoder], config: OccupancyConfig, device: str = "cpu"
     ) -> None:
-        self.decoder, self.config, self.device = decoder, config, device
+        self.component: Part[OccupancyDecoder] = component
+        self.config, self.device = config, device
         side = config.resolution
-        self.latent_shape: tuple[int, ...] = (config.latent_channels, side, side, side)
+        self.latent_shape = (config.latent_channels, side, side, side)
         self.bounds = 0.5 + 0.5 / config.side
 
     @property
     def working_bytes(self) -> int:
-        return self.decoder.working_bytes
+        return self.component.working_bytes
 
     @property
     def surface_bytes(self) -> int:
@@ -86,7 +131,7 @@ class OccupancyGrid:
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        network = self.decoder()
+        network = self.component()
         logits = network(latents.to(network.input_layer.weight))[0, 0].float().cpu().numpy()
         turned = logits.transpose(0, 2, 1)[:, :, ::-1]  # (x, y, z) to (x, z, -y)
         return np.pad(turned, 1, constant_values=min(-1.0, float(logits.min())))

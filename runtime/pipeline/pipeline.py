@@ -10,7 +10,6 @@ what else was in the batch.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ from torch import Tensor
 import vitapack
 from vitapack.kernels.linear import support
 from vitapack.runtime.choices import MEMORY_MODES, VIEWS, check_choice
-from vitapack.runtime.condition.conditioner import Picture
+from vitapack.runtime.condition.conditioner import Conditioner, Picture
+from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.engines.choose import dit_config
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
@@ -50,7 +50,7 @@ from vitapack.runtime.networks.flow import FlowConfig
 from vitapack.runtime.networks.kinds import Network
 from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
-from vitapack.runtime.pipeline.predict import TRANSFORMERS, base_bytes, denoise_bytes
+from vitapack.runtime.pipeline.predict import base_bytes, denoise_bytes, imported_bytes
 from vitapack.runtime.sampling.guidance import denoise
 
 # How each family sees a picture and what its latents become.
@@ -65,8 +65,8 @@ class Pipeline:
         self,
         dit: Network | Part[Network],
         sampler: SamplerDefaults,
-        conditioner: Callable[..., Tensor],
-        decoder: Any,
+        conditioner: Conditioner,
+        decoder: Decoder,
         *,
         family: str,
         source: str,
@@ -77,11 +77,11 @@ class Pipeline:
         device: str = "cpu",
         cuda_graphs: bool = False,
     ) -> None:
-        """A Part (of a published family also the conditioner's encoder and the decoder's decoder)
-        is loaded when its phase begins, or on a GPU before it (ahead.py), and freed after it where
-        `memory` is "lean". `step_bytes`: of a call
-        of the DiT beside its weights, by condition tokens and batch. `cuda_graphs`: its calls are
-        recorded and replayed as long as it is loaded; UserError unless `device` is a GPU."""
+        """A `dit` passed as a Part, like the conditioner's and the decoder's component, is loaded
+        when its phase starts (on GPUs one phase earlier where memory allows) and freed after it if
+        `memory` is "lean". `step_bytes` predicts the working memory of a call of the DiT from the
+        count of condition tokens and the batch size. `cuda_graphs`: its calls are captured and
+        replayed as long as it is loaded; UserError unless `device` is a GPU."""
         if cuda_graphs:
             expect_gpu(device)
         check_choice("memory mode", memory, MEMORY_MODES)
@@ -96,9 +96,8 @@ class Pipeline:
         self._graphs: GraphedNetwork | None = None
         self._ahead = torch.device(device).type == "cuda"  # on a CPU loads and phases share cores
         self._base = base_bytes(device, cuda_graphs)
-        lacks_transformers = hasattr(conditioner, "encoder") and "transformers" not in sys.modules
-        if device == "cpu" and lacks_transformers:
-            self._base += TRANSFORMERS  # its encoder will need them
+        if device == "cpu":
+            self._base += imported_bytes(conditioner.imports)
         self._turn = threading.Lock()
         self.seconds: dict[str, float] = {}  # of the last call, by phase
         self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
@@ -148,7 +147,7 @@ class Pipeline:
                 )
             pipeline = cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
         if resolution is not None:
-            if not hasattr(pipeline.decoder, "resolution"):
+            if pipeline.decoder.resolution is None:
                 raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
             pipeline.decoder.resolution = resolution
         return pipeline
@@ -262,22 +261,20 @@ class Pipeline:
         weights = dict.fromkeys(PHASES, 0)
         weights |= {phase: part.nbytes for phase, part in self._parts().items()}
         working = {
-            "condition": getattr(self.conditioner, "working_bytes", 0),
+            "condition": self.conditioner.working_bytes,
             "denoise": self._denoise_bytes(views, one_batch),
-            "decode": getattr(self.decoder, "working_bytes", 0),
+            "decode": self.decoder.working_bytes,
         }
         lean = self.memory == "lean"
         found, early = peaks(self._base, weights, working, lean=lean, ahead=self._ahead)
         kept = 0 if lean else sum(weights.values())
-        surface = self._base + kept + getattr(self.decoder, "surface_bytes", 0)
+        surface = self._base + kept + self.decoder.surface_bytes
         return found | {"decode": max(found["decode"], surface)}, early
 
     def _parts(self) -> dict[str, Part[Any]]:
-        """By phase, the networks that come and go."""
-        encoder = getattr(self.conditioner, "encoder", None)
-        found = zip(
-            PHASES, (encoder, self._dit, getattr(self.decoder, "decoder", None)), strict=True
-        )
+        """The networks that are loaded lazily, by phase."""
+        networks = self.conditioner.component, self._dit, self.decoder.component
+        found = zip(PHASES, networks, strict=True)
         return {phase: part for phase, part in found if isinstance(part, Part)}
 
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
@@ -336,7 +333,7 @@ class Pipeline:
 
     def check_views(self, views: Collection[str]) -> None:
         """UserError unless this model takes views of these names together."""
-        several = getattr(self.conditioner, "views", False)
+        several = self.conditioner.views
         known = VIEWS if several else VIEWS[:1]
         if odd := [view for view in views if view not in known]:
             takes = f"views {', '.join(VIEWS)}" if several else "one picture, no views"
@@ -353,7 +350,7 @@ class Pipeline:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, *self.decoder.latent_shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        anchors = getattr(self.decoder, "anchors", None)  # places that some latents carry along
+        anchors = self.decoder.anchors
         return noise if anchors is None else torch.cat([noise, anchors[None]], dim=-1)
 
     @torch.inference_mode()
@@ -417,7 +414,7 @@ class Pipeline:
         if isinstance(image, Mapping):
             self.check_views(image)
             views = len(image)
-            if not getattr(self.conditioner, "views", False):
+            if not self.conditioner.views:
                 image = image[VIEWS[0]]
         with self._phases(views, one_batch) as phase:
             with phase("condition"):

@@ -7,6 +7,9 @@ is a fused kernel everywhere, so no term grows with the square of the tokens.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
+
 import torch
 
 from vitapack.runtime.engines.predict import step_bytes
@@ -17,7 +20,7 @@ from vitapack.runtime.networks.flow import FlowConfig
 # What a process on a CPU takes once it computes, beside tensors and what it had when its pipeline
 # was made: code and buffers of oneDNN and MKL, scipy, scikit-image. 90 to 120 MB (torch 2.13).
 LIBRARIES = 110 << 20
-TRANSFORMERS = 220 << 20  # of which no more than its DINOv2 is used
+IMPORTED = {"transformers": 220 << 20}  # packages that components import, its DINOv2 alone
 CUBLAS = 32 << 20  # torch's workspace for it, a stream: 32 MiB on sm_90, 8 on others
 
 
@@ -28,6 +31,11 @@ def base_bytes(device: str, cuda_graphs: bool = False) -> int:
     if device == "cpu":
         return (resident() or 0) + LIBRARIES
     return CUBLAS * (1 + cuda_graphs)
+
+
+def imported_bytes(packages: Collection[str]) -> int:
+    """Bytes that importing these packages will add, for those that are not imported yet."""
+    return sum(IMPORTED[package] for package in packages if package not in sys.modules)
 
 
 def denoise_bytes(

@@ -146,9 +146,7 @@ def _latents(
             raise UserError(
                 f"{file} does not say how many latents it is for: give its --original"
             ) from None
-        shape = tuple(decoder.latent_shape)
-        anchors = getattr(decoder, "anchors", None)
-        return shape if anchors is None else (*shape[:-1], shape[-1] + anchors.shape[-1])
+        return decoder.input_shape
     raise UserError("this checkpoint holds no shape decoder, so it runs no whole step")
 
 
@@ -244,7 +242,7 @@ def _phases(
         pipeline = Pipeline.open(
             path, device, compute, parts=parts, memory="lean", cuda_graphs=cuda_graphs
         )
-        if side is not None and hasattr(pipeline.decoder, "resolution"):
+        if side is not None and pipeline.decoder.resolution is not None:
             pipeline.decoder.resolution = side
         for phase, count in pipeline.predicted_bytes().items():
             often = f", {steps} steps" * (phase == "denoise")
@@ -262,8 +260,8 @@ def _phases(
         "seconds": pipeline.seconds,
         "bytes": pipeline.bytes,
         "steps": steps,
-        "resolution": getattr(pipeline.decoder, "resolution", None),
-        "queries": getattr(pipeline.decoder, "queries", None),
+        "resolution": pipeline.decoder.resolution,
+        "queries": pipeline.decoder.queries,
     }
 
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitapack.runtime.condition.conditioner import Conditioner
+from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
@@ -20,7 +22,7 @@ IDLE = (("double", 1), ("single", 2))  # blocks whose gates are zero: leaving th
 STRONG = {"double": 0, "single": 0}  # blocks that add by far the most
 
 
-class Tokens:
+class Tokens(Conditioner):
     """A picture as (1, 4, 6) numbers; a black one has no object."""
 
     def __call__(self, image: Image.Image, name: str = "image") -> Tensor:
@@ -30,7 +32,7 @@ class Tokens:
         return torch.from_numpy(pixels.reshape(1, 4, 6).copy())
 
 
-class Ellipsoids:
+class Ellipsoids(Decoder):
     """Two ellipsoids whose half axes and places are squashed latents: (R, R, R), inside > 0."""
 
     bounds = 1.0

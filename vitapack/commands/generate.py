@@ -103,7 +103,7 @@ def run(options: Namespace) -> None:
                     "mesh": asdict(describe_mesh(mesh)),
                     "seconds": pipeline.seconds,
                     "bytes": pipeline.bytes,
-                    "queries": getattr(pipeline.decoder, "queries", None),
+                    "queries": pipeline.decoder.queries,
                 }
             )
         report(len(objects), len(objects), "meshes")

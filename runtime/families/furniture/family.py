@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.condition.images import recentre, separate
+from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families.checkpoint import (
     Checkpoint,
@@ -66,7 +68,7 @@ class HeldOut:
 
     @property
     def grid(self) -> np.ndarray:
-        """What `ShapeDecoder` would give for it, up to the scale: (66, 66, 66), positive inside."""
+        """As `FurnitureGrid` gives it, up to the scale: (66, 66, 66), positive inside."""
         return np.pad(-self.distance.astype(np.float32) / 32, 1, constant_values=-2.0)
 
 
@@ -90,44 +92,46 @@ def preprocess(image: Image.Image, name: str = "image") -> Tensor:
     return torch.from_numpy(grey)[None]
 
 
-class Conditioner:
-    """A picture to condition tokens (1, 50, width); unconditional tokens are zeros."""
+class FurnitureConditioner(Conditioner):
+    """A picture to condition tokens (1, 50, width), by an encoder of 1.9 M parameters."""
 
     def __init__(self, source: Source) -> None:
         config = encoder_config(source.config, f"{source.where}: conditioner")
         self.encoder = fill(lambda: FurnitureEncoder(config), source, torch.float32, "cpu")
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image, name: str = "image") -> Tensor:
+    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+        if isinstance(image, Mapping):
+            raise UserError(f"{name}: this model takes one picture, not {len(image)} views")
         return self.encoder(preprocess(image, name))
 
 
-class ShapeDecoder:
+class FurnitureGrid(Decoder):
     """Latents (1, 64, C) to logits (66, 66, 66), positive inside, on [-BOUNDS, BOUNDS]^3."""
 
     bounds = BOUNDS
 
     def __init__(self, source: Source) -> None:
         config = decoder_config(source.config, f"{source.where}: shape decoder")
-        self.decoder = fill(lambda: FurnitureDecoder(config), source, torch.float32, "cpu")
+        self.network = fill(lambda: FurnitureDecoder(config), source, torch.float32, "cpu")
         self.latent_shape = (LATENT_TOKENS, config.latent_channels)
         self.anchors = anchors()
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> np.ndarray:
-        logits = self.decoder(latents.float())[0]
+        logits = self.network(latents.float())[0]
         return np.pad(logits.numpy(), 1, constant_values=-4.0)
 
 
 def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> Conditioner:
-    """Both parts are small: in memory at once, in float32, on the CPU."""
-    return Conditioner(source)
+) -> FurnitureConditioner:
+    """Both components are small: in memory from the start, in float32, on the CPU."""
+    return FurnitureConditioner(source)
 
 
-def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> ShapeDecoder:
-    return ShapeDecoder(source)
+def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> FurnitureGrid:
+    return FurnitureGrid(source)
 
 
 def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:

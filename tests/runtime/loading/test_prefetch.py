@@ -13,6 +13,7 @@ from torch import nn
 
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
+from vitapack.runtime.condition.conditioner import Conditioner
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.loading.lazy import Part
@@ -93,7 +94,7 @@ def opened(path, memory, where=None):
     pipeline.decoder.resolution = 16
     if where is not None:
         pipeline._ahead = True  # as on a GPU
-        parts = (pipeline.conditioner.encoder, pipeline._dit, pipeline.decoder.decoder)
+        parts = (pipeline.conditioner.component, pipeline._dit, pipeline.decoder.component)
         for name, part in zip(("condition", "denoise", "decode"), parts, strict=True):
 
             def load(name=name, inner=part._load):
@@ -146,9 +147,8 @@ def test_threads_take_turns(packed_file):
     inside, most = [], []
     condition = pipeline.conditioner
 
-    class Watched:
-        views = False
-        encoder, working_bytes = condition.encoder, 0
+    class Watched(Conditioner):
+        component = condition.component
 
         def __call__(self, image, name):
             inside.append(name)

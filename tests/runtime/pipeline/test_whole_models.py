@@ -17,7 +17,7 @@ NAMES = [name for name in MODELS if name != "trellis-slat"]
 
 
 def resolution(pipeline, side=16):
-    if hasattr(pipeline.decoder, "resolution"):
+    if pipeline.decoder.resolution is not None:
         pipeline.decoder.resolution = side
     return pipeline
 
