@@ -1,8 +1,8 @@
-"""Numerics of every GPU operator against float64, part of `benchmarks/gpu/run.py`.
+"""Checks every GPU operator's numerics against float64, for `benchmarks/gpu/run.py`.
 
 Criterion: our error is at most twice that of plain PyTorch in the same precision, plus one rounding
-of the output. With int8 activations the integer product is exact, so there the result must agree
-with the reference to a rounding. NaN in must be NaN out, in that row and in no other.
+of the output. With int8 activations the integer product is exact, so the result must agree with the
+reference up to rounding. A NaN in a row must give NaN in that row, and in no other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ops = gpu_ops.ops
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest error relative to the largest value, and what was allowed."""
+    """One comparison: the largest error relative to the largest value, and the allowed one."""
 
     name: str
     error: float
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Weight:
-    """A random packed weight on a device, with the int8 weight that it stands for."""
+    """A random packed weight on a device, with the int8 weight that it represents."""
 
     codes: Tensor
     group: Tensor | None
@@ -48,7 +48,10 @@ class Weight:
 
 
 def random_weight(n: int, k: int, group: int, device: torch.device) -> Weight:
-    """Every s and z and both ends of int8, as far as n * k goes; group 0 is 8 bits."""
+    """A weight that covers every s and z and both ends of int8, as far as n * k allows.
+
+    group: inputs per group of a 4-bit weight; 0 for an 8-bit one.
+    """
     rng = torch.Generator().manual_seed(n * k + group)
     scale = (torch.rand(n, generator=rng) * 1e-3 + 1e-4).to(device)
     if not group:
@@ -70,7 +73,7 @@ def random_weight(n: int, k: int, group: int, device: torch.device) -> Weight:
 
 
 def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, roundings: int = 1) -> Check:
-    """Relative to the largest exact value; NaN must lie exactly where the exact one has it."""
+    """Errors relative to the largest exact value; NaNs must be exactly those of `exact`."""
     exact = exact.double()
     if ours.shape != exact.shape or not torch.equal(ours.isnan(), exact.isnan()):
         return Check(name, float("nan"), 0.0)
@@ -85,7 +88,7 @@ def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, roundings: in
 def gemm_checks(
     device: torch.device, shapes: list[tuple[int, int, int]], dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[Check]:
-    """All widths, groups and activation modes at M, N, K; bias, GELU, gate and residual in turn."""
+    """All bits, groups and activation modes at M, N, K; then each epilogue."""
     for m, n, k in shapes:
         for group in (0, 32, 64, 128):
             weight = random_weight(n, k, group, device)
@@ -113,7 +116,7 @@ def gemm_checks(
                 exact = exact + bias.double()
                 # The sum to float32, two scales and the bias: four roundings.
                 yield compare(f"a8 {name}", y, exact.float(), exact, roundings=4)
-        # The epilogue, once a shape: two batches with their own gates, GELU from a column on.
+        # The epilogue, once per shape: two batches with a gate each, GELU on the last columns.
         tokens = max(1, m // 2)
         rows = min(2 * tokens, m)
         x = torch.randn(rows, k, device=device).half()
@@ -144,7 +147,7 @@ def expand_checks(device: torch.device, n: int, k: int) -> Iterator[Check]:
 
 
 def row_checks(device: torch.device, shapes: list[tuple[int, int, int]]) -> Iterator[Check]:
-    """The row kernels at (batch, tokens, width) in fp16, modulation a chunk of a wider row."""
+    """The row kernels at (batch, tokens, width) in fp16; modulation is a chunk of a wider row."""
     for batch, tokens, width in shapes:
         x = torch.randn(batch, tokens, width, device=device).half()
         if tokens > 2:
@@ -178,7 +181,7 @@ def row_checks(device: torch.device, shapes: list[tuple[int, int, int]]) -> Iter
 
 
 def quantized(name: str, codes: Tensor, steps: Tensor, exact: Tensor) -> Check:
-    """Codes times steps against the float rows: at most half a step off, and a hair."""
+    """Checks that codes times steps are within half a step of the float rows (0.51)."""
     broken = ~torch.isfinite(exact).all(-1, keepdim=True)
     if not torch.equal(steps.isnan(), broken) or codes[broken.squeeze(-1)].any():
         return Check(name, float("nan"), 0.0)

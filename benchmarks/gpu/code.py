@@ -1,14 +1,14 @@
-"""What Triton makes of every shipped kernel, read from machine code on any machine, without a GPU.
+"""Compiles every shipped kernel and counts its machine code, on any machine, without a GPU.
 
     python -m benchmarks.gpu.code               # all, 20 min: JSON, Markdown, recorded ceilings
-    python -m benchmarks.gpu.code --only w8a8   # cases whose name begins so; prints, writes nothing
+    python -m benchmarks.gpu.code --only w8a8   # cases whose name starts with w8a8; writes no file
 
-Each (kernel, configuration, architecture) of `kernels/tables/gemm.json` is compiled ahead of time,
-and its main loop (the backward branch with most MMAs) counted with cuobjdump. Rules: no spills, no
-I2F, the right MMA, 128-bit copies, shared memory within the chip's limit. Of the counts follows a
-bound: a sub-core issues one instruction a cycle, so an SM at its MMA peak must issue the loop of
-all warps in the cycles of its MMAs. It says nothing of bank conflicts, latency, occupancy or
-clocks: these kernels are compiled, not timed.
+Each (kernel, configuration, architecture) of `kernels/linear/tables/gemm.json` is compiled ahead of
+time, and the instructions of its main loop (the backward branch with most MMAs) are counted with
+cuobjdump. Rules: no spills, no I2F, the right MMA, 128-bit copies, shared memory within the chip's
+limit. The counts give a bound: a sub-core issues one instruction per cycle, so an SM at its MMA
+peak must issue the loop of all warps in the cycles of its MMAs. Bank conflicts, latency, occupancy
+and clocks are not visible: these kernels are compiled, not timed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "gpu-code.json"
 CEILINGS = ROOT.parent / "tests" / "data" / "gpu_ceilings.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Bytes of shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
+# Most bytes of shared memory per block (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
-# Multiply-adds a cycle and SM with 32-bit accumulators: (fp16, int8). From NVIDIA's peak rates of
-# A100, A6000, RTX 6000 Ada and H100; GeForce cards of sm_86 and sm_89 have half the fp16 rate, so
-# that their loops have twice the time.
+# Multiply-adds per cycle and SM with 32-bit accumulators: (fp16, int8). From NVIDIA's peak rates of
+# A100, A6000, RTX 6000 Ada and H100. GeForce cards of sm_86 and sm_89 have half the fp16 rate, so
+# their fp16 loops have twice the time.
 RATE = {80: (1024, 2048), 86: (512, 1024), 89: (512, 1024), 90: (2048, 4096)}
 GROUPS = (32, 64, 128)  # of int4 weights (docs/format.md)
 K, HIDDEN, MLP, HEADS, DIM = 1024, 1024, 4096, 16, 64  # Hunyuan3D-2mini
@@ -48,12 +48,12 @@ K, HIDDEN, MLP, HEADS, DIM = 1024, 1024, 4096, 16, 64  # Hunyuan3D-2mini
 
 @dataclass(frozen=True)
 class Case:
-    """One binary: a kernel with its constants for one architecture."""
+    """One binary: a kernel with its constants, for one architecture."""
 
     name: str
     arch: int
     kernel: Any
-    types: dict[str, str]  # of the arguments that are no constants
+    types: dict[str, str]  # of the arguments that are not constants
     constants: dict[str, Any]
     warps: int
     stages: int = 3
@@ -69,22 +69,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of a case holds; loop counts are 0 where there is no loop with MMAs."""
+    """Counts of a case's machine code; loop counts are 0 without a loop with MMAs."""
 
     registers: int
-    stack: int  # bytes of local memory a thread
-    shared: int  # bytes a block
+    stack: int  # bytes of local memory per thread
+    shared: int  # bytes per block
     loop: int  # instructions
     mmas: int
     kind: str
-    per_mma: float  # loop instructions per MMA; a WGMMA is a whole tile's worth
-    macs: int  # multiply-adds of one loop iteration and warp
-    i2f: int  # in the main loop (grid arithmetic divides by way of floats, once)
+    per_mma: float  # loop instructions per MMA; a WGMMA computes a whole tile
+    macs: int  # multiply-adds per loop iteration and warp
+    i2f: int  # in the main loop (grid arithmetic outside it divides in floats)
     local: int  # LDL and STL anywhere
     narrow: int  # asynchronous copies of less than 128 bits in the loop
     wide_loads: int  # 128-bit loads or asynchronous copies anywhere
-    utilisation: float  # bound on the MMA units' utilisation by issue slots; 1 without MMAs
-    seconds: float  # to compile
+    utilisation: float  # bound by issue slots on the MMA units' utilisation; 1 without MMAs
+    seconds: float  # compile time
 
 
 def gemm_case(op: str, group: int, arch: int, tile: Tile, epilogue: str = "bias") -> Case:
@@ -144,7 +144,7 @@ def row_cases(arch: int) -> list[Case]:
 
 
 def shipped_cases() -> list[Case]:
-    """Every binary that the shipped table can lead to, each once."""
+    """Every binary that the shipped table can select, each once."""
     cases = []
     for arch in gemm_table.ARCHS:
         for op in gemm_table.OPS:
@@ -156,7 +156,7 @@ def shipped_cases() -> list[Case]:
             ]
             for group in GROUPS if op.startswith("w4") else (0,):
                 cases += [gemm_case(plain, group, arch, tile, gate or "bias") for tile in tiles]
-            if op in ("w8a16", "w4a16"):  # the other epilogue, on the tile with least to spare
+            if op in ("w8a16", "w4a16"):  # the other epilogue, on the largest tile
                 group = 64 if op.startswith("w4") else 0
                 largest = max(tiles, key=lambda tile: tile.bm * tile.bn)
                 cases.append(gemm_case(plain, group, arch, largest, "gelu"))
@@ -165,7 +165,7 @@ def shipped_cases() -> list[Case]:
 
 
 def compile_case(case: Case) -> Code:
-    """Compiles and counts. Pointers and row distances are multiples of 16, as torch makes them."""
+    """Compiles a case and counts its code; pointers and strides are multiples of 16, as torch's."""
     signature: dict[str, str] = {}
     attributes = {}
     for i, name in enumerate(case.kernel.arg_names):
@@ -219,13 +219,14 @@ def count(case: Case, sass: str, registers: int, stack: int, shared: int, second
     utilisation = 1.0
     if mmas:
         integer = kinds[0].startswith("I")
-        # Four sub-cores issue one instruction a cycle each; an iteration's MMAs take macs / rate.
+        # Each of four sub-cores issues one instruction per cycle; an iteration's MMAs take
+        # macs / rate.
         mma_cycles = macs * case.warps / RATE[case.arch][integer]
         utilisation = min(1.0, mma_cycles / (len(loop) * case.warps / 4))
     return Code(
         registers, stack, shared, len(loop), len(mmas), "+".join(kinds) or "-",
         round(len(loop) / max(len(mmas), 1), 2), macs,
-sum(re.match("I2FP?[. ]", t) is not None for t in loop or [t for _, t in code]),
+        sum(re.match("I2FP?[. ]", t) is not None for t in loop or [t for _, t in code]),
         everywhere["LDL"] + everywhere["STL"],
         sum(".128" not in name for name in copies),
         sum(bool(re.match(r"(LDG|LDGSTS)\b.*\.128\b", t.split()[0])) for _, t in code),
@@ -234,7 +235,7 @@ sum(re.match("I2FP?[. ]", t) is not None for t in loop or [t for _, t in code]),
 
 
 def mac_count(name: str) -> int:
-    """Multiply-adds of one MMA instruction and warp, from its name's shape."""
+    """Multiply-adds per MMA instruction and warp, from the shape in its name."""
     group = re.search(r"GMMA\.(\d+)x(\d+)x(\d+)", name)
     if group:  # issued by each of four warps for all of them
         m, n, k = map(int, group.groups())
@@ -245,7 +246,7 @@ def mac_count(name: str) -> int:
 
 
 def faults(case: Case, code: Code, ceiling: float | None) -> list[str]:
-    """The rules that a binary breaks, one line each; none for what may be shipped."""
+    """The rules that a binary breaks, one line each; empty if it may be shipped."""
     found = []
     if code.stack or code.local:
         found.append(f"spills: {code.stack} bytes of stack, {code.local} local accesses")
@@ -272,15 +273,15 @@ def ceilings() -> dict[str, float]:
 
 
 def markdown(rows: list[tuple[Case, Code]]) -> str:
-    """The table of the report."""
+    """The report."""
     out = [
         "# GPU kernels, compiled ahead of time", "",
         f"Triton {triton.__version__}, {len(rows)} binaries. Compiled, not timed: no GPU was used."
         " Written by `python -m benchmarks.gpu.code`.", "",
-        "i/MMA: instructions of the main loop per MMA (a WGMMA of sm_90 is worth many of the"
-        " others'). Bound: the utilisation of the MMA units that issue slots alone allow, at the"
-        " rates of A100, A6000, RTX 6000 Ada and H100; latency, bank conflicts and memory only"
-        " lower it. Tiles of few rows are for few rows, where memory is the limit.", "",
+        "i/MMA: instructions of the main loop per MMA (one WGMMA of sm_90 equals many MMAs of the"
+        " others). Bound: the highest utilisation of the MMA units that issue slots allow, at the"
+        " rates of A100, A6000, RTX 6000 Ada and H100; latency, bank conflicts and memory can only"
+        " lower it. Tiles with few rows are for GEMMs with few rows, which memory limits.", "",
     ]  # fmt: skip
     for arch in gemm_table.ARCHS:
         out += [
@@ -303,15 +304,16 @@ def markdown(rows: list[tuple[Case, Code]]) -> str:
 
 
 def write(rows: list[tuple[Case, Code]]) -> None:
-    """The JSON first, then what is made of it: the page and the ceilings."""
+    """Writes the JSON, then the page and the ceilings derived from it."""
     records = {case.key: asdict(code) for case, code in rows}
     for record in records.values():
-        del record["seconds"]  # of one run on one machine
+        del record["seconds"]  # depends on the machine
     RESULTS.write_text(
         json.dumps({"triton": triton.__version__, "cases": records}, indent=1) + "\n"
     )
     RESULTS.with_suffix(".md").write_text(markdown(rows))
-    # 5 % above today's: a compiler may move an instruction, not undo what the kernels rely on.
+    # 5 % above the recorded ones: a compiler may move an instruction, but must not undo the
+    # properties that the kernels rely on.
     limits = {case.key: round(1.05 * code.per_mma, 2) for case, code in rows if case.gemm}
     CEILINGS.write_text(json.dumps(limits, indent=1) + "\n")
 
@@ -319,9 +321,9 @@ def write(rows: list[tuple[Case, Code]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--resume", action="store_true", help="keep what an interrupted run of these kernels wrote"
+        "--resume", action="store_true", help="keep the results of an interrupted run"
     )
-    parser.add_argument("--only", default="", help="cases whose name begins so; writes nothing")
+    parser.add_argument("--only", default="", help="cases whose name starts so; writes no file")
     options = parser.parse_args()
     known: dict[str, Any] = {}
     if options.resume and RESULTS.exists():

@@ -1,20 +1,20 @@
-"""The GPU kernels on the GPU at hand: right first, then fast, then the whole network. One command.
+"""Checks and times the GPU kernels on this machine's GPU: numerics, kernels, the whole network.
 
     python -m benchmarks.gpu                    # benchmarks/results/gpu-<name>.*
     python -m benchmarks.gpu --cpu --out x.json # rehearsal without a GPU, in Triton's interpreter
 
-1. Every operator against float64 (`gpu_checks.py`), odd shapes, outliers and NaN included.
-2. GEMMs of the network's linears: ours, their expand-and-cuBLAS rivals, torch._int_mm and cuBLAS
-   fp16 in the same run, interleaved, medians, inputs in the GPU's memory and launches hidden; as
-   fractions of what cuBLAS reaches at 8192^3 here and, where the clock can be read, of the chip's
-   peak.
+1. Every operator against float64 (`checks.py`), including odd shapes, outliers and NaN.
+2. GEMMs of the network's linears: ours, expand + cuBLAS, torch._int_mm and cuBLAS fp16 in the same
+   run, interleaved, medians, inputs in GPU memory, launches hidden; as fractions of cuBLAS's rate
+   at 8192^3 on this GPU and, if the clock can be read, of the chip's peak.
 3. Row kernels in GB/s, against the plain PyTorch operations that they replace.
 4. Hunyuan3D-2mini with random weights: fp16 against int8 and int4, weight-only and with int8
    activations, eager (launches included) and as a CUDA graph; error to float32 and peak memory.
 
-What cannot run here, for want of memory say, is named in the report, and the rest goes on; JSON and
-Markdown are written after every part. Exit code 1 if a check fails or something could not run; the
-timings mean nothing where a check fails. Clocks are not locked: run it on an idle machine.
+If something cannot run, for lack of memory for example, the report names it and the other parts
+continue; JSON and Markdown are written after every part. Exit code 1 if a check fails or something
+could not run. Timings are meaningless if a check fails. Clocks are not locked: run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.container import one_line
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-# Multiply-adds a cycle and SM, fp16 with 32-bit accumulators and int8, by compute capability. The
-# GeForce cards of sm_86 and sm_89 have half of the fp16 rate.
+# Multiply-adds per cycle and SM, fp16 with 32-bit accumulators and int8, by compute capability.
+# GeForce cards of sm_86 and sm_89 have half the fp16 rate.
 RATE = {80: (1024, 2048), 86: (512, 1024), 89: (512, 1024), 90: (2048, 4096)}
 LINEARS = [  # (N, K) of Hunyuan3D-2mini
     (3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096), (7168, 1024), (1024, 5120),
 ]  # fmt: skip
 Timed = dict[str, Callable[[], Any]]
 SMI = {"driver": "driver_version", "clock_mhz": "clocks.max.sm", "power_limit_w": "power.limit"}
-SINGLE = 3  # calls of one kernel in a row
+SINGLE = 3  # consecutive calls of one kernel
 
 
 class Broken(list[dict[str, str]]):
-    """What could not run, and why: said at once, kept for the report."""
+    """The measurements that failed, with their errors; printed at once and kept for the report."""
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
-        """Whatever fails inside is one line, and the run goes on after it."""
+        """Turns an exception inside into one line of the report."""
         try:
             yield
         except Exception as error:
@@ -83,7 +83,7 @@ def device_facts(device: Any) -> dict[str, Any]:
         "sms": properties.multi_processor_count, "memory_gib": properties.total_memory / 2**30,
         "cuda": torch.version.cuda,
     }  # fmt: skip
-    # By its name: nvidia-smi and CUDA count a machine's GPUs in different orders.
+    # By UUID: nvidia-smi and CUDA number a machine's GPUs in different orders.
     gpu = f"GPU-{properties.uuid}"
     for name, field in SMI.items():
         facts[name] = smi(gpu, field)
@@ -97,7 +97,7 @@ def device_facts(device: Any) -> dict[str, Any]:
 
 
 def smi(gpu: str, field: str) -> str | None:
-    """One field of nvidia-smi; None where it cannot be read."""
+    """One field of nvidia-smi, or None if it cannot be read."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--id={gpu}", f"--query-gpu={field}", "--format=csv,noheader"],
@@ -112,9 +112,10 @@ def smi(gpu: str, field: str) -> str | None:
 def measure(
     calls: Timed, device: Any, repeats: int, broken: Broken, what: str, *, launches: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Median and p90 microseconds of each call, interleaved; none of one that fails.
+    """Median and p90 microseconds of each call, interleaved; calls that fail are left out.
 
-    On a GPU those of its kernels alone (`tune.kernel_us`), or with `launches` from an idle GPU on.
+    On a GPU the time of the kernels alone (`kernel_us`), or with `launches` the time from an idle
+    GPU, launches included.
     """
     import torch
 
@@ -154,12 +155,12 @@ def measure(
 
 
 def ratio(times: dict[str, dict[str, float]], of: str, to: str) -> float | None:
-    """How many times as long `of` takes as `to`; None where one was not measured."""
+    """The time of `of` divided by that of `to`, or None if one was not measured."""
     return times[of]["us"] / times[to]["us"] if of in times and to in times else None
 
 
 def measured_peaks(device: Any, size: int, repeats: int, broken: Broken) -> dict[str, float]:
-    """TFLOP/s of cuBLAS at size^3 in fp16, and TOP/s of torch._int_mm in int8."""
+    """TFLOP/s of cuBLAS in fp16 and TOP/s of torch._int_mm in int8, at size^3."""
     import torch
 
     a = torch.randn(size, size, device=device).half()
@@ -172,7 +173,7 @@ def measured_peaks(device: Any, size: int, repeats: int, broken: Broken) -> dict
 def gemm_times(
     device: Any, m: int, n: int, k: int, repeats: int, groups: list[int], broken: Broken
 ) -> dict[str, Any]:
-    """One linear in all its forms."""
+    """Times of one linear in all its forms."""
     import torch
     import torch.nn.functional as F
 
@@ -218,7 +219,7 @@ def _expand_and_multiply(x: Any, parts: tuple[Any, ...], bias: Any) -> Any:
 def row_times(
     device: Any, shape: tuple[int, int, int], repeats: int, broken: Broken
 ) -> list[dict[str, Any]]:
-    """Fused row kernels and what they replace, at (batch, tokens, width)."""
+    """Fused row kernels and the operations that they replace, at (batch, tokens, width)."""
     import torch
     import torch.nn.functional as F
 
@@ -268,10 +269,10 @@ def row_times(
 
 
 def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
-    """A network of the GPU's form, all its block linears packed in `bits`, modulation a table.
+    """A network in its GPU form with all block linears packed in `bits` and modulation tables.
 
-    bits 16: nn.Linear instead, in the readable form. Seeds depend on names alone, so that networks
-    of different widths stand for the same random weights up to their rounding.
+    bits 16: the plain network with nn.Linear. Seeds depend on names alone, so networks of different
+    bits represent the same random weights up to rounding.
     """
     import torch
     from torch import nn
@@ -328,7 +329,7 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
         if parameter.is_meta and name.endswith("_norm.scale"):
             parent = dit.get_submodule(name.rpartition(".")[0])
             parent.scale = nn.Parameter(torch.ones(parameter.shape, device=device).half(), False)
-    dit.time_in = nn.Identity()  # the steps below come as rows of the tables
+    dit.time_in = nn.Identity()  # the steps below are rows of the tables
     assert not any(t.is_meta for t in dit.state_dict().values())
     return dit
 
@@ -349,7 +350,7 @@ def plain_step(dit: Any, x: Any, when: Any, cond: Any) -> Any:
 def network_times(
     device: Any, config: Any, latents: int, condition: int, repeats: int, broken: Broken
 ) -> list[dict[str, Any]]:
-    """The whole step: batch 2, every width and activation mode, against fp16 in the same run."""
+    """Times of a step of batch 2 for all bits and activation modes, with fp16 in the same run."""
     import torch
 
     from vitapack.runtime.engines.cuda_graph import Recording
@@ -408,7 +409,7 @@ def network_times(
 
 
 def in_float32(dit: Any, x: Any, when: Any, cond: Any) -> Any:
-    """A step with the same weights in float32, then back: halves become floats exactly."""
+    """A step with the same weights in float32; the network is fp16 again afterwards, exactly."""
     try:
         return plain_step(dit.float(), x.float(), when, cond.float())
     finally:
@@ -417,7 +418,7 @@ def in_float32(dit: Any, x: Any, when: Any, cond: Any) -> Any:
 
 def mini(hidden: int = 1024, double: int = 8, single: int = 16, channels: int = 64,
          cond: int = 1536) -> Any:  # fmt: skip
-    """Hunyuan3D-2mini's hyper-parameters, or a smaller network of the same kind."""
+    """Hunyuan3D-2mini's hyper-parameters, or those of a smaller network of the same kind."""
     from vitapack.runtime.networks.dit import DiTConfig, hunyuan_time
 
     return DiTConfig(
@@ -429,7 +430,7 @@ def mini(hidden: int = 1024, double: int = 8, single: int = 16, channels: int = 
 def run(
     device: Any, rehearsal: bool, repeats: int, write: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """All parts. The rehearsal takes every path that needs no GPU, at the smallest sizes."""
+    """Runs all parts. The rehearsal runs all code that needs no GPU, at the smallest sizes."""
     import torch
 
     from benchmarks.gpu import checks as gpu_checks
@@ -506,7 +507,7 @@ def markdown(result: dict[str, Any]) -> str:
         + ", ".join(f"{key} {facts[key]}" for key in ("torch", "triton", "driver", "clock_mhz")
                     if facts.get(key)) + ".", "",
         f"Checks: {len(result['checks'])}, failed: {result['failed']}"
-        + (". **The timings below mean nothing.**" if result["failed"] else ".") + "",
+        + (". **The timings below are meaningless.**" if result["failed"] else ".") + "",
     ]  # fmt: skip
     out += [
         f"- FAILED {check['name']}: error {check['error']:.3g}, allowed {check['allowed']:.3g}"
@@ -518,7 +519,7 @@ def markdown(result: dict[str, Any]) -> str:
     out += ["", "At 8192^3: " + (", ".join(reached) or "not measured")
             + (f"; the chip's peaks are {theory['fp16']:.0f} and {theory['int8']:.0f}"
                if theory else "") + ".", "", "## GEMMs", "",
-            "Medians. Fractions are of cuBLAS' own best rate above in the arithmetic used.",
+            "Medians. Fractions are of cuBLAS's rate above, in the same arithmetic.",
             ""]  # fmt: skip
     rows = []
     for gemm in result["gemms"]:
@@ -552,8 +553,8 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row.get('activation_bytes', 0) / 1e6:.0f} | {figure(row.get('error'), 4)} |"
             )  # fmt: skip
     head = (
-        "| tokens | weights | ms | x fp16 | graph ms | x fp16 graph | MB of weights | MB beyond "
-        "| error to fp32 |"
+        "| tokens | weights | ms | x fp16 | graph ms | x fp16 graph | MB of weights "
+        "| MB of activations | error to fp32 |"
     )
     out += ["", "## Whole network, batch 2, random weights", "", *table(head, rows)]
     return "\n".join([*out, ""])
@@ -570,7 +571,7 @@ def progress(line: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cpu", action="store_true", help="rehearsal in Triton's interpreter")
-    parser.add_argument("--out", type=Path, help="JSON; the Markdown lies beside it")
+    parser.add_argument("--out", type=Path, help="the JSON; the Markdown has the same name")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     if options.cpu:
@@ -579,10 +580,10 @@ def main() -> int:
     import torch
 
     if not options.cpu and not torch.cuda.is_available():
-        progress("no CUDA GPU here; `--cpu` rehearses in Triton's interpreter")
+        progress("no CUDA GPU here; `--cpu` runs a rehearsal in Triton's interpreter")
         return 2
     if options.cpu and options.out is None:
-        progress("a rehearsal's figures mean nothing: name a file with --out")
+        progress("a rehearsal's figures are meaningless: name a file with --out")
         return 2
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
 
