@@ -2,7 +2,7 @@
 
     python -m benchmarks.furniture.autoencoder data.npz -o runs/autoencoder --minutes 20
 
-The target is occupancy softened over one cell to either side by the signed distance, so that the
+The target is occupancy, softened by the signed distance over one cell to either side, so that the
 zero level of the logits is a smooth surface (hard occupancy left stripes).
 """
 
@@ -63,7 +63,7 @@ class Autoencoder(nn.Module):
 
 
 def reconstruction_loss(logits: Tensor, distance: Tensor) -> Tensor:
-    """Cross entropy to the softened occupancy; cells within two cells of the surface count 5x."""
+    """Cross-entropy to the softened occupancy; cells within two cells of the surface weigh 5x."""
     target = (0.5 - distance / 2).clamp(0, 1)
     weight = 1 + 4 * (distance.abs() < 2)
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
@@ -71,14 +71,14 @@ def reconstruction_loss(logits: Tensor, distance: Tensor) -> Tensor:
 
 
 def distances(data: dict, index: np.ndarray, mirror: np.ndarray) -> Tensor:
-    """(B, 64, 64, 64) float32 distances in cells, mirrored in x where asked."""
+    """(B, 64, 64, 64) float32 distances in cells; those with `mirror` set are mirrored in x."""
     batch = data["distance"][index].astype(np.float32) / 32
     batch[mirror] = batch[mirror][:, ::-1]
     return torch.from_numpy(batch)
 
 
 def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
-    data = load_data(options.data, options.body, pictures=False)
+    data = load_data(options.data, options.body, images=False)
     train, unseen = (np.where(data["split"] == name)[0] for name in ("train", "validation"))
     torch.manual_seed(rank)
     rng = np.random.default_rng(rank + 1000 * int(options.minutes))
@@ -120,9 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--body", type=float, default=0.0, help="least share of solid cells")
+    parser.add_argument(
+        "--body", type=float, default=0.0, help="lowest share of cells that survive erosion"
+    )
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="a process")
+    parser.add_argument("--batch", type=int, default=8, help="per process")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--evaluate-every", type=float, default=120, help="seconds")
     parser.add_argument("--workers", type=int, default=2)

@@ -1,12 +1,12 @@
-"""Measures the bundled model: figures as JSON first, then docs/furniture.md (page.py) from them.
+"""Measures the bundled model: figures into JSON, then docs/furniture.md from it (page.py).
 
     python -m benchmarks.furniture.card --stability      # about 20 minutes on two cores
-    python -m benchmarks.furniture.page                  # docs/furniture.md from the JSON again
+    python -m benchmarks.furniture.page                  # only docs/furniture.md, from the JSON
 
-Quality to the true shape on the held-out sets, beside the autoencoder's ceiling and the nearest
-training shape; how well two noises agree; then what compression keeps of the model's own output:
-a quarter of the blocks left out, int8, int4, the automatic plan, and as many blocks pruned at
-random. The test shapes are for the last run only: `--sets test-shapes --no-compression`.
+Quality: IoU to the true shapes of the held-out sets, with the autoencoder's ceiling, the nearest
+training shape, and the agreement of two seeds. Compression: IoU to the model's own output with a
+quarter of the blocks left out, in int8, in int4, with the automatic plan, and with as many blocks
+pruned at random. The test shapes are for the final run only: `--sets test-shapes --no-compression`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from vitapack.runtime.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM_DRAWS = 3
-LEFT_OUT = 0.25  # share of the blocks that a redundant network can miss without any repair
-JUDGED = 24  # pictures that compression is judged on
+LEFT_OUT = 0.25  # share of the blocks left out to measure redundancy
+JUDGED = 24  # images that compression is judged on
 POINTS = EvaluateSettings(emd_points=0, align="none")
 
 
@@ -70,37 +70,37 @@ def interval(values: Iterable[float]) -> dict[str, float]:
 
 
 def quality(pipeline: Pipeline, name: str, out: Path) -> dict:
-    """One held-out set against the true shapes; writes its contact sheet."""
-    pictures = list(held_out(name))
+    """Scores of one held-out set against the true shapes; writes its contact sheet."""
+    views = list(held_out(name))
     rows, sheet = [], []
-    for number, picture in enumerate(pictures):
-        print(f"{name} {number + 1}/{len(pictures)}", flush=True)
-        first, second = (grid_of(pipeline, picture, seed) for seed in (number, 1000 + number))
-        truth = picture.grid
+    for number, view in enumerate(views):
+        print(f"{name} {number + 1}/{len(views)}", flush=True)
+        first, second = (grid_of(pipeline, view, seed) for seed in (number, 1000 + number))
+        truth = view.grid
         mesh, true_mesh = mesh_of(first), mesh_of(truth)
         row = {
-            "name": picture.name,
-            **picture.label,
+            "name": view.name,
+            **view.label,
             "v_iou": float(grid_iou(first, truth)),
             "v_iou_tolerant": float(grid_iou_tolerant(first, truth)),
-            "two_noises": float(grid_iou(first, second)),
+            "two_seeds": float(grid_iou(first, second)),
             "f_score": compare(true_mesh, mesh, POINTS)["f_score"] if mesh else 0.0,
         }
         rows.append(row)
         frame = frame_of(*(m for m in (mesh, true_mesh) if m))
-        views = [render(m, 112, frame=frame) for m in (mesh, true_mesh) if m]
-        sheet.append((f"{row['v_iou']:.2f}", [Image.open(picture.image_path), *views]))
-    heading = ("picture", "generated", "true shape")
+        renders = [render(m, 112, frame=frame) for m in (mesh, true_mesh) if m]
+        sheet.append((f"{row['v_iou']:.2f}", [Image.open(view.image_path), *renders]))
+    heading = ("image", "generated", "true shape")
     contact_sheet(sheet, heading, size=96, across=6).save(
         out / f"furniture-{name}.png", optimize=True
     )
-    keys = ("v_iou", "v_iou_tolerant", "f_score", "two_noises", "autoencoder_iou",
+    keys = ("v_iou", "v_iou_tolerant", "f_score", "two_seeds", "autoencoder_iou",
             "nearest_training_iou")  # fmt: skip
     return {"rows": rows, "summary": {key: interval(row[key] for row in rows) for key in keys}}
 
 
 def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
-    """What compression keeps of the model's output, on the pictures that vitality did not see."""
+    """IoU of compressed models to the original, on images that the analysis did not use."""
     checkpoint = open_checkpoint("furniture")
     every = list(held_out("unseen-views"))
     studied, judged = every[-images:], every[:-images][:JUDGED]
@@ -167,8 +167,10 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
 def redundancy(
     pipeline: Pipeline, vitality: Vitality, judged: list[HeldOut], full: dict[str, np.ndarray]
 ) -> dict:
-    """IoU to the full model with a quarter of the blocks left out, nothing repaired or quantized:
-    the least vital ones, and as many of each kind at random."""
+    """IoU to the original with a quarter of the blocks left out, not fine-tuned, not quantized.
+
+    The least vital blocks, and as many of each kind at random.
+    """
     count = round(LEFT_OUT * len(vitality.blocks))
     order = [(b.kind, b.index) for b in sorted(vitality.blocks, key=lambda b: b.mean)]
     least = order[:count]
@@ -178,8 +180,8 @@ def redundancy(
         draw: list[tuple[str, int]] = []
         for kind in ("double", "single"):
             every = sorted(block for block in order if block[0] == kind)
-            some = rng.choice(len(every), sum(k == kind for k, _ in least), replace=False)
-            draw += [every[i] for i in some]
+            drawn = rng.choice(len(every), sum(k == kind for k, _ in least), replace=False)
+            draw += [every[i] for i in drawn]
         draws[f"random draw {seed + 1}"] = draw
     found = {}
     for title, blocks in draws.items():
@@ -196,12 +198,14 @@ def redundancy(
 
 
 def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
-    """The order of the blocks in disjoint halves of all unseen views; the pictures that
-    `compression` has measured are taken from its journal."""
-    pictures = list(held_out("unseen-views"))
+    """Agreement of the blocks' order between disjoint halves of all unseen views.
+
+    Images that `compression` has measured are read from its journal.
+    """
+    views = list(held_out("unseen-views"))
     vitality = analyze(
         pipeline,
-        [(p.name, Image.open(p.image_path)) for p in pictures],
+        [(view.name, Image.open(view.image_path)) for view in views],
         work / f"vitality-{pipeline.source_sha256[:8]}.json",
         steps=10,
         curve=False,
@@ -210,7 +214,7 @@ def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
         progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
     )
     return {
-        "images": len(pictures),
+        "images": len(views),
         "orders": {name: vars(value) for name, value in vitality.stability.items()},
     }
 
@@ -218,11 +222,15 @@ def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "card")
-    parser.add_argument("--images", type=int, default=24, help="pictures for the vitality")
+    parser.add_argument("--images", type=int, default=24, help="images for the vitality")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sets", nargs="*", default=["unseen-views", "validation-shapes"])
-    parser.add_argument("--no-compression", action="store_true", help="only the sets")
-    parser.add_argument("--stability", action="store_true", help="order of blocks, all pictures")
+    parser.add_argument(
+        "--no-compression", action="store_true", help="only the quality on the sets"
+    )
+    parser.add_argument(
+        "--stability", action="store_true", help="stability of the blocks' order, on all images"
+    )
     options = parser.parse_args()
     pictures = PAGE.parent / "pictures"
     for folder in (options.work, pictures, RESULTS.parent):
@@ -231,7 +239,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = Pipeline.from_model("furniture", device="cpu")
     if data.get("sha256") != pipeline.source_sha256:
-        data = {"sha256": pipeline.source_sha256, "quality": {}}  # figures of another model
+        data = {"sha256": pipeline.source_sha256, "quality": {}}  # another model's figures
     data |= about()
 
     def save() -> None:

@@ -1,11 +1,11 @@
-"""The furniture data set: real, human-made shapes and their pictures, from one Debian package.
+"""Builds the furniture data set: human-made shapes and renders of them, from a Debian package.
 
     apt-get download sweethome3d-furniture && dpkg-deb -x sweethome3d-furniture_*.deb FOLDER
     python -m benchmarks.furniture.data FOLDER/usr/share/sweethome3d/furniture -o data.npz
 
-Nothing is downloaded here. Every model keeps its attribution (id, name, creator, library, licence).
-A shape is a signed distance on 64^3 cell centres of [-1, 1]^3 (x right, y up, z to the front); a
-picture is a clay rendering from a three-quarter view, the way a user would photograph a chair.
+This command downloads nothing. Every model keeps its attribution (id, name, creator, library,
+licence). A shape is a signed distance on 64^3 cell centres of [-1, 1]^3 (x right, y up, z to the
+front). An image is a clay render from a three-quarter view, as a user would photograph a chair.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from PIL import Image
 from scipy import ndimage
 
 GRID = 64
-FINE = 128  # labels are made at twice the resolution, then averaged
+FINE = 128  # labels are computed at twice the resolution, then averaged
 EXTENT = 0.9  # the longest side spans [-0.9, 0.9]: a border of three cells stays empty
 THICKEN = 1.5 / FINE * 2  # offset of the surface, so that a sheet is two cells of 64^3 thick
 IMAGE = 112
-MARGIN = 0.15  # of the frame, as Hunyuan3D recentres its pictures (border_ratio)
+MARGIN = 0.15  # of the frame, as Hunyuan3D recentres its images (border_ratio)
 
 LICENCES = {
     "BlendSwap-CC-0": "CC0 1.0",
@@ -44,7 +44,7 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a catalogue, with what its licence asks to be kept."""
+    """One model of a catalogue, with the attribution that its licence requires."""
 
     id: str
     name: str
@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def split(self) -> str:
-        """train, validation or test, by a hash of the id: never changes when models are added."""
+        """train, validation or test, by a hash of the id: adding models changes no split."""
         share = int(hashlib.sha256(self.id.encode()).hexdigest()[:8], 16) / 2**32
         return "test" if share < 0.08 else "validation" if share < 0.13 else "train"
 
@@ -108,7 +108,7 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(vertices: np.ndarray, entry: Entry) -> np.ndarray:
-    """Turns the model upright, gives its box the catalogue's size, fits it into [-0.9, 0.9]^3."""
+    """Rotates the model upright, scales its box to the catalogue's size and into [-0.9, 0.9]^3."""
     points = vertices @ np.array(entry.rotation).reshape(3, 3).T
     low, high = points.min(0), points.max(0)
     size = np.array(entry.size) / max(entry.size)
@@ -119,8 +119,8 @@ def surface_cells(vertices: np.ndarray, faces: np.ndarray, seed: int) -> np.ndar
     """Boolean (FINE,)*3: the cells that the surface passes through, by stratified sampling."""
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
-    # ~6 samples for each cell face that the area covers leave holes in under 1e-2 of sheets;
-    # flood filling at half the resolution below closes those.
+    # About 6 samples per covered cell face leave holes in less than 1 % of sheets, which filling at
+    # half the resolution below closes.
     count = int(np.clip(6 * area.sum() / (2 / FINE) ** 2, 20_000, 3_000_000))
     rng = np.random.default_rng(seed)
     which = np.searchsorted(np.cumsum(area), (np.arange(count) + 0.5) / count * area.sum())
@@ -136,7 +136,7 @@ def surface_cells(vertices: np.ndarray, faces: np.ndarray, seed: int) -> np.ndar
 
 
 def solid(surface: np.ndarray) -> np.ndarray:
-    """Fills what the outside cannot reach; leaky shells are first closed by two cells."""
+    """Fills all cells that the outside cannot reach; leaky shells are first closed by two cells."""
     filled = ndimage.binary_fill_holes(surface)
     closed = ndimage.binary_dilation(surface, iterations=2)
     sealed = ndimage.binary_fill_holes(closed)
@@ -174,7 +174,7 @@ def camera_rays(azimuth: float, elevation: float, size: int) -> tuple[np.ndarray
 
 
 def recentre(image: np.ndarray, alpha: np.ndarray, size: int = IMAGE) -> np.ndarray:
-    """Puts the object's box in the middle of a white square with a border of 15 %, uint8."""
+    """Centres the object's box in a white square with a border of 15 %, uint8."""
     rows, columns = np.where(alpha.any(1))[0], np.where(alpha.any(0))[0]
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     crop = Image.fromarray(image).crop(box)
@@ -188,8 +188,10 @@ def recentre(image: np.ndarray, alpha: np.ndarray, size: int = IMAGE) -> np.ndar
 def render_views(
     vertices: np.ndarray, faces: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clay pictures (count, 112, 112) uint8 on white, and their (azimuth, elevation) in degrees:
-    azimuth 20-70 to either side, elevation 15-35, light and tone of the clay random."""
+    """Clay renders (count, 112, 112) uint8 on white, and their (azimuth, elevation) in degrees.
+
+    Azimuth 20 to 70 to either side, elevation 15 to 35; light and tone of the clay are random.
+    """
     from embreex import rtcore_scene
     from embreex.mesh_construction import TriangleMesh
 
@@ -199,7 +201,7 @@ def render_views(
         vertices[faces[:, 1]] - vertices[faces[:, 0]], vertices[faces[:, 2]] - vertices[faces[:, 0]]
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    pictures, angles = [], []
+    images, angles = [], []
     size = 2 * IMAGE
     for number in range(count):
         side = 1 if number % 2 else -1
@@ -220,13 +222,13 @@ def render_views(
         square = seen.reshape(size, size)
         if not square.any():
             raise ValueError("no ray hit the model")
-        pictures.append(recentre(image.reshape(size, size), square))
+        images.append(recentre(image.reshape(size, size), square))
         angles.append((azimuth, elevation))
-    return np.array(pictures), np.array(angles, np.float32)
+    return np.array(images), np.array(angles, np.float32)
 
 
 def build_one(job: tuple[Path, Entry, int]) -> tuple[Entry, dict[str, np.ndarray] | str]:
-    """All arrays of one model, or the reason why it is left out."""
+    """All arrays of one model, or the reason for leaving it out."""
     archive, entry, views = job
     with zipfile.ZipFile(archive) as files:
         vertices, faces = read_obj(files.read(entry.model).decode("latin-1"))
@@ -235,22 +237,23 @@ def build_one(job: tuple[Path, Entry, int]) -> tuple[Entry, dict[str, np.ndarray
     vertices = normalise(vertices, entry)
     distance = signed_distance(vertices, faces)
     inside = distance < 0
-    # What survives an erosion by one cell: thin shapes make IoU brutal, so stage A prefers bodies.
+    # The share that survives an erosion by two cells: IoU is too strict for thin shapes, so a
+    # training can be restricted to bodies.
     body = ndimage.binary_erosion(inside, iterations=2).sum() / max(1, inside.sum())
     if inside.sum() < 600:
         return entry, f"only {int(inside.sum())} cells"
     seed = int(hashlib.sha256(entry.id.encode()).hexdigest()[8:16], 16)
-    pictures, angles = render_views(vertices, faces, views, np.random.default_rng(seed))
+    images, angles = render_views(vertices, faces, views, np.random.default_rng(seed))
     return entry, {
         "distance": np.clip(distance * GRID / 2 * 32, -127, 127).astype(np.int8),  # 1/32 cell
-        "images": pictures,
+        "images": images,
         "angles": angles,
         "body": np.float32(body),
     }
 
 
 def build(folder: Path, views: int, limit: int | None, jobs: int) -> Iterator[tuple[Entry, dict]]:
-    """Every usable model, in the order of the catalogues; says what was left out and why."""
+    """Yields every usable model in the order of the catalogues; prints the others with reasons."""
     todo = []
     for archive in sorted(folder.glob("*.sh3f")):
         todo += [(archive, entry, views) for entry in catalogue(archive)]

@@ -3,11 +3,11 @@
     python -m benchmarks.furniture.encoder data.npz runs/autoencoder -o runs/encoder --minutes 12
     python -m benchmarks.furniture.encoder ... --cache     # runs/encoder/tokens.npz for the DiT
 
-A weak image encoder was the main failure of the first model: the DiT then draws another, perfectly
-sharp, training shape. So the encoder is trained first, on what the DiT will need from it, and
-frozen, as the published models do with DINOv2: a head of 64 queries regresses the latents, and the
-summary token tells the shapes apart (the regression alone knew 1.5 % of unseen views after 34,000
-pictures: most of a latent's variance is detail, which teaches slowly).
+With a weak image encoder, the main failure of the first model, the DiT generates another, perfectly
+sharp, training shape. So the encoder is trained first and then frozen, as the published models do
+with DINOv2. A head of 64 queries regresses the latents, and the summary token classifies the shape.
+The regression alone identified 1.5 % of unseen views after 34,000 images: most of a latent's
+variance is detail, which is a weak signal.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vitapack.runtime.families.furniture.networks import (
     FurnitureVAEConfig,
 )
 
-IDENTITY = 0.3  # weight of telling shapes apart beside the latents' mean squared error
-HELD_OUT_VIEWS = 4  # the last views of every shape are never trained on
+IDENTITY = 0.3  # weight of the shape classification, relative to the latents' squared error
+HELD_OUT_VIEWS = 4  # the last views of every shape are not trained on
 
 
 class LatentHead(nn.Module):
-    """Condition tokens (B, 50, width) to latents (B, 64, C): thrown away after this training."""
+    """From condition tokens (B, 50, width) to latents (B, 64, C); discarded after this training."""
 
     def __init__(self, config: FurnitureEncoderConfig, channels: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LatentHead(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Pictures (B, 112, 112) to latents (B, 64, C) and shape scores (B, shapes)."""
+    """From images (B, 112, 112) to latents (B, 64, C) and shape scores (B, shapes)."""
 
     def __init__(self, config: FurnitureEncoderConfig, channels: int, shapes: int) -> None:
         super().__init__()
@@ -67,8 +67,10 @@ class Regressor(nn.Module):
 
 
 def chosen_shapes(data: dict, count: int) -> np.ndarray:
-    """Indices of the training shapes of this stage: the first `count` in the order of their ids'
-    hashes, so that a larger stage contains the smaller one."""
+    """Indices of the first `count` training shapes in the order of their ids' hashes.
+
+    A larger selection thus contains every smaller one.
+    """
     train = np.where(data["split"] == "train")[0]
     order = sorted(train, key=lambda i: hash_order(data["entries"][i]["id"]))
     return np.array(order[:count])
@@ -89,7 +91,7 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 @torch.no_grad()
 def all_latents(model: Autoencoder, data: dict, index: np.ndarray) -> Tensor:
-    """(N, 2, 64, C): the mean latents of each shape, as it is and mirrored in x."""
+    """(N, 2, 64, C): the mean latents of each shape, unchanged and mirrored in x."""
     out = []
     for mirrored in (False, True):
         parts = [
@@ -100,15 +102,15 @@ def all_latents(model: Autoencoder, data: dict, index: np.ndarray) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def pictures(data: dict, shape: np.ndarray, view: np.ndarray, mirror: np.ndarray) -> Tensor:
-    """(B, 112, 112) in 0..1."""
+def images_of(data: dict, shape: np.ndarray, view: np.ndarray, mirror: np.ndarray) -> Tensor:
+    """Images (B, 112, 112) in 0..1; those with `mirror` set are mirrored in x."""
     batch = data["images"][shape, view].astype(np.float32) / 255
     batch[mirror] = batch[mirror][:, :, ::-1]
     return torch.from_numpy(batch)
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Small shifts and gains of the object's grey, so that a photo's exposure does not matter."""
+    """Random small shifts, and gains of the object's grey, against sensitivity to exposure."""
     count = len(images)
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, (count, 1, 1)).astype(np.float32))
     images = torch.where(images < 0.999, (images * gain).clamp(0, 0.995), images)
@@ -147,14 +149,14 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         shape = np.repeat(np.arange(len(shapes)), 2)
         view = np.tile([views - 1, views - 2], len(shapes))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            unseen = pictures(data, shapes[shape], view, np.zeros(len(shape), bool))
-            made = [average(part) for part in unseen.split(64)]
-            guess, scores = (torch.cat(parts).float() for parts in zip(*made, strict=True))
+            unseen = images_of(data, shapes[shape], view, np.zeros(len(shape), bool))
+            outputs = [average(batch) for batch in unseen.split(64)]
+            guess, scores = (torch.cat(parts).float() for parts in zip(*outputs, strict=True))
             error = (guess - latents[shape, 0]).square().mean()
             right = (scores.argmax(1).numpy() == shape).mean()
-            some = np.linspace(0, len(shape) - 1, 48).astype(int)
-            grids = autoencoder.decoder(guess[some] * scale + mean)
-        truth = distances(data, shapes[shape[some]], np.zeros(len(some), bool)) < 0
+            sampled = np.linspace(0, len(shape) - 1, 48).astype(int)
+            grids = autoencoder.decoder(guess[sampled] * scale + mean)
+        truth = distances(data, shapes[shape[sampled]], np.zeros(len(sampled), bool)) < 0
         trainer.log(
             loss=np.mean(recent[-100:]), unseen_view_error=error, retrieval=right,
             unseen_view_iou=grid_iou(grids, truth).mean(),
@@ -164,7 +166,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         index = rng.integers(0, len(shapes), options.batch)
         view = rng.integers(0, views - HELD_OUT_VIEWS, options.batch)
         mirror = rng.random(options.batch) < 0.5
-        images = augment(pictures(data, shapes[index], view, mirror), rng)
+        images = augment(images_of(data, shapes[index], view, mirror), rng)
         with torch.autocast("cpu", torch.bfloat16):
             guess, scores = model(images)
         loss = (guess.float() - latents[index, mirror.astype(int)]).square().mean()
@@ -174,12 +176,12 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
 
 
 def cache(options: argparse.Namespace) -> None:
-    """tokens.npz: the condition tokens (shapes, views, 50, width) float16 beside the normalised
-    latents (shapes, 64, C), and the tokens of one view of every validation shape."""
+    """Writes tokens.npz: condition tokens (shapes, views, 50, width) float16, normalised latents
+    (shapes, 64, C), and the tokens of one view of every validation shape."""
     data = load_data(options.data, options.body)
-    found = torch.load(options.out / "latents.pt", weights_only=True)
-    place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
-    shapes = np.array([place[name] for name in found["shapes"]])
+    norm = torch.load(options.out / "latents.pt", weights_only=True)
+    position = {entry["id"]: number for number, entry in enumerate(data["entries"])}
+    shapes = np.array([position[name] for name in norm["shapes"]])
     latents = all_latents(load_autoencoder(options.autoencoder), data, shapes)[:, 0]
     state = torch.load(options.out / "checkpoint.pt", weights_only=True)
     model = Regressor(FurnitureEncoderConfig(), latents.shape[-1], len(shapes))
@@ -189,14 +191,14 @@ def cache(options: argparse.Namespace) -> None:
     views = np.arange(data["images"].shape[1])
 
     def encode(shape: int, view: np.ndarray) -> np.ndarray:
-        batch = pictures(data, np.full(len(view), shape), view, np.zeros(len(view), bool))
+        batch = images_of(data, np.full(len(view), shape), view, np.zeros(len(view), bool))
         with torch.no_grad():
             return model.encoder(batch).half().numpy()
 
     np.savez(
         options.out / "tokens.npz",
         tokens=np.stack([encode(shape, views) for shape in shapes]),
-        latents=((latents - found["mean"]) / found["scale"]).numpy(),
+        latents=((latents - norm["mean"]) / norm["scale"]).numpy(),
         validation=validation,
         validation_tokens=np.stack([encode(shape, views[-1:])[0] for shape in validation]),
     )
@@ -207,11 +209,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("autoencoder", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="folder of a run whose weights to start from")
+    parser.add_argument("--start", type=Path, help="folder of a training to start from")
     parser.add_argument("--body", type=float, default=0.0)
     parser.add_argument("--shapes", type=int, default=10_000, help="at most")
     parser.add_argument("--minutes", type=float, default=12)
-    parser.add_argument("--batch", type=int, default=48, help="a process")
+    parser.add_argument("--batch", type=int, default=48, help="per process")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--evaluate-every", type=float, default=90, help="seconds")
     parser.add_argument("--workers", type=int, default=2)

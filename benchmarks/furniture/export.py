@@ -1,11 +1,11 @@
-"""Writes the trained parts as one checkpoint in the released layout of the Hunyuan3D family.
+"""Writes the trained networks as one checkpoint in the Hunyuan3D family's released layout.
 
     python -m benchmarks.furniture.export data.npz runs/autoencoder runs/encoder runs/dit \\
         -o runtime/bundled/furniture
 
-`config.yaml` + `model.fp16.safetensors` (model.*, vae.*, conditioner.*), the attribution of every
-shape, and held-out pictures with their true shapes: unseen views of training shapes, and (only for
-the final table) unseen shapes.
+Writes `config.yaml`, `model.fp16.safetensors` (model.*, vae.*, conditioner.*), the attribution of
+every shape, and held-out images with their true shapes: unseen views of training shapes and, for
+the final table only, unseen shapes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.furniture.page import SAMPLING, TRAINING
 from benchmarks.furniture.train import furniture_config
 from benchmarks.furniture.training import grid_iou, load_data
 
-HELD_OUT = {"unseen-views": 48, "validation-views": 32}  # of training shapes, none in both
+HELD_OUT = {"unseen-views": 48, "validation-views": 32}  # of training shapes; disjoint
 SEED_OF_SETS = 0
-# Until benchmarks.furniture.sampling has measured this model: export, measure, export again.
+# Until benchmarks.furniture.sampling has run on this model: export, run it, export again.
 FIRST_CHOICE = {"guidance": 3.0, "steps": 20}
 
 
 def weights(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """All tensors in fp16; the latents' normalisation is folded into the decoder's first layer."""
+    """All tensors in fp16; the decoder's first layer includes the latents' normalisation."""
     norm = torch.load(options.encoder / "latents.pt", weights_only=True)
     decoder = load_autoencoder(options.autoencoder).decoder.state_dict()
     first = decoder["post_kl.weight"]
@@ -42,7 +42,7 @@ def weights(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     decoder["post_kl.weight"] = first * norm["scale"]
     dit = torch.load(options.dit / "checkpoint.pt", weights_only=True)["average"]
     encoder = torch.load(options.encoder / "checkpoint.pt", weights_only=True)["average"]
-    parts = {
+    networks = {
         "model": dit,
         "vae": decoder,
         "conditioner": {
@@ -52,8 +52,8 @@ def weights(options: argparse.Namespace) -> dict[str, torch.Tensor]:
         },
     }
     return {
-        f"{part}.{key}": value.half().contiguous()
-        for part, tensors in parts.items()
+        f"{prefix}.{key}": value.half().contiguous()
+        for prefix, tensors in networks.items()
         for key, value in tensors.items()
     }
 
@@ -104,14 +104,15 @@ def config(hidden: int) -> dict:
 
 
 def held_out(data: dict, shapes: list[str], out: Path, autoencoder: Autoencoder) -> None:
-    """PNG pictures with alpha beside the true signed distances, four sets never mixed.
+    """Writes four disjoint sets of PNG images with alpha, and their true signed distances.
 
-    Each shape is labelled with what no DiT can beat (the autoencoder's IoU) and what it must beat
-    to be more than a memory (the nearest training shape's IoU, found with the truth in hand)."""
-    place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
+    Each shape is labelled with two IoUs: the autoencoder's, which no DiT can exceed, and that of
+    the nearest training shape, chosen by the true shape, which a model must exceed to generalise.
+    """
+    position = {entry["id"]: number for number, entry in enumerate(data["entries"])}
     last = data["images"].shape[1] - 1
-    trained = [place[name] for name in shapes]
-    # The pictures of one set are spread over all shapes; unseen views are each shape's last.
+    trained = [position[name] for name in shapes]
+    # A set's images are spread over all shapes; the unseen view is each shape's last.
     order = [trained[i] for i in np.random.default_rng(SEED_OF_SETS).permutation(len(trained))]
     sets, start = {}, 0
     for name, count in HELD_OUT.items():
@@ -128,10 +129,10 @@ def held_out(data: dict, shapes: list[str], out: Path, autoencoder: Autoencoder)
         index = [int(i) for i in index]
         exact = distances(data, np.array(index), np.zeros(len(index), bool))
         with torch.no_grad():
-            made = torch.cat(
-                [autoencoder.decoder(autoencoder.encoder(part)[0]) for part in exact.split(8)]
+            decoded = torch.cat(
+                [autoencoder.decoder(autoencoder.encoder(batch)[0]) for batch in exact.split(8)]
             )
-        ceiling = grid_iou(made, exact < 0)
+        ceiling = grid_iou(decoded, exact < 0)
         clipped, labels = [], {}
         for number, i in enumerate(index):
             entry = data["entries"][i]
@@ -156,7 +157,7 @@ def held_out(data: dict, shapes: list[str], out: Path, autoencoder: Autoencoder)
 
 
 def attribution(data: dict, shapes: list[str]) -> str:
-    """One line a shape: what the licences ask for, whatever the legal status of weights is."""
+    """One line per shape with the attribution that its licence requires."""
     keys = ("id", "name", "creator", "library", "licence")
     lines = ["\t".join([*keys, "used for"])]
     for entry in data["entries"]:
@@ -194,9 +195,9 @@ def main() -> None:
     }
     TRAINING.write_text(json.dumps(logs, indent=1) + "\n")
     held_out(data, shapes, options.out, load_autoencoder(options.autoencoder))
-    for part in ("model", "vae", "conditioner"):
-        size = sum(v.numel() for k, v in tensors.items() if k.startswith(part + "."))
-        print(f"{part}: {size / 1e6:.2f} M parameters, {2 * size / 1e6:.1f} MB")
+    for prefix in ("model", "vae", "conditioner"):
+        size = sum(v.numel() for k, v in tensors.items() if k.startswith(prefix + "."))
+        print(f"{prefix}: {size / 1e6:.2f} M parameters, {2 * size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What fine-tuning brings on the furniture model: figures as JSON, then docs/furniture.md.
+"""Measures fine-tuning on the furniture model: figures into JSON, then docs/furniture.md.
 
     apt-get download sweethome3d-furniture && dpkg-deb -x sweethome3d-furniture_*.deb FOLDER
     python -m benchmarks.furniture.finetune FOLDER/usr/share/sweethome3d/furniture plan.json
 
-The pictures are rendered of the model's own training shapes, from views that it was trained on;
-the bundled unseen views, on which the result is judged, are others of some of these shapes.
+The training images are renders of the model's own training shapes, from views that it was trained
+on. The result is judged on the bundled unseen views: other views of some of these shapes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
 
-def pictures(archives: Path, out: Path, count: int, jobs: int) -> list[Path]:
-    """One picture of each of `count` training shapes, drawn at random, rendered where missing."""
+def training_images(archives: Path, out: Path, count: int, jobs: int) -> list[Path]:
+    """One image of each of `count` random training shapes; renders those that do not exist yet."""
     rows = (FOLDER / "ATTRIBUTION.tsv").read_text().splitlines()
     trained = {row.split("\t")[0] for row in rows if row.endswith("autoencoder and DiT")}
     entries = [
@@ -66,13 +66,13 @@ def render_one(job: tuple[Path, Entry, Path]) -> Path:
 
 
 def judge(packed: Path, original: list[np.ndarray]) -> tuple[dict, np.ndarray]:
-    """IoU to the original's output from the same noise, and to the truth; the first by picture."""
+    """IoU to the original's output from the same noise and to the truth; and the first by image."""
     pipeline = Pipeline.from_packed(packed, "cpu")
     judged = list(held_out("unseen-views"))[: len(original)]
-    grids = [grid_of(pipeline, picture, number) for number, picture in enumerate(judged)]
-    found = np.array([grid_iou(*pair) for pair in zip(original, grids, strict=True)])
-    truth = interval(grid_iou(p.grid, g) for p, g in zip(judged, grids, strict=True))
-    return {"iou_to_original": interval(found), "v_iou_to_truth": truth}, found
+    grids = [grid_of(pipeline, view, number) for number, view in enumerate(judged)]
+    ious = np.array([grid_iou(*pair) for pair in zip(original, grids, strict=True)])
+    truth = interval(grid_iou(view.grid, g) for view, g in zip(judged, grids, strict=True))
+    return {"iou_to_original": interval(ious), "v_iou_to_truth": truth}, ious
 
 
 def main() -> None:
@@ -81,13 +81,13 @@ def main() -> None:
     parser.add_argument("plan", help="plan.json, such as the demo's")
     parser.add_argument("--work", type=Path, default=Path("build/finetune"))
     parser.add_argument("--blocks", nargs="+", choices=TRAINED_BLOCKS, default=TRAINED_BLOCKS)
-    parser.add_argument("--pictures", type=int, default=698)
+    parser.add_argument("--images", type=int, default=698)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    images = pictures(options.archives, options.work / "pictures", options.pictures, 2)
+    images = training_images(options.archives, options.work / "images", options.images, 2)
     torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint("furniture")
     plan = resolve_plan(options.plan, checkpoint)
@@ -95,9 +95,9 @@ def main() -> None:
     sizes = compress(checkpoint, plan, packed)
     original = Pipeline.from_model("furniture", "cpu")
     judged = list(held_out("unseen-views"))[:JUDGED]
-    full = [grid_of(original, picture, number) for number, picture in enumerate(judged)]
+    full = [grid_of(original, view, number) for number, view in enumerate(judged)]
     before, plain = judge(packed, full)
-    keys = ("pictures", "iterations", "batch", "lr", "threads")
+    keys = ("images", "iterations", "batch", "lr", "threads")
     training = {key: getattr(options, key) for key in keys}
     found = json.loads(FINETUNING.read_text()) if FINETUNING.exists() else {}
     if (found.get("model"), found.get("training")) != (original.source_sha256, training):
@@ -121,7 +121,7 @@ def main() -> None:
         row = {key: note[key] for key in ("blocks", "loss_before", "loss_after")}
         after, tuned = judge(out, full)
         row |= after | {"gain": interval(tuned - plain)}
-        found = json.loads(FINETUNING.read_text())  # another process may have added its rows
+        found = json.loads(FINETUNING.read_text())  # another process may have added rows
         found["after"][blocks] = row
         FINETUNING.write_text(json.dumps(found, indent=1) + "\n")
         print(row, flush=True)

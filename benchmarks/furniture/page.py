@@ -1,4 +1,4 @@
-"""Writes docs/furniture.md, the model's card, from the figures that the other commands measured.
+"""Writes docs/furniture.md, the model's card, from the other commands' results.
 
 python -m benchmarks.furniture.page
 """
@@ -32,11 +32,11 @@ def redundancy_lines(found: dict | None) -> list[str]:
         return []
     share = len(found["least vital"]["blocks"])
     lines = [
-        f"A quarter of the blocks ({share}) left out, nothing repaired and nothing quantized;",
-        "random draws take as many of each kind:",
+        f"A quarter of the blocks ({share}) left out, without fine-tuning or quantization;",
+        "random draws take the same number of each kind:",
         "",
         *table(
-            "| left out | IoU to the full model |",
+            "| left out | IoU to the original |",
             [
                 f"| {title}: {', '.join(row['blocks'])} | {cell(row['iou_to_original'])} |"
                 for title, row in found.items()
@@ -47,16 +47,16 @@ def redundancy_lines(found: dict | None) -> list[str]:
 
 
 def sampling_lines() -> list[str]:
-    """Tables of `benchmarks.furniture.sampling`, which chose the guidance and the step count."""
+    """The table of `benchmarks.furniture.sampling`, which chose guidance and step count."""
     if not SAMPLING.exists():
         return []
     data = json.loads(SAMPLING.read_text())
     lines = [
         "## Guidance, samplers, steps",
         "",
-        f"Chosen on {data['pictures']} other unseen views, by `python -m",
-        "benchmarks.furniture.sampling`. V-IoU to the true shape; IoU of two noises; IoU to the",
-        f"same noise's result after {data['reference_steps']} Euler steps.",
+        f"Chosen on {data['images']} other unseen views, by `python -m",
+        "benchmarks.furniture.sampling`. V-IoU to the true shape; IoU of the shapes of two seeds;",
+        f"IoU to the same seed's shape after {data['reference_steps']} Euler steps.",
         "",
     ]
     rows = []
@@ -64,21 +64,21 @@ def sampling_lines() -> list[str]:
         kept = cell(row["to_reference"]) if "to_reference" in row else ""
         rows.append(
             f"| {row['guidance']:g} | {row['sampler']} | {row['steps']} | {cell(row['v_iou'])} | "
-            f"{cell(row['two_noises'])} | {kept} |"
+            f"{cell(row['two_seeds'])} | {kept} |"
         )
-    head = "| guidance | sampler | steps | V-IoU to truth | two noises agree | IoU to many steps |"
+    head = "| guidance | sampler | steps | V-IoU to truth | IoU of two seeds | IoU to many steps |"
     return [*lines, *table(head, rows), ""]
 
 
 def compression_lines(data: dict) -> list[str]:
-    """What compression keeps, which blocks are vital, and how sure their order is."""
+    """Quality after compression, the vitality of each block, and the stability of their order."""
     found, vitality = data["compression"], data["compression"]["vitality"]
     lines = [
-        "## What compression keeps",
+        "## Quality after compression",
         "",
         *redundancy_lines(found.get("redundancy")),
-        "IoU to the original's own output from the same noise, on unseen views that the vitality",
-        f"analysis ({vitality['images']} other pictures) did not use.",
+        "IoU to the original's output from the same noise, on unseen views that the vitality",
+        f"analysis ({vitality['images']} other images) did not use.",
         "",
         *table(
             "| plan | blocks | network bytes | share of fp16 | IoU to original | V-IoU to truth |",
@@ -94,12 +94,12 @@ def compression_lines(data: dict) -> list[str]:
     if times:
         lines += [
             "",
-            f"A picture takes {min(times):.1f} to {max(times):.1f} s on one core, packed.",
+            f"Packed, an image takes {min(times):.1f} to {max(times):.1f} s on one core.",
         ]
     lines += ["", "The automatic plan:", "", "```", found["auto"], "```", ""]
-    lines += ["## Vitality", "", "EMD to the full model's output with the block left out.", ""]
+    lines += ["## Vitality", "", "EMD to the original's output with the block left out.", ""]
     lines += table(
-        "| block | vitality | floor | debiased | IoU to full |",
+        "| block | vitality | floor | debiased | IoU to original |",
         [
             f"| {block['kind']} {block['index']} | {cell(block)} | {block['floor']:.4f} | "
             f"{block['debiased']:.4f} | {block['iou']:.3f} |"
@@ -111,10 +111,13 @@ def compression_lines(data: dict) -> list[str]:
         rows.append((vitality["images"], name, value))
     for name, value in data.get("stability", {}).get("orders", {}).items():
         rows.append((data["stability"]["images"], name, value))
-    lines += ["", "Order of the blocks in two disjoint halves of the pictures (Spearman, with the"]
-    lines += ["2.5 to 97.5 % range of 500 random splits):", ""]
+    lines += [
+        "",
+        "Agreement of the blocks' order between two disjoint halves of the images (Spearman",
+    ]
+    lines += ["correlation, with the 2.5 to 97.5 % range of 500 random splits):", ""]
     lines += table(
-        "| pictures | blocks | Spearman |",
+        "| images | blocks | Spearman |",
         [f"| {images} | {name} | {cell(value)} |" for images, name, value in rows],
     )
     return [*lines, ""]
@@ -125,21 +128,21 @@ def page(data: dict, training: dict) -> str:
     lines = [
         "# The furniture model",
         "",
-        "A real, small image-to-shape Diffusion Transformer that comes with vitapack, so that",
-        "compression can be judged on a trained model. Canonical double/single-block DiT in the",
-        "topology of Hunyuan3D-2mini (8 double + 16 single blocks, hidden size 128), trained on",
+        "A small image-to-shape Diffusion Transformer, bundled with vitapack so that compression",
+        "can be judged on a trained model. A double/single-block DiT with the block structure of",
+        "Hunyuan3D-2mini (8 double + 16 single blocks, hidden size 128), trained on",
         f"{data['model']['shapes']} human-made shapes of Debian's `sweethome3d-furniture`;",
         "every shape's author and licence is in `runtime/bundled/furniture/ATTRIBUTION.tsv`.",
         "It is made for tests, demos and benchmarks of compression, not to reconstruct your chair:",
         "it knows the shapes that it was trained on, from views that it has not seen.",
         "",
-        "Figures are written by `python -m benchmarks.furniture.card --stability` where no other",
-        "command is named; the test shapes' by its `--sets test-shapes --no-compression`.",
+        "Unless another command is named, figures are from `python -m benchmarks.furniture.card",
+        "--stability`; those of the test shapes from `... --sets test-shapes --no-compression`.",
         "",
-        "## Parts",
+        "## Networks",
         "",
         *table(
-            "| part | parameters | fp16 bytes |",
+            "| network | parameters | fp16 bytes |",
             [
                 f"| {name} | {count:,} | {2 * count:,} |"
                 for name, count in data["model"]["parameters"].items()
@@ -148,9 +151,9 @@ def page(data: dict, training: dict) -> str:
         "",
         "## Quality to the true shape",
         "",
-        "Mean and 95 % bootstrap interval over the pictures of a set; 64^3 cells of [-1, 1]^3.",
-        "The ceiling is the autoencoder given the true shape; the nearest training shape is chosen",
-        "with the truth in hand.",
+        "Mean and 95 % bootstrap interval over the images of a set; 64^3 cells of [-1, 1]^3.",
+        "The ceiling is the autoencoder's reconstruction of the true shape. The nearest training",
+        "shape is the one with the highest IoU to the true shape.",
         "",
     ]
     rows = []
@@ -158,23 +161,23 @@ def page(data: dict, training: dict) -> str:
         if name in data["quality"]:
             s = data["quality"][name]["summary"]
             columns = ("v_iou", "v_iou_tolerant", "f_score", "autoencoder_iou",
-                       "nearest_training_iou", "two_noises")  # fmt: skip
+                       "nearest_training_iou", "two_seeds")  # fmt: skip
             cells = " | ".join(cell(s[key]) for key in columns)
             rows.append(f"| {words} | {s['v_iou']['n']} | {cells} |")
     lines += table(
         "| set | n | V-IoU | V-IoU, 1 voxel | F-score 0.05 | ceiling | nearest training shape | "
-        "two noises agree |",
+        "IoU of two seeds |",
         rows,
     )
     unseen = data["quality"].get("validation-shapes", {}).get("summary")
     if unseen and unseen["v_iou"]["mean"] < unseen["nearest_training_iou"]["mean"]:
         lines += [
             "",
-            "On unseen shapes it stays below the nearest training shape: no generalisation.",
+            "On unseen shapes it is worse than the nearest training shape: it does not generalise.",
         ]
     lines += [
         "",
-        "Picture, generated shape, true shape; the number is the V-IoU:",
+        "Image, generated shape, true shape; the number is the V-IoU:",
         "",
         "![unseen views](pictures/furniture-unseen-views.png)",
         "",
@@ -188,8 +191,8 @@ def page(data: dict, training: dict) -> str:
         "",
         "![curves](pictures/furniture-training.svg)",
         "",
-        "Logs of the three trainings: `benchmarks/results/furniture-training.json`. The DiT's, by",
-        "its averaged weights and 12 Euler steps; mean V-IoU of 24 shapes a column:",
+        "Logs of the three trainings: `benchmarks/results/furniture-training.json`. The DiT's,",
+        "with its averaged weights and 12 Euler steps; mean V-IoU of 24 shapes per column:",
         "",
         *training_lines(training["DiT"]),
         f"Measured with {data['versions']}.",
@@ -215,11 +218,11 @@ def finetuning_lines() -> list[str]:
         f"A plan of {data['blocks']} blocks in {data['share_of_fp16']:.1%} of the network's fp16",
         "bytes, before and after `vitapack finetune` with the settings",
         ", ".join(f"{key} {value:g}" for key, value in training.items()) + ".",
-        "The pictures are one rendered view of each of so many training shapes. Judged on",
-        f"{judged} of the bundled unseen views, which are others; the gain is the mean of the",
-        "pictures' differences. The loss is the paper's, on paths of the original that are held",
-        "out. By `python -m benchmarks.furniture.finetune`. The paper trains for 20,000 to 30,000",
-        "iterations.",
+        "Each image is a rendered view of a different training shape. Judged on",
+        f"{judged} of the bundled unseen views, which are other views; the gain is the mean",
+        "difference per image. The loss is the paper's, on held-out sampling trajectories of the",
+        "original. By `python -m benchmarks.furniture.finetune`. The paper trains for 20,000 to",
+        "30,000 iterations.",
         "",
         *table(
             "| trained | blocks | IoU to original | V-IoU to truth | gain | loss |",
@@ -234,25 +237,25 @@ def cells(row: dict) -> str:
 
 
 def training_lines(rows: list[dict]) -> list[str]:
-    """The DiT's curve against hours and samples, as a table."""
-    keys = ("loss", "train_iou", "unseen_view_iou", "two_noises", "unseen_shape_iou")
+    """The DiT's scores by hours and samples, as a table."""
+    keys = ("loss", "train_iou", "unseen_view_iou", "two_seeds", "unseen_shape_iou")
     lines = []
     for row in rows:
         scores = " | ".join(f"{row[key]:.3f}" if key in row else "" for key in keys)
         lines.append(f"| {row['hours']:.2f} | {row['samples']:,} | {scores} |")
-    head = "| hours | samples | loss | train views | unseen views | two noises | unseen shapes |"
+    head = "| hours | samples | loss | train views | unseen views | two seeds | unseen shapes |"
     return [*table(head, lines), ""]
 
 
 def curves(logs: dict[str, list[dict]]) -> str:
-    """An SVG with one panel a training: held-out scores against hours."""
+    """An SVG with one panel per training: held-out scores by hours."""
     width, height, gap = 300, 180, 40
     parts = []
     for number, (name, rows) in enumerate(logs.items()):
         left = number * (width + gap) + gap
         hours = max(row["hours"] for row in rows)
         parts.append(
-            f'<text x="{left}" y="14">{name}: IoU against hours (0 to {hours:.2f})</text>'
+            f'<text x="{left}" y="14">{name}: IoU by hours (0 to {hours:.2f})</text>'
             f'<rect x="{left}" y="20" width="{width}" height="{height}" fill="none" stroke="#999"/>'
         )
         keys = [k for k in rows[-1] if k in SCORES and any(k in row for row in rows)]
@@ -277,7 +280,7 @@ def curves(logs: dict[str, list[dict]]) -> str:
 
 SCORES = (
     "train", "unseen", "retrieval", "train_iou", "unseen_view_iou", "unseen_shape_iou",
-    "two_noises",
+    "two_seeds",
 )  # fmt: skip
 
 

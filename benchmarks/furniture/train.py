@@ -1,11 +1,11 @@
-"""Trains the furniture DiT: canonical class, 2mini's topology (8 double + 16 single blocks).
+"""Trains the furniture DiT: the runtime's DiT in 2mini's structure (8 double, 16 single blocks).
 
     python -m benchmarks.furniture.train data.npz runs/autoencoder runs/encoder -o runs/dit
 
 Flow matching on the cached condition tokens: x_t = t data + (1 - t) noise, v = data - noise,
 logit-normal t, condition dropped for one sample in ten (classifier-free guidance). Blocks are left
-out at random (stochastic depth, a batch at a time, so that it saves time too): a network of 24
-blocks that has never missed one has no redundancy for pruning to find.
+out at random (stochastic depth, per batch, which also saves time): a network of 24 blocks that has
+always had all of them has no redundancy for pruning to find.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vitapack.runtime.families.furniture.networks import ANCHOR_CHANNELS, anchor
 from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
 
 DROP_CONDITION = 0.1
-LEAVE_OUT = {"double": 0.05, "single": 0.15}  # chance of a block to be left out of a step
-EVALUATED = 24  # shapes of each set that the curves are measured on
-STEPS, GUIDANCE = 12, 3.0  # of the samples for the curves
+LEAVE_OUT = {"double": 0.05, "single": 0.15}  # probability per block and step
+EVALUATED = 24  # shapes of each set in the curves
+STEPS, GUIDANCE = 12, 3.0  # of the generations in the curves
 
 
 def furniture_config(hidden: int) -> DiTConfig:
@@ -38,7 +38,7 @@ def furniture_config(hidden: int) -> DiTConfig:
 
 
 def initialise(model: DiT) -> None:
-    """Zero modulation and output, so that every block starts as the identity."""
+    """Zeroes modulation and output, so that every block starts as the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -53,8 +53,8 @@ def initialise(model: DiT) -> None:
 
 @torch.no_grad()
 def sample(model: DiT, cond: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
-    """Latents (B, 64, C) by Euler steps with classifier-free guidance; for watching the training
-    only (the product samples through vitapack.runtime.sampling)."""
+    """Latents (B, 64, C) by Euler steps with classifier-free guidance, for the curves only; the
+    product uses vitapack.runtime.sampling."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(cond), 64, model.config.in_channels - ANCHOR_CHANNELS, generator=generator)
     x = torch.cat([x, anchors().expand(len(x), -1, -1)], dim=-1)
@@ -80,16 +80,16 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         tokens, latents = file["tokens"], torch.from_numpy(file["latents"])
         validation, validation_tokens = file["validation"], file["validation_tokens"]
     norm = torch.load(options.encoder / "latents.pt", weights_only=True)
-    data = load_data(options.data, options.body, pictures=False)
-    place = {entry["id"]: number for number, entry in enumerate(data["entries"])}
-    shapes = np.array([place[name] for name in norm["shapes"]])
+    data = load_data(options.data, options.body, images=False)
+    position = {entry["id"]: number for number, entry in enumerate(data["entries"])}
+    shapes = np.array([position[name] for name in norm["shapes"]])
     decoder = load_autoencoder(options.autoencoder).decoder
     torch.manual_seed(rank)
     config = furniture_config(options.hidden)
     model = DiT(config)
     initialise(model)
     # Muon for the blocks' linears, not for the modulation: from the same checkpoint on the same
-    # batches its loss was 0.207 after 9,600 samples where AdamW's was 0.221 (and 16 % more time).
+    # batches its loss was 0.207 after 9,600 samples, AdamW's 0.221 (Muon takes 16 % more time).
     linears = [
         parameter
         for name, parameter in model.named_parameters()
@@ -105,13 +105,13 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         for block in [*model.double_blocks.values(), *model.single_blocks.values()]:
             block.compile()
     views = tokens.shape[1]
-    places = anchors().expand(options.batch, -1, -1)
-    still = torch.zeros_like(places)
+    positions = anchors().expand(options.batch, -1, -1)
+    still = torch.zeros_like(positions)  # anchors have no velocity
     recent: list[float] = []
-    some = np.linspace(0, len(shapes) - 1, EVALUATED).astype(int)
+    sampled = np.linspace(0, len(shapes) - 1, EVALUATED).astype(int)
     sets = {
-        "train": (shapes[some], tokens[some, 0]),
-        "unseen_view": (shapes[some], tokens[some, views - 1]),
+        "train": (shapes[sampled], tokens[sampled, 0]),
+        "unseen_view": (shapes[sampled], tokens[sampled, views - 1]),
         "unseen_shape": (validation[:EVALUATED], validation_tokens[:EVALUATED]),
     }
 
@@ -132,9 +132,9 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
             first = grids(tokens, 1)
             scores[f"{name}_iou"] = grid_iou(first, truth).mean()
             if name == "unseen_view":
-                scores["two_noises"] = grid_iou(first, grids(tokens, 2) > 0).mean()
+                scores["two_seeds"] = grid_iou(first, grids(tokens, 2) > 0).mean()
                 with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-                    best = decoder((latents[some] * norm["scale"] + norm["mean"]).float())
+                    best = decoder((latents[sampled] * norm["scale"] + norm["mean"]).float())
                 scores["ceiling"] = grid_iou(best, truth).mean()
         trainer.log(loss=np.mean(recent[-200:]), **scores)
 
@@ -149,7 +149,7 @@ def worker(rank: int, workers: int, options: argparse.Namespace) -> None:
         mixed = t[:, None, None] * target + (1 - t[:, None, None]) * noise
         with torch.autocast("cpu", torch.bfloat16):
             thinned = model.without(*left_out(config, rng, options.leave_out))
-            velocity = thinned(torch.cat([mixed, places], dim=-1), t, cond)
+            velocity = thinned(torch.cat([mixed, positions], dim=-1), t, cond)
         loss = (velocity.float() - torch.cat([target - noise, still], dim=-1)).square().mean()
         recent.append(trainer.update(loss, share, options.batch))
 
@@ -160,12 +160,12 @@ def main() -> None:
     parser.add_argument("autoencoder", type=Path)
     parser.add_argument("encoder", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="folder of a run whose weights to start from")
+    parser.add_argument("--start", type=Path, help="folder of a training to start from")
     parser.add_argument("--body", type=float, default=0.0)
     parser.add_argument("--leave-out", type=float, default=1.0, help="scale of LEAVE_OUT")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--batch", type=int, default=32, help="a process")
+    parser.add_argument("--batch", type=int, default=32, help="per process")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")

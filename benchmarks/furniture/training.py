@@ -1,9 +1,10 @@
-"""What the three trainings share: two data-parallel processes, EMA, checkpoints, a log.
+"""Shared by the three trainings: two data-parallel processes, EMA, checkpoints, a log.
 
-One thread a process and gloo between them: intra-op threads collapse when the cores are shared.
-A checkpoint holds everything, is written atomically every few minutes, and is resumed from, so a
-run that is cut off loses minutes. The learning rate is flat and falls over the last fifth of the
-time budget, so that a larger budget goes on where a smaller one was flat.
+Each process has one thread, with gloo between them: intra-op threads collapse when the cores are
+shared. A checkpoint holds the whole state and is written atomically every few minutes; a run
+resumes from it, so an interruption loses minutes. The learning rate is flat and decays over the
+last fifth of the time budget, so that a larger budget continues from the flat part of a smaller
+one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-DECAY = 0.2  # share of the time budget, its last, over which the learning rate falls to 2 %
+DECAY = 0.2  # last share of the time budget, over which the learning rate decays to 2 %
 
 
 def launch(worker: Callable[..., None], workers: int, *arguments: object) -> None:
@@ -39,7 +40,7 @@ def _start(rank: int, workers: int, worker: Callable[..., None], arguments: tupl
 
 
 class Trainer:
-    """AdamW (and Muon for `orthogonal` matrices) with warm-up, a flat rate that falls over the
+    """AdamW, and Muon for `orthogonal` matrices, with warm-up, a flat rate that decays over the
     last fifth of a time budget, clipping, EMA and checkpoints."""
 
     def __init__(
@@ -59,10 +60,10 @@ class Trainer:
     ) -> None:
         self.model, self.folder, self.rank, self.workers = model, folder, rank, workers
         if start is not None:
-            take_weights(model, start)
+            copy_weights(model, start)
         self.seconds, self.rate, self.decay = minutes * 60, rate, ema
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # Two optimizers: Muon for the matrices that the caller names, AdamW for the rest.
+        # Two optimizers: Muon for the matrices in `orthogonal`, AdamW for all other parameters.
         named = {id(p) for p in orthogonal}
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -113,11 +114,13 @@ class Trainer:
             print(row, flush=True)
 
     def steps(self, evaluate: Callable[[], None], evaluate_every: float) -> Iterator[float]:
-        """Yields the learning rate's share of its peak until the budget is used; calls `evaluate`
-        on all ranks now and then with the time it takes not counted."""
+        """Yields the learning rate's share of its peak until the time budget is used.
+
+        Calls `evaluate` on all ranks every `evaluate_every` seconds; its time is not counted.
+        """
         last_save = last_evaluation = self.used
         while True:
-            # Every rank must take the same decision: rank 0's clock is the clock.
+            # All ranks must take the same decision: rank 0's clock counts.
             clock = torch.tensor([self.used])
             dist.broadcast(clock, 0)
             self.used = clock.item()
@@ -126,7 +129,7 @@ class Trainer:
                 break
             start = time.perf_counter()
             yield min(1.0, (self.step + 1) / 200, 0.02 + 0.98 * (1 - share) / DECAY)
-            # A pause (SIGSTOP) must not eat the budget: no real step takes 20 seconds.
+            # A pause (SIGSTOP) must not use up the budget: no real step takes 20 seconds.
             self.used += min(20.0, time.perf_counter() - start)
             if self.used - last_evaluation > evaluate_every:
                 last_evaluation = self.used
@@ -173,9 +176,11 @@ class Trainer:
         return blank.eval()
 
 
-def take_weights(model: nn.Module, folder: Path) -> None:
-    """Starts from the averaged weights of another run, where name and shape agree: the identity
-    layer of an encoder that knew fewer shapes stays as it was initialised."""
+def copy_weights(model: nn.Module, folder: Path) -> None:
+    """Copies the averaged weights of another training whose name and shape agree.
+
+    The classifier of an encoder trained on fewer shapes keeps its initial weights.
+    """
     average = torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
     state = model.state_dict()
     fitting = {
@@ -196,10 +201,12 @@ def grid_iou(logits: Tensor, inside: Tensor) -> Tensor:
     return (ours & theirs).sum(1) / (ours | theirs).sum(1).clamp(min=1)
 
 
-def load_data(path: Path, body: float, *, pictures: bool = True) -> dict:
-    """The arrays of data.npz for shapes of which at least the share `body` survives an erosion by
-    two cells (0: all shapes); `entries` parsed, `split` (N,) beside them."""
-    left_out = {"entries"} if pictures else {"entries", "images"}
+def load_data(path: Path, body: float, *, images: bool = True) -> dict:
+    """The arrays of data.npz, with `entries` parsed and `split` (N,) added.
+
+    Only shapes of which at least the share `body` survives an erosion by two cells; 0: all shapes.
+    """
+    left_out = {"entries"} if images else {"entries", "images"}
     with np.load(path) as file:
         chosen = file["body"] >= body
         data = {key: file[key][chosen] for key in file.files if key not in left_out}

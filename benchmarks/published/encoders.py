@@ -1,11 +1,11 @@
-"""The image encoders at their released sizes, with random weights: features in 8 bits, memory.
+"""Measures the image encoders at full size, with random weights: error in 8 bits, and memory.
 
     python -m benchmarks.published.encoders run --work /tmp/encoders  # minutes; 3.5 GB of disk
     python -m benchmarks.published.encoders page  # docs/published.md from the JSON
 
-DINOv2-giant as Hunyuan3D's files hold it, DINOv2-large with registers as Step1X-3D's and TRELLIS'
-do, each through its family's own conditioner, picture preparation included. Every form runs in a
-fresh process, whose peak is the kernel's own high-water mark, in lean mode.
+DINOv2-giant of Hunyuan3D, and DINOv2-large with registers of Step1X-3D and TRELLIS, each in its
+family's conditioner, including image preparation. Every form runs in a fresh process in lean mode;
+its peak is the kernel's high-water mark.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vitapack.runtime.loading.checkpoint_files import open_weights
 from vitapack.runtime.loading.memory import keep_no_holes, resident
 from vitapack.runtime.loading.source import Source
 
-# name: (computed in, bits of its linears); the first is what the others are compared with.
+# Form -> dtype of activations, bits of the linears. The others are compared with the first.
 FORMS = {"fp32": (torch.float32, 16), "fp16": (torch.float16, 16), "int8": (torch.float32, 8)}
 
 CHILD = """
@@ -51,7 +51,7 @@ one(base, *sys.argv[2:])
 
 
 def source_of(name: str, folder: Path) -> Source:
-    """The conditioner of a released layout that holds nothing else."""
+    """The conditioner of a checkpoint in released layout that contains nothing else."""
     if name.startswith("hunyuan3d"):
         sections = yaml.safe_load((folder / "config.yaml").read_text())
         config = sections["conditioner"]["params"]
@@ -65,8 +65,8 @@ def source_of(name: str, folder: Path) -> Source:
     return Source(str(folder), config, shapes, weights.read)
 
 
-def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -> None:
-    """Features of the pictures into the file `out`, and figures on the standard output."""
+def one(base: int, name: str, folder: str, form: str, images: str, out: str) -> None:
+    """Writes the images' condition tokens into the file `out`, and prints the figures."""
     keep_no_holes()
     dtype, bits = FORMS[form]
     family = hunyuan3d if name.startswith("hunyuan3d") else step1x3d
@@ -76,7 +76,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
     loaded = time.perf_counter()
     tokens = {
         sample.name: conditioner(Image.open(sample.image_path), sample.name)
-        for sample in islice(furniture.held_out("unseen-views"), int(pictures))
+        for sample in islice(furniture.held_out("unseen-views"), int(images))
     }
     done = time.perf_counter()
     figures = {
@@ -84,7 +84,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
         "peak": resident(peak=True),
         "predicted": conditioner.component.nbytes,
         "load_seconds": loaded - start,
-        "picture_seconds": (done - loaded) / len(tokens),
+        "image_seconds": (done - loaded) / len(tokens),
         "transformers": getattr(sys.modules.get("transformers"), "__version__", None),
     }
     save_file(tokens, out)
@@ -92,7 +92,7 @@ def one(base: int, name: str, folder: str, form: str, pictures: str, out: str) -
 
 
 def compared(found: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Cosine of each token's features with the plain ones, and the whole relative error."""
+    """Cosine of each token with the plain one, and the relative error of all."""
     cosine = torch.cat(
         [F.cosine_similarity(found[name], plain[name], dim=-1).flatten() for name in plain]
     )
@@ -106,17 +106,17 @@ def compared(found: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> 
     }
 
 
-def run(work: Path, names: list[str], forms: list[str], pictures: int, keep: bool) -> None:
+def run(work: Path, names: list[str], forms: list[str], images: int, keep: bool) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     for name in names:
         folder = work / f"{name}-encoder"
         if not folder.exists():
             write(name, folder, parts=("conditioner",))
-        figures: dict[str, Any] = {"pictures": pictures, "forms": {}}
+        figures: dict[str, Any] = {"images": images, "forms": {}}
         features: dict[str, dict[str, torch.Tensor]] = {}
         for form in forms:
             out = work / f"{name}-{form}.safetensors"
-            arguments = (threads, name, str(folder), form, str(pictures), str(out))
+            arguments = (threads, name, str(folder), form, str(images), str(out))
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, *arguments],
                 capture_output=True, text=True, cwd=published.ROOT, check=False,
@@ -137,15 +137,15 @@ def run(work: Path, names: list[str], forms: list[str], pictures: int, keep: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "page"))
+    parser.add_argument("action", choices=("run", "page"))
     parser.add_argument("--work", type=Path, default=Path("published-work"))
     parser.add_argument("--models", nargs="+", choices=tuple(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(FORMS))
-    parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--keep", action="store_true", help="leave the random checkpoint there")
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="keep the random checkpoint")
     options = parser.parse_args()
-    if options.what == "run":
-        run(options.work, options.models, options.forms, options.pictures, options.keep)
+    if options.action == "run":
+        run(options.work, options.models, options.forms, options.images, options.keep)
     published.page()
 
 

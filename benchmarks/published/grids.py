@@ -1,14 +1,14 @@
-"""The surface found coarse to fine beside the dense one, at the pipelines' own resolution.
+"""Compares coarse-to-fine evaluation of the grid with dense evaluation, at the default resolution.
 
-    python -m benchmarks.published.grids furniture --work /tmp/grids  # six unseen pictures
+    python -m benchmarks.published.grids furniture --work /tmp/grids  # six unseen images
     python -m benchmarks.published.grids hunyuan3d-2mini --work /tmp/grids --resolution 192
     python -m benchmarks.published.grids page  # docs/published.md from the JSON
 
-No trained ShapeVAE is at hand. The bundled model's decoder gives 64^3 logits: they are evaluated as
-they are, read between their nodes, and as a small ShapeVAE decoder that is first fitted to their
-occupancy, a network in the released graph whose field is rougher than any interpolation's. A
-released decoder in full size has random weights. Every evaluation is a fresh process; the meshes
-are compared before cleaning, so that no floater is hidden by it.
+No trained ShapeVAE was available. The bundled model's decoder gives 64^3 logits. They are evaluated
+in two forms: interpolated between their nodes, and as a small ShapeVAE decoder fitted to their
+occupancy, a network in the released architecture whose field is rougher than an interpolation. A
+released decoder in full size has random weights. Every evaluation runs in a fresh process. Meshes
+are compared before cleaning, which could hide floaters.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from vitapack.runtime.loading.memory import keep_no_holes, reset_peak, resident
 from vitapack.runtime.pipeline.load import load_shape_decoder
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
-# Of the unseen views: thin rods, thin sheets, several pieces, and one plain thick shape.
-PICTURES = (
+# Of the unseen views: thin rods, thin sheets, several pieces, and one thick shape.
+IMAGES = (
     "07-wheelchair", "13-bamboo", "15-lamp", "16-armchair", "34-bathmat", "39-electric-guitar",
 )  # fmt: skip
-# The released graph with all its parts, small enough for 57 million queries in minutes on a core.
+# The whole released architecture, small enough for 57 million queries in minutes on one core.
 FITTED = ShapeDecoderConfig(
     latents=64, channels=16, width=32, heads=1, layers=1, num_freqs=8, include_pi=False,
     qkv_bias=False, qk_norm=True, scale_factor=1.0, bounds=BOUNDS,
@@ -52,19 +52,19 @@ EVALUATIONS = {"dense": dense, "coarse to fine": coarse_to_fine}
 
 
 def between_nodes(grid: Tensor) -> Field:
-    """The trilinear field of (n, n, n) logits on [-BOUNDS, BOUNDS]^3."""
+    """The trilinear interpolation of logits (n, n, n) on [-BOUNDS, BOUNDS]^3."""
 
     def logits(points: Tensor) -> Tensor:
-        where = (points / BOUNDS).flip(-1)[None, None, None]  # grid_sample's x is the last axis
-        found = F.grid_sample(grid[None, None], where, align_corners=True, padding_mode="border")
-        return found[0, 0, 0, 0]
+        at = (points / BOUNDS).flip(-1)[None, None, None]  # grid_sample's x is the last axis
+        values = F.grid_sample(grid[None, None], at, align_corners=True, padding_mode="border")
+        return values[0, 0, 0, 0]
 
     return logits
 
 
 def fit(grid: Tensor, steps: int, points: int = 4096) -> tuple[ShapeDecoder, Tensor, float]:
-    """A decoder and the latents that it was fitted with to a grid's occupancy (cross-entropy, half
-    of the points about the surface); and the IoU of both at the grid's nodes."""
+    """Fits a decoder and its latents to a grid's occupancy (cross-entropy; half the points are near
+    the surface). Returns decoder, latents, and their IoU with the grid at its nodes."""
     torch.manual_seed(0)
     network = ShapeDecoder(FITTED)
     latents = torch.nn.Parameter(torch.randn(1, FITTED.latents, FITTED.channels))
@@ -78,11 +78,11 @@ def fit(grid: Tensor, steps: int, points: int = 4096) -> tuple[ShapeDecoder, Ten
     cell = 2 * BOUNDS / (len(grid) - 1)
     surface = near.nonzero() * cell - BOUNDS
     for _ in range(steps):
-        some = surface[torch.randint(len(surface), (points // 2,))]
-        some = some + cell * torch.randn_like(some)
-        where = torch.cat([some, (2 * torch.rand(points // 2, 3) - 1) * BOUNDS])
+        close = surface[torch.randint(len(surface), (points // 2,))]
+        close = close + cell * torch.randn_like(close)
+        queries = torch.cat([close, (2 * torch.rand(points // 2, 3) - 1) * BOUNDS])
         loss = F.binary_cross_entropy_with_logits(
-            network(latents, where[None])[0, :, 0], (truth(where) > 0).float()
+            network(latents, queries[None])[0, :, 0], (truth(queries) > 0).float()
         )
         optimizer.zero_grad()
         loss.backward()
@@ -94,9 +94,9 @@ def fit(grid: Tensor, steps: int, points: int = 4096) -> tuple[ShapeDecoder, Ten
 
 
 def field_of(kind: str, place: Path) -> tuple[Field, float]:
-    """A field and the half side of its cube, from what `furniture` or `released` left at `place`.
+    """The field that `furniture` or `released` saved at `place`, and the half side of its cube.
 
-    A released decoder's latents are random ones.
+    A released decoder's latents are random.
     """
     if kind == "interpolated":
         return between_nodes(torch.from_numpy(np.load(place))), BOUNDS
@@ -116,7 +116,7 @@ def field_of(kind: str, place: Path) -> tuple[Field, float]:
 def evaluate(
     kind: str, place: Path, how: str, resolution: int, threads: int, out: Path
 ) -> dict[str, Any]:
-    """The grid into the file `out`; its queries, seconds, and the bytes held beside the field."""
+    """Writes the grid into the file `out`; returns queries, seconds and bytes without the field."""
     torch.set_num_threads(threads)
     keep_no_holes()
     field, bounds = field_of(kind, place)
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def compare(full: np.ndarray, part: np.ndarray, bounds: float) -> dict[str, Any]:
-    """How two grids and their uncleaned surfaces differ."""
+    """Differences of two grids and of their surfaces before cleaning."""
     a, b = surface_from_grid(full, bounds), surface_from_grid(part, bounds)
     same_faces = np.array_equal(a.faces, b.faces)
     found = report(a)
@@ -152,16 +152,16 @@ def compare(full: np.ndarray, part: np.ndarray, bounds: float) -> dict[str, Any]
 def both(
     kind: str, name: str, place: Path, bounds: float, work: Path, options: argparse.Namespace
 ) -> None:
-    """One field evaluated both ways, compared, and written down."""
-    row: dict[str, Any] = {"kind": kind, "resolution": options.resolution, "ways": {}}
+    """Evaluates one field by both methods, compares and records them."""
+    row: dict[str, Any] = {"kind": kind, "resolution": options.resolution, "methods": {}}
     row["threads"] = options.threads
     grids = []
     for how in EVALUATIONS:
         out = work / f"{how.replace(' ', '-')}.npy"
-        # A process that has allocated nothing before.
+        # In a fresh process, which has allocated nothing before.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            asked = (kind, place, how, options.resolution, options.threads, out)
-            row["ways"][how] = pool.submit(evaluate, *asked).result()
+            arguments = (kind, place, how, options.resolution, options.threads, out)
+            row["methods"][how] = pool.submit(evaluate, *arguments).result()
         grids.append(np.load(out))
         out.unlink()
     row |= compare(grids[0], grids[1], bounds)
@@ -172,30 +172,30 @@ def both(
 
 
 def furniture(work: Path, options: argparse.Namespace) -> None:
-    """Generated shapes of unseen pictures, each as both of its fields."""
+    """Shapes generated from unseen images, each as both of its fields."""
     pipeline = Pipeline.from_model("furniture", device="cpu")
-    pictures = [p for p in held_out("unseen-views") if p.name in PICTURES]
-    for number, picture in enumerate(pictures):
-        if picture.name not in options.pictures:
+    views = [view for view in held_out("unseen-views") if view.name in IMAGES]
+    for number, view in enumerate(views):
+        if view.name not in options.images:
             continue
-        place = work / f"{picture.name}.npy"
-        cond = pipeline.condition(Image.open(picture.image_path), picture.name)
+        place = work / f"{view.name}.npy"
+        cond = pipeline.condition(Image.open(view.image_path), view.name)
         grid = pipeline.grid(pipeline.latents(cond, pipeline.noise(number)))
         np.save(place, grid)
         if "interpolated" in options.fields:
-            both("interpolated", picture.name, place, BOUNDS, work, options)
+            both("interpolated", view.name, place, BOUNDS, work, options)
         if "fitted" not in options.fields:
             continue
-        fitted = work / f"{picture.name}.pt"
+        fitted = work / f"{view.name}.pt"
         network, latents, iou = fit(torch.from_numpy(grid), options.fit_steps)
         saved = {"network": network.state_dict(), "latents": latents, "iou": iou}
         torch.save(saved, fitted)
-        both("fitted", picture.name, fitted, BOUNDS, work, options)
+        both("fitted", view.name, fitted, BOUNDS, work, options)
         fitted.unlink()
 
 
 def released(name: str, work: Path, options: argparse.Namespace) -> None:
-    """A released decoder in full size, random weights."""
+    """A released decoder at full size, with random weights."""
     folder = work / f"{name}-decoder"
     if not folder.exists():
         write(name, folder, parts=("decoder",))
@@ -205,22 +205,22 @@ def released(name: str, work: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("furniture", "hunyuan3d-2mini", "step1x-3d", "page"))
+    parser.add_argument("source", choices=("furniture", "hunyuan3d-2mini", "step1x-3d", "page"))
     parser.add_argument("--work", type=Path, default=Path("grids-work"))
     parser.add_argument("--resolution", type=int, default=384)
-    parser.add_argument("--pictures", nargs="+", default=list(PICTURES), choices=PICTURES)
+    parser.add_argument("--images", nargs="+", default=list(IMAGES), choices=IMAGES)
     parser.add_argument("--fields", nargs="+", default=["interpolated", "fitted"],
                         choices=("interpolated", "fitted"))  # fmt: skip
     parser.add_argument("--fit-steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    if options.what != "page":
+    if options.source != "page":
         options.work.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(options.threads)
-        if options.what == "furniture":
+        if options.source == "furniture":
             furniture(options.work, options)
         else:
-            released(options.what, options.work, options)
+            released(options.source, options.work, options)
     published.page()
 
 

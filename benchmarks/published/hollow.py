@@ -1,10 +1,9 @@
-"""Files whose headers are real and whose weights are holes: full size, no bytes on disk.
+"""Sparse files with real headers and no data: full size, almost no bytes on disk.
 
     with hollow.checkpoint(work, "hunyuan3d-2.0", ("dit",)) as checkpoint: ...
     hollow.packed(checkpoint, work / "x.safetensors")
 
-What is known of a model without reading a weight (sizes, operations, predicted memory) is counted
-on them in seconds.
+Sizes, operations and predicted memory need no weights, so they take seconds with these files.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _write(place: Path, layout: Layout) -> None:
 
 @contextmanager
 def checkpoint(work: Path, name: str, parts: Sequence[str]) -> Iterator[Checkpoint]:
-    """A released layout, removed afterwards; names and parts as in `random_checkpoint`."""
+    """A checkpoint in the released layout, removed on exit; arguments as in `random_checkpoint`."""
     folder = work / f"{name}-hollow"
     files = files_of(name, parts)
     for place, specs in files.tensors.items():
@@ -46,7 +45,7 @@ def checkpoint(work: Path, name: str, parts: Sequence[str]) -> Iterator[Checkpoi
 
 
 def packed(original: Checkpoint, out: Path) -> None:
-    """The file that `compress --plan paper --no-embed` would write, with its zeros' own digest."""
+    """The file that `compress --plan paper --no-embed` would write, with zeros as its data."""
     plan = make_plan(
         original, resolve_plan("paper", original), quantizer="search", modulation="table",
         schedules=family_schedules(original.sampler, None, None), table_dtype="F16", rest="F16",

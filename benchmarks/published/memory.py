@@ -1,10 +1,10 @@
-"""Memory by phase of every published model, predicted, and measured where a pass was made.
+"""Predicted memory by phase of every published model, with the measured peak if there is one.
 
     python -m benchmarks.published memory --work /tmp/published    # a minute, no weights
 
-What `vitapack generate` prints before it runs: `Pipeline.predicted_bytes`, asked in a fresh process
-of a packed file and an original whose headers are real and whose weights are holes. Nothing is
-loaded, so a GPU is asked for where none is.
+Calls `Pipeline.predicted_bytes`, which `vitapack generate` prints before it runs, in a fresh
+process, with a packed file and an original that have real headers and sparse, empty data. Nothing
+is loaded, so GPU predictions need no GPU.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from benchmarks.published import hollow
 from vitapack.runtime.families.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-# In the order of the page; the SLAT flow runs no whole pass.
+# In the order of the page; SLAT models generate no mesh.
 MODELS = (
     "hunyuan3d-2.0", "hunyuan3d-2.0-fast", "hunyuan3d-2.0-turbo", "hunyuan3d-2mini",
     "hunyuan3d-2mini-fast", "hunyuan3d-2mini-turbo", "hunyuan3d-2mv", "step1x-3d",
     "step1x-3d-label", "trellis-ss",
 )  # fmt: skip
 VIEWS = {"hunyuan3d-2mv": 4}
-# Column: device, compute, memory.
-WAYS = {
+# Column -> device, compute, memory mode.
+COLUMNS = {
     f"{device} {compute} {memory}": (device, compute, memory)
     for device, memory in (("cpu", "lean"), ("cuda", "lean"), ("cuda", "resident"))
     for compute in ("a8", "a16")
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def predicted(original: Checkpoint, name: str, out: Path) -> dict[str, Any]:
-    """{"cpu a8 lean": {"condition": bytes, ...}, ...}; the file `out` is written and removed."""
+    """{"cpu a8 lean": {"condition": bytes, ...}, ...}; writes and removes the file `out`."""
     hollow.packed(original, out)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.published.memory", name,
@@ -50,37 +50,37 @@ def predicted(original: Checkpoint, name: str, out: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def asked(name: str, folder: str, file: str) -> dict[str, Any]:
-    """In a process that has loaded nothing else, since a CPU's predictions begin with it."""
+def predict(name: str, folder: str, file: str) -> dict[str, Any]:
+    """The predictions; in a fresh process, since a CPU's include the process's own memory."""
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
     found: dict[str, Any] = {}
-    for way, (device, compute, memory) in WAYS.items():
+    for column, (device, compute, memory) in COLUMNS.items():
         pipeline = Pipeline.from_packed(
             file, device, compute, parts=folder, memory=memory, absent=True
         )
-        found[way] = pipeline.predicted_bytes(views=VIEWS.get(name, 1))
+        found[column] = pipeline.predicted_bytes(views=VIEWS.get(name, 1))
         found["resolution"] = pipeline.decoder.resolution or 64
     return found
 
 
 def lines(found: Mapping[str, Any], ran: Mapping[str, Any]) -> list[str]:
-    """The section of docs/published.md; `ran`: the passes that were measured."""
+    """The section of docs/published.md; `ran`: the measured generations."""
     names = [name for name in MODELS if name in found]
     return [
-        "## Memory by phase, predicted before a run",
+        "## Predicted memory by phase",
         "",
-        "What `generate` prints of the paper's map packed at the family's own steps, encoder in 8",
-        "bits, guidance in two passes, the mesh at the family's own grid (384; TRELLIS 64), 2mv",
-        "with four views. GB; on the CPU of the whole process, lean, predicted / the largest peak",
-        "of the passes below that have the phase in this form.",
+        "What `generate` prints before it runs, for the paper's layer map: packed at the family's",
+        "default steps, encoder in 8 bits, guidance in two passes, the family's default grid (384;",
+        "TRELLIS 64), 2mv with four views. GB. On the CPU of the whole process, lean: predicted /",
+        "the largest peak of that phase in the generations below.",
         "",
         *table(
             "| CPU, lean | condition | denoise, a8 | denoise, a16 | decode |",
             [_cpu_row(name, found[name], ran) for name in names],
         ),
         "",
-        "On a GPU, of what torch allocates there. **Never run on a GPU.**",
+        "On a GPU: of torch's allocations. **Never run on a GPU.**",
         "",
         *table(
             "| GPU | memory | condition | denoise, a8 | denoise, a16 | decode |",
@@ -101,7 +101,7 @@ def _cells(found: Mapping[str, Any], device: str, memory: str) -> list[str]:
 
 
 def _cpu_row(name: str, found: Mapping[str, Any], ran: Mapping[str, Any]) -> str:
-    peaks: dict[tuple[str, str], int] = {}  # the largest of the passes that show it
+    peaks: dict[tuple[str, str], int] = {}  # the largest of all generations
     for row in (row for row in ran.values() if row["model"] == name):
         for phase, held in row["bytes"].items():
             key = phase, row["compute"] if phase == "denoise" else ""
@@ -119,4 +119,4 @@ def _cpu_row(name: str, found: Mapping[str, Any], ran: Mapping[str, Any]) -> str
 
 
 if __name__ == "__main__":
-    print(json.dumps(asked(*sys.argv[1:])))
+    print(json.dumps(predict(*sys.argv[1:])))

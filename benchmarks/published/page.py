@@ -1,4 +1,4 @@
-"""docs/published.md from benchmarks/results/published.json; `benchmarks.published` calls it."""
+"""Writes docs/published.md from results/published.json; called by benchmarks.published."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def gib(count: float) -> str:
 
 
 def write(data: dict[str, Any], page: Path | None = None) -> None:
-    """The whole page, docs/published.md unless `page` is another."""
+    """Writes the page; docs/published.md by default."""
     machine = data["machine"]
-    found = data.get("maps", {})
+    maps = data.get("maps", {})
     lines = [
         "# The published models at full size",
         "",
         "Random weights in the released layouts (`vitapack random-checkpoint`): sizes, operations",
-        "and memory are real, no mesh means anything. Written by",
+        "and memory are real, the meshes are meaningless. Written by",
         f"`python -m benchmarks.published` on {machine['cores']} cores of {machine['cpu']}, torch "
         f"{machine['torch']},",
-        "shared with other work: seconds are upper bounds.",
+        "shared with other processes: seconds are upper bounds.",
         "",
         *paper_tables.lines(data.get("tables", {}), data.get("gpu", {})),
-        *maps_lines(found, data.get("sizes", {})),
-        "## Compressing them, disk to disk",
+        *maps_lines(maps, data.get("sizes", {})),
+        "## Compression, from disk to disk",
         "",
-        "Peak of the whole process, and what of it is beyond Python with torch imported.",
+        "Peak of the whole process, and the peak in addition to Python with torch imported.",
         "",
         *table(
             "| model | plan | source GB | seconds | GB/s | peak GB | beyond torch GB |",
@@ -45,7 +45,7 @@ def write(data: dict[str, Any], page: Path | None = None) -> None:
                 f"| {name} | {plan} | {row['source_bytes'] / 1e9:.2f} | {entry['seconds']:.0f} | "
                 f"{entry['gigabytes_per_second']:.3f} | {entry['peak'] / 1e9:.2f} | "
                 f"{(entry['peak'] - entry['base']) / 1e9:.2f} |"
-                for name, row in found.items()
+                for name, row in maps.items()
                 for plan, entry in row["maps"].items()
             ],
         ),
@@ -53,11 +53,11 @@ def write(data: dict[str, Any], page: Path | None = None) -> None:
     ]
     if encoders := data.get("encoders"):
         lines += encoder_lines(encoders)
-    ran = data.get("passes", {})
+    ran = data.get("generations", {})
     if memory := data.get("memory"):
         lines += published_memory.lines(memory, ran)
     if ran:
-        lines += passes_lines(ran)
+        lines += generation_lines(ran)
     if grids := data.get("grids"):
         lines += grid_lines(grids)
     for name, found in data.get("bench", {}).items():
@@ -79,12 +79,13 @@ def maps_lines(found: dict[str, Any], sizes: dict[str, Any]) -> list[str]:
     return [
         "## The paper's layer maps",
         "",
-        "Every linear of a kept block in 8 or 4 bits, modulation as exact fp16 tables at the given",
-        "steps. GiB; `paper` is what it states for its own format with the same map.",
+        "Every linear of a kept block in 8 or 4 bits, modulation as exact fp16 tables for the",
+        "given steps. GiB; `paper`: the size that the paper states for the same layer map in its",
+        "format.",
         "",
         *table("| model | fp16 | steps | paper | ours | int8, unpruned | int4, unpruned |", rows),
         "",
-        "Which blocks the paper pruned is published in part; what was assumed:",
+        "The paper publishes only in part which blocks it prunes. Assumptions:",
         "",
         *(f"- {name}: {text}" for name, row in found.items() for text in row["assumed"]),
         "",
@@ -107,15 +108,15 @@ def encoder_lines(found: dict[str, Any]) -> list[str]:
                 f"{entry['peak'] / 1e9:.2f} | {(entry['peak'] - entry['base']) / 1e9:.2f} |"
             )
     versions = {e["transformers"] for row in found.values() for e in row["forms"].values()}
-    counts = {row["pictures"] for row in found.values()}
+    counts = {row["images"] for row in found.values()}
     return [
         "## Image encoders in 8 bits",
         "",
-        "Features of each token against those in fp32, by",
+        "Each condition token compared with the fp32 one, by",
         "`python -m benchmarks.published.encoders run`:",
-        f"transformers {', '.join(sorted(versions))}, pictures: {max(counts)}, 1,370 tokens each.",
-        "Random weights lack the outliers of trained ones. int8: linears packed, activations in",
-        "fp32. GB: weights, and the peak of a process that conditions on a picture, n = 1.",
+        f"transformers {', '.join(sorted(versions))}, images: {max(counts)}, 1,370 tokens each.",
+        "Random weights lack the outliers of trained ones. int8: packed linears, activations in",
+        "fp32. GB: weights, and the peak of a process that encodes an image, n = 1.",
         "",
         *table(
             "| encoder | form | cosine, mean | lowest | relative error | weights | peak | "
@@ -126,26 +127,26 @@ def encoder_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def passes_lines(ran: dict[str, Any]) -> list[str]:
+def generation_lines(ran: dict[str, Any]) -> list[str]:
     rows = []
     for row in ran.values():
-        parts = [row["bytes"][phase] for phase in PHASES]
-        cells = [f"{gigabytes(p['predicted'])} / {gigabytes(p['peak'])}" for p in parts]
-        peak = max(part["peak"] for part in parts)
+        held = [row["bytes"][phase] for phase in PHASES]
+        cells = [f"{gigabytes(h['predicted'])} / {gigabytes(h['peak'])}" for h in held]
+        peak = max(h["peak"] for h in held)
         nodes, queries = (row["resolution"] + 1) ** 3, row["queries"]
         seconds = " + ".join(f"{row['seconds'][phase]:.0f}" for phase in PHASES)
         rows.append(
             f"| {row['model']} | {row['compute']} | {row['steps']} | {row['resolution']} | "
             f"{' | '.join(cells)} | {gigabytes(peak)} | "
-            f"{gigabytes(peak - row['generate']['base'])} | {asked(queries, nodes)} | "
+            f"{gigabytes(peak - row['generate']['base'])} | {query_cell(queries, nodes)} | "
             f"{seconds} |"
         )
     return [
-        "## Picture to mesh on the CPU, one network in memory at a time",
+        "## Image to mesh on the CPU, one network in memory at a time",
         "",
-        "The paper's map packed, encoder in 8 bits, guidance in two passes, few steps, n = 1. GB",
-        "of the whole process: predicted before the run / peak; seconds by phase. A grid of 64",
-        "cells is small enough to be dense.",
+        "The paper's layer map, packed, encoder in 8 bits, guidance in two passes, few steps,",
+        "n = 1. GB of the whole process: predicted before the run / peak; seconds by phase. A grid",
+        "of 64 cells per side is evaluated densely.",
         "The random decoder's surface is smooth (`random-checkpoint` damps its high frequencies)",
         "and about as large as an object's.",
         "",
@@ -158,8 +159,8 @@ def passes_lines(ran: dict[str, Any]) -> list[str]:
     ]
 
 
-def asked(queries: int | None, nodes: int) -> str:
-    """Of a grid's nodes; None where no field was asked."""
+def query_cell(queries: int | None, nodes: int) -> str:
+    """Queries, compared with the grid's nodes; queries None: the decoder has no field."""
     if queries is None:
         return ""
     return f"{queries:,} ({'dense' if queries == nodes else f'{nodes / queries:.1f}x fewer'})"
@@ -176,7 +177,7 @@ def sameness(row: dict[str, Any]) -> str:
 def grid_lines(grids: dict[str, Any]) -> list[str]:
     rows = []
     for row in grids.values():
-        full, part = row["ways"]["dense"], row["ways"]["coarse to fine"]
+        full, part = row["methods"]["dense"], row["methods"]["coarse to fine"]
         rows.append(
             f"| {row['kind']}, {row['name']} | {row['resolution']} | {full['queries']:,} | "
             f"{part['queries']:,} ({full['queries'] / part['queries']:.1f}x fewer) | "
@@ -185,17 +186,16 @@ def grid_lines(grids: dict[str, Any]) -> list[str]:
             f"{row['faces']:,} |"
         )
     return [
-        "## The surface found coarse to fine, beside the dense grid's",
+        "## Coarse-to-fine evaluation of the grid, compared with dense evaluation",
         "",
-        "By `python -m benchmarks.published.grids`: the bundled model's shapes of unseen pictures,",
-        "read",
-        "between their nodes (`interpolated`), or as a small ShapeVAE decoder fitted to each",
-        "(`fitted`). Meshes before cleaning. What coarse to fine can miss is a whole piece smaller",
-        "than a coarse cell that hardly raises the nodes of that grid about it.",
+        "By `python -m benchmarks.published.grids`: the bundled model's shapes from unseen images,",
+        "interpolated between their nodes (`interpolated`), or as a small ShapeVAE decoder fitted",
+        "to each (`fitted`). Meshes before cleaning. Coarse to fine can miss a whole piece that is",
+        "smaller than a coarse cell and hardly raises the coarse nodes around it.",
         "",
         *table(
-            "| field | grid | queries, dense | coarse to fine | s | s | nodes whose sign differs "
-            "| meshes | pieces | faces |",
+            "| field | grid | queries, dense | queries, coarse to fine | s, dense "
+            "| s, coarse to fine | nodes of another sign | meshes | pieces | faces |",
             rows,
         ),
         "",
@@ -217,16 +217,16 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
         for row in found["steps"]
     ]
     return [
-        f"## `vitapack bench` on {name}, {found['plan']}, beside its original",
+        f"## `vitapack bench` on {name}, plan {found['plan']}, and on its original",
         "",
-        f"One process, {found['threads']} threads, one after the other: a guided step,",
+        f"One process, {found['threads']} threads, one network after the other: a guided step,",
         f"{found['latents'][0]} latents, {found['cond_tokens']} condition tokens, medians. As one "
-        "batch of two, as the references",
-        "compute it, or in two passes, the unconditional one on a single token that stands for all",
-        "(exact). GB of the process: predicted / peak.",
+        "batch of two, as the reference",
+        "implementations run it, or in two passes, the unconditional one on a single token that",
+        "represents all (exact). GB of the process: predicted / peak.",
         "",
         *table(
-            "| network | guidance | GiB | TFLOP | s | p90 | n | of packed | TFLOP/s | GB |", rows
+            "| network | guidance | GiB | TFLOP | s | p90 | n | x packed | TFLOP/s | GB |", rows
         ),
         "",
         *phases_lines([row for row in found["phases"] if "skipped" not in row]),
@@ -234,7 +234,7 @@ def bench_lines(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def phases_lines(ran: list[dict[str, Any]]) -> list[str]:
-    """Of `bench`'s one picture to mesh by each network."""
+    """`bench`'s generation of one mesh by each network."""
     if not ran:
         return []
     rows = [
@@ -244,12 +244,12 @@ def phases_lines(ran: list[dict[str, Any]]) -> list[str]:
         for phase in PHASES
         if (held := row["bytes"].get(phase))
     ]
-    stopped = {f"No mesh came of {row['name']}: {row['stopped']}." for row in ran if row["stopped"]}
+    stopped = {f"{row['name']} gave no mesh: {row['stopped']}." for row in ran if row["stopped"]}
     return [
-        f"One picture to a mesh, one network in memory at a time, {ran[0]['steps']} steps, grid "
+        f"One image to a mesh, one network in memory at a time, {ran[0]['steps']} steps, grid "
         f"{ran[0]['resolution']}, n = 1.",
-        "The original's image encoder is in float32, the packed file's in 8 bits, into which it is",
-        "brought as it is read: seconds include loading.",
+        "The original's image encoder is in float32; for the packed file it is quantized to 8 bits",
+        "while it is read. Seconds include loading.",
         "",
         *table("| network | phase | s | GB |", rows),
         "",

@@ -1,15 +1,15 @@
-"""The paper's Tables 1, 2, 3 and D: what needs no trained weights, its figures beside ours.
+"""The paper's Tables 1, 2, 3 and D, as far as they need no trained weights, with our figures.
 
     python -m benchmarks.published tables --work /tmp/published    # sizes and operations, exact
     python -m benchmarks.published gpu --work /tmp/published       # on a GPU: latency and memory
     python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # a rehearsal
 
-The second command is for owners of a card (A6000, A100, ...): for every model it writes random
+The second command is for owners of a GPU (A6000, A100, ...). For every model it writes random
 weights in the released layout (up to 5 GB of disk at a time), packs each row of the tables, runs
-the whole denoising loop in a fresh process and puts seconds and bytes into the same results and
-page under the card's name. Their values change neither; packing takes most of the time. The third
-takes the same way with narrow networks of the same depth; its figures mean nothing and stay in the
-work folder.
+the whole denoising loop in a fresh process, and adds seconds and bytes to the same results and page
+under the GPU's name. Latency and memory do not depend on the weights' values; packing takes most of
+the time. The third command does the same with narrow networks of the same depth; its figures are
+meaningless and stay in the work folder.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Paper:
-    """One row of a model as the paper has it, on an RTX A6000; None where it gives nothing."""
+    """The paper's figures for one row of a model, on an RTX A6000; None if it states none."""
 
-    gib: float  # called GB there
-    tflop: float | None = None  # a step
-    seconds: float | None = None  # a shape
+    gib: float  # the paper writes GB
+    tflop: float | None = None  # per step
+    seconds: float | None = None  # per shape
     vram: float | None = None  # GiB
-    run: float | None = None  # TFLOP a shape
+    run: float | None = None  # TFLOP per shape
 
 
 @dataclass(frozen=True)
 class Model:
-    """How a model is run in the tables."""
+    """How a model runs in the tables."""
 
     steps: int
     latents: tuple[int, ...]
     rows: dict[str, Paper]
 
 
-# What a row keeps: every block, or those of the paper's map, and the bits of their linears.
+# Rows: all blocks, or those that the paper's layer map keeps, in these bits.
 ROWS = ("original", "pruned", "pruned, 4 bits", "pruned, 8 bits", "adaptive")
 BITS = {"pruned": 16, "pruned, 4 bits": 4, "pruned, 8 bits": 8}
 MODELS = {
@@ -98,20 +98,20 @@ MODELS = {
     ),
 }
 NOTES = """\
-- Sizes are of the network alone; ours hold modulation as exact fp16 tables at the steps used.
-- Operations: attention included, guidance as a batch of two (TRELLIS: one forward pass). The paper
-  counts Step1X-3D without attention; ours so is in brackets. Its TFLOP of the smaller 2mini are
-  those of 22 blocks, its 0.954 GiB are 21, as here.
-- A run makes no evaluation that the sampler multiplies by zero, TRELLIS guides in an interval, and
-  the unconditional pass needs a single token, since all of them are equal there.
+- Sizes are of the network alone; ours include the modulation as exact fp16 tables for these steps.
+- Operations include attention; guidance is a batch of two (TRELLIS: one forward pass). The paper
+  counts Step1X-3D without attention; our count without attention is in brackets. Its TFLOP for the
+  compressed 2mini are those of 22 blocks, its 0.954 GiB those of 21, as here.
+- Per shape, evaluations that the solver multiplies by zero are skipped, TRELLIS uses guidance in an
+  interval only, and the unconditional pass needs a single token, since all its tokens are equal.
 - The released Hunyuan3D 2.0 network has 1,113,274,432 parameters, 2.074 GiB in fp16, not 2.704;
-  TRELLIS' has 1.035, not 1.078.
+  TRELLIS's has 1.035, not 1.078.
 - Latency and memory of the paper: RTX A6000. Ours: the denoising loop of one shape, from noise to
   latents; memory is torch's peak of allocated bytes, weights included."""
 
 
 def layer_map(name: str, row: str, family: str) -> LayerMap:
-    """What a row of the tables keeps; "original" is not packed and has none."""
+    """The layer map of a row; "original" is not packed and has none."""
     paper = plan_paper(name, family=family)
     if row == "adaptive":
         return paper
@@ -120,7 +120,7 @@ def layer_map(name: str, row: str, family: str) -> LayerMap:
 
 
 def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
-    """Bytes, blocks and operations of every row, without reading or writing a weight."""
+    """Bytes, blocks and operations of every row; reads and writes no weight."""
     from vitapack.compressor.packing.compress import compress
     from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
     from vitapack.runtime.format.layermap import BLOCK_FIELDS
@@ -152,7 +152,7 @@ def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
 # --- On a GPU ------------------------------------------------------------------------------------
 
 
-TINY_TOKENS = 5  # of a rehearsal's condition
+TINY_TOKENS = 5  # condition tokens of a rehearsal
 
 
 def tiny_latents(name: str) -> tuple[int, ...]:
@@ -160,7 +160,7 @@ def tiny_latents(name: str) -> tuple[int, ...]:
 
 
 def tiny_sizes(name: str) -> Any:
-    """A network of the model's own depth, since the rows keep the paper's blocks, and narrow."""
+    """A narrow network of the model's own depth, since the rows keep the paper's blocks."""
     from vitapack.compressor.tools.random_checkpoint import Sizes
     from vitapack.runtime.condition.dinov2 import Dinov2Config
 
@@ -179,7 +179,7 @@ def measured(
     rows: Sequence[str] = ROWS,
     tiny: bool = False,
 ) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """(row, how, figures) as they come; "how" is the original's dtype, a16 or a8."""
+    """Yields (row, how, figures); "how" is a16, a8, or the original's dtype."""
     from vitapack.compressor.packing.compress import compress
     from vitapack.compressor.tools.random_checkpoint import write
     from vitapack.runtime.families.open import open_checkpoint
@@ -202,7 +202,7 @@ def measured(
 def run(
     path: Path, name: str, device: str, compute: str, repeats: int, tiny: bool
 ) -> dict[str, Any]:
-    """`denoise_times` in a process of its own, whose memory holds nothing else."""
+    """`denoise_times` in a fresh process, so that its memory holds nothing else."""
     words = [str(path.resolve()), name, device, compute, str(repeats), "tiny" if tiny else "full"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.published.paper_tables", *words],
@@ -222,9 +222,9 @@ def denoise_times(
     latents: Sequence[int] | None = None,
     tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Seconds and bytes of whole denoising loops: guidance in two passes, random condition.
+    """Seconds and bytes of whole denoising loops: guidance in two passes, random condition tokens.
 
-    `latents` and `tokens` as in the tables unless they are given.
+    latents, tokens: the tables' by default.
     """
     import torch
 
@@ -237,18 +237,18 @@ def denoise_times(
     from vitapack.runtime.pipeline.load import load_dit
     from vitapack.runtime.sampling.guidance import denoise
 
-    where, place = chosen_device(device), Path(path)
-    gpu = where != "cpu"
-    if is_packed(place):
-        sampler = SamplerDefaults.from_json(read_header(place).sampler)
+    device, path = chosen_device(device), Path(path)
+    gpu = device != "cpu"
+    if is_packed(path):
+        sampler = SamplerDefaults.from_json(read_header(path).sampler)
     else:
-        sampler = open_checkpoint(place).sampler
+        sampler = open_checkpoint(path).sampler
     sampler = replace(sampler, steps=MODELS[name].steps)
     dtype = torch.float16 if gpu else torch.float32
-    network = load_dit(place, dtype=dtype, device=where, compute=compute)
+    network = load_dit(path, dtype=dtype, device=device, compute=compute)
     rng = torch.Generator().manual_seed(0)
     tokens = tokens or SPECIAL_TOKENS.get(name, COND_TOKENS)
-    cond = torch.randn(1, tokens, network.config.cond_channels, generator=rng).to(where)
+    cond = torch.randn(1, tokens, network.config.cond_channels, generator=rng).to(device)
     noise = torch.randn(1, *(latents or MODELS[name].latents), generator=rng)
     seconds = []
     for attempt in range(repeats + 1):  # the first compiles and warms up
@@ -274,10 +274,10 @@ def denoise_times(
 
 
 def lines(counts: dict[str, Any], cards: dict[str, Any]) -> list[str]:
-    """The section of docs/published.md; `cards`: figures by card, model, row and how."""
+    """The section of docs/published.md; `cards`: figures by GPU, model, row and how."""
     head = (
-        "| model | row | blocks | GiB, paper | GiB | TFLOP a step, paper | TFLOP a step "
-        "| TFLOP a run, paper | TFLOP a run | s, paper | GiB at peak, paper |"
+        "| model | row | blocks | GiB, paper | GiB | TFLOP per step, paper | TFLOP per step "
+        "| TFLOP per shape, paper | TFLOP per shape | s, paper | peak GiB, paper |"
     )
     rows = []
     for name, found in counts.items():
@@ -289,45 +289,46 @@ def lines(counts: dict[str, Any], cards: dict[str, Any]) -> list[str]:
             if name.startswith("step1x"):
                 inner = f" ({(whole - ours['step']['attention']) / 1e12:.3f})"
             rows.append(
-                f"| {name} | {row} | {blocks} | {said(paper, 'gib')} | "
-                f"**{ours['bytes'] / 2**30:.3f}** | {said(paper, 'tflop')} | "
+                f"| {name} | {row} | {blocks} | {stated(paper, 'gib')} | "
+                f"**{ours['bytes'] / 2**30:.3f}** | {stated(paper, 'tflop')} | "
                 f"{whole / 1e12:.3f}{inner} | "
-                f"{said(paper, 'run')} | {ours['run'] / 1e12:.1f} | "
-                f"{said(paper, 'seconds')} | {said(paper, 'vram')} |"
+                f"{stated(paper, 'run')} | {ours['run'] / 1e12:.1f} | "
+                f"{stated(paper, 'seconds')} | {stated(paper, 'vram')} |"
             )
     text = [
-        "## Tables 1, 2, 3 and D of the paper, without what needs trained weights",
+        "## Tables 1, 2, 3 and D of the paper, except columns that need trained weights",
         "",
-        "Original; the paper's pruned blocks left out; the rest in 4 or 8 bits; its adaptive bits.",
+        "Rows: the original; without the blocks that the paper prunes; the kept blocks in 4 or 8",
+        "bits; in the paper's adaptive bits.",
         "",
         *table(head, rows),
         "",
         NOTES,
         "",
-        "Seconds and memory: `python -m benchmarks.published gpu` measures them on the card at",
-        "hand and writes them here, beside the paper's.",
+        "Seconds and memory: `python -m benchmarks.published gpu` measures them on your GPU and",
+        "adds them here, next to the paper's.",
         "",
     ]
     if not cards:
         return [*text, "Compiled, not timed: no GPU has run it yet.", ""]
     timed = [
         f"| {card} | {name} | {row} | {how} | {f['seconds']:.2f} | {f['n']} | "
-        f"{said(MODELS[name].rows.get(row), 'seconds')} | {memory(f['allocated'])} | "
-        f"{memory(f['reserved'])} | {said(MODELS[name].rows.get(row), 'vram')} |"
+        f"{stated(MODELS[name].rows.get(row), 'seconds')} | {memory(f['allocated'])} | "
+        f"{memory(f['reserved'])} | {stated(MODELS[name].rows.get(row), 'vram')} |"
         for card, models in cards.items()
         for name, found in models.items()
         for row, hows in found.items()
         for how, f in hows.items()
     ]
     head = (
-        "| card | model | row | computes | s | n | s, paper | GiB allocated | GiB reserved "
+        "| GPU | model | row | compute | s | n | s, paper | GiB allocated | GiB reserved "
         "| GiB, paper |"
     )
     return [*text, *table(head, timed), ""]
 
 
-def said(paper: Paper | None, what: str) -> str:
-    value = getattr(paper, what, None)
+def stated(paper: Paper | None, field: str) -> str:
+    value = getattr(paper, field, None)
     return "" if value is None else f"{value:g}"
 
 

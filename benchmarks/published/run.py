@@ -1,17 +1,17 @@
-"""The published models at full size, with random weights: sizes, compression, whole passes.
+"""Measures the published models at full size, with random weights.
 
     python -m benchmarks.published sizes --work /tmp/published     # exact, without any weights
     python -m benchmarks.published maps --work /tmp/published      # the paper's own layer maps
-    python -m benchmarks.published tables --work /tmp/published    # the paper's tables, likewise
-    python -m benchmarks.published memory --work /tmp/published    # by phase, before any run
-    python -m benchmarks.published gpu --work /tmp/published       # their rest, on a GPU of yours
-    python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # its rehearsal
-    python -m benchmarks.published passes --work /tmp/published [--resolution 384]    # on the CPU
-    python -m benchmarks.published bench --work /tmp/published     # steps beside the original's
+    python -m benchmarks.published tables --work /tmp/published    # the paper's tables, exact
+    python -m benchmarks.published memory --work /tmp/published    # predicted memory by phase
+    python -m benchmarks.published gpu --work /tmp/published       # the tables' latency and memory
+    python -m benchmarks.published gpu --tiny --device cpu --work /tmp/published    # a rehearsal
+    python -m benchmarks.published generate --work /tmp/published [--resolution 384]    # on the CPU
+    python -m benchmarks.published bench --work /tmp/published     # steps, packed and original
     python -m benchmarks.published page                            # docs/published.md from the JSON
 
-Each model is written, measured and deleted in turn: at most 8 GB of disk at a time. Every measured
-process is a fresh one, whose peak is the kernel's own high-water mark.
+Each model is written, measured and deleted in turn: at most 8 GB of disk at a time. Every
+measurement runs in a fresh process, whose peak is the kernel's high-water mark.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from vitapack.runtime.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "published.json"
-WHAT = ("sizes", "tables", "memory", "gpu", "maps", "passes", "bench", "page")
-PASSES = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
-SEEDS = {"hunyuan3d-2mini": 1, "step1x-3d": 3}  # of decoders whose random field has a surface
+ACTIONS = ("sizes", "tables", "memory", "gpu", "maps", "generate", "bench", "page")
+GENERATED = ("hunyuan3d-2mini", "step1x-3d", "trellis-ss")
+SEEDS = {"hunyuan3d-2mini": 1, "step1x-3d": 3}  # whose random decoder's field has a surface
 
-# Runs one command of vitapack's and prints the process' peak, in bytes, before and after.
+# Runs one vitapack command and prints the process's peak in bytes, before and after.
 CHILD = """
 import json, sys, time
 import torch
@@ -68,7 +68,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "base": base,
 
 
 def child(*arguments: str) -> tuple[dict[str, Any], str]:
-    """A fresh process' figures and its standard output."""
+    """Runs a command in a fresh process: its figures and its standard output."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, threads, *arguments],
@@ -80,7 +80,7 @@ def child(*arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def save(section: str, name: str, figures: dict[str, Any], results: Path | None = None) -> None:
-    """Into the results file at once, so that an interrupted run keeps what it has."""
+    """Writes figures into the results file at once, so that an interrupted run loses none."""
     results = results or RESULTS
     data = json.loads(results.read_text()) if results.exists() else {}
     data["machine"] = {
@@ -94,7 +94,7 @@ def save(section: str, name: str, figures: dict[str, Any], results: Path | None 
 
 
 def sizes(work: Path, names: list[str]) -> None:
-    """Exact file sizes of plans that need not be carried out."""
+    """Exact file sizes of plans, without compressing."""
     for name in names:
         with hollow.checkpoint(work, name, ("dit",)) as checkpoint:
             exact = {}
@@ -120,9 +120,9 @@ def memory(work: Path, names: list[str]) -> None:
 
 
 def gpu(work: Path, names: list[str], options: argparse.Namespace) -> None:
-    """Latency and memory of the tables' rows, into the results under the card's name.
+    """Latency and memory of the tables' rows, recorded under the GPU's name.
 
-    A rehearsal with tiny models leaves results and page of its own in the work folder.
+    A rehearsal with tiny models writes its own results and page into the work folder.
     """
     results = work / "rehearsal.json" if options.tiny else RESULTS
     for name in names:
@@ -172,10 +172,10 @@ def maps(work: Path, names: list[str], plans: list[str]) -> None:
         shutil.rmtree(folder)
 
 
-def made(
+def write_both(
     work: Path, name: str, plan: str, options: argparse.Namespace, parts: Sequence[str] = NETWORKS
 ) -> tuple[Path, Path]:
-    """A checkpoint and its packed file; with --keep those that are there already."""
+    """Writes a checkpoint and its packed file; with --keep reuses existing ones."""
     folder, out = work / name, work / f"{name}-{plan}.safetensors"
     if not (options.keep and folder.exists()):
         write(name, folder, parts=parts, seed=SEEDS.get(name, 0))
@@ -191,16 +191,17 @@ def remove(options: argparse.Namespace, folder: Path, out: Path) -> None:
         out.unlink()
 
 
-def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
+def generate(work: Path, names: list[str], options: argparse.Namespace) -> None:
+    """One image to a mesh, one network in memory at a time."""
     from vitapack.runtime.families.furniture.family import held_out
 
-    picture = next(held_out("unseen-views")).image_path
+    image = next(held_out("unseen-views")).image_path
     for name in names:
         side = 64 if name == "trellis-ss" else options.resolution
         extra = () if name == "trellis-ss" else ("--resolution", str(side))
-        folder, out = made(work, name, "paper", options)
+        folder, out = write_both(work, name, "paper", options)
         measured, text = child(
-            "generate", str(out), str(picture), "-o", str(work / "meshes"), "--parts", str(folder),
+            "generate", str(out), str(image), "-o", str(work / "meshes"), "--parts", str(folder),
             "--memory", "lean", "--compute", options.compute, "--device", "cpu", "--steps",
             str(options.steps), "--json", "--quiet", *extra,
         )  # fmt: skip
@@ -209,15 +210,15 @@ def passes(work: Path, names: list[str], options: argparse.Namespace) -> None:
         figures |= {"resolution": side, "generate": measured}
         figures |= {key: row[key] for key in ("seconds", "bytes", "mesh", "queries")}
         suffix = "" if options.compute == "a8" else f", {options.compute}"
-        save("passes", f"{name}, {side}{suffix}", figures)
+        save("generations", f"{name}, {side}{suffix}", figures)
         print(name, json.dumps(figures), flush=True)
         remove(options, folder, out)
 
 
 def bench(work: Path, names: list[str], options: argparse.Namespace) -> None:
-    """`vitapack bench` of a packed DiT beside its original, and of one picture to mesh."""
+    """`vitapack bench` of a packed DiT and its original, and of one generation by each."""
     for name in names:
-        folder, out = made(work, name, options.plans[0], options)
+        folder, out = write_both(work, name, options.plans[0], options)
         measured, text = child(
             "bench", str(out), "--original", str(folder), "--compute", "a8", "--device", "cpu",
             "--repeats", str(options.repeats), "--steps", str(options.steps),
@@ -235,38 +236,40 @@ def page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("--work", type=Path, default=Path("published-work"))
     parser.add_argument("--models", nargs="+", choices=published_memory.MODELS)
     parser.add_argument("--plans", nargs="+", default=["paper"], choices=("paper", "int8", "int4"))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--compute", choices=("a8", "a16"), default="a8", help="of `passes`")
-    parser.add_argument("--device", default="cuda", help="of `gpu`")
+    parser.add_argument("--compute", choices=("a8", "a16"), default="a8", help="for `generate`")
+    parser.add_argument("--device", default="cuda", help="for `gpu`")
     parser.add_argument("--rows", nargs="+", default=list(paper_tables.ROWS),
-                        choices=paper_tables.ROWS, help="of `gpu`")  # fmt: skip
+                        choices=paper_tables.ROWS, help="for `gpu`")  # fmt: skip
     parser.add_argument(
-        "--tiny", action="store_true", help="`gpu`: a rehearsal with narrow networks, not recorded"
+        "--tiny",
+        action="store_true",
+        help="for `gpu`: a rehearsal with narrow networks, not recorded",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of `gpu` and `bench`")
+    parser.add_argument("--repeats", type=int, default=5, help="for `gpu` and `bench`")
     parser.add_argument(
-        "--keep", action="store_true", help="`passes`, `bench`: use what is there, and leave it"
+        "--keep", action="store_true", help="for `generate` and `bench`: reuse files and keep them"
     )
     options = parser.parse_args()
-    if options.what == "sizes":
+    if options.action == "sizes":
         sizes(options.work, options.models or list(MODELS))
-    elif options.what == "tables":
+    elif options.action == "tables":
         tables(options.work, options.models or list(MODELS))
-    elif options.what == "memory":
+    elif options.action == "memory":
         memory(options.work, options.models or list(published_memory.MODELS))
-    elif options.what == "gpu":
+    elif options.action == "gpu":
         gpu(options.work, options.models or list(MODELS), options)
-    elif options.what == "maps":
+    elif options.action == "maps":
         maps(options.work, options.models or list(MODELS), options.plans)
-    elif options.what == "bench":
+    elif options.action == "bench":
         bench(options.work, options.models or ["hunyuan3d-2mini"], options)
-    elif options.what == "passes":
-        passes(options.work, options.models or list(PASSES), options)
+    elif options.action == "generate":
+        generate(options.work, options.models or list(GENERATED), options)
     page()
 
 

@@ -58,12 +58,12 @@ def test_predictions_of_hollow_files_are_those_of_real_ones(tmp_path: Path):
     checkpoint, real = open_checkpoint(tmp_path / "m"), tmp_path / "real.safetensors"
     compress(checkpoint, resolve_plan("paper", checkpoint), real, quantizer="rtn", embed=False)
     found = published_memory.predicted(checkpoint, MINI, tmp_path / "hollow.safetensors")
-    for way, (device, compute, memory) in published_memory.WAYS.items():
+    for column, (device, compute, memory) in published_memory.COLUMNS.items():
         if device == "cuda":  # a CPU's begin with the process itself
             pipeline = Pipeline.from_packed(
                 real, device, compute, parts=tmp_path / "m", memory=memory, absent=True
             )
-            assert found[way] == pipeline.predicted_bytes()
+            assert found[column] == pipeline.predicted_bytes()
     assert found["cpu a8 lean"]["decode"] > found["cuda a8 lean"]["decode"] > 0
 
 
