@@ -337,6 +337,6 @@ def memory(count: int | None) -> str:
 
 
 if __name__ == "__main__":
-    place, model, where, kind, count, size = sys.argv[1:]
+    path, model, device, compute, count, size = sys.argv[1:]
     small = (tiny_latents(model), TINY_TOKENS) if size == "tiny" else ()
-    print(json.dumps(denoise_times(place, model, where, kind, int(count), *small)))
+    print(json.dumps(denoise_times(path, model, device, compute, int(count), *small)))
