@@ -37,7 +37,7 @@ def main() -> None:
     packed = [m.prepare() for m in dit.modules() if isinstance(m, PackedLinear)]
     weights = sum(p.nbytes for p in packed if p is not None)
     weights += sum(t.nbytes for t in dit.state_dict().values() if t.dtype == torch.float32)
-    scratch = dit.scratch_bytes()  # type: ignore[operator]
+    scratch = dit.scratch.nbytes  # type: ignore[operator]
     paper = weights + scratch + out.nbytes
     print(
         json.dumps(

@@ -175,7 +175,7 @@ def dit(work: Path, latents: int, rounds: int, earlier: dict[str, Any]) -> dict[
             "operations": operations,
             "peak_gops": peak,
             "share_of_peak": sum(operations.values()) / seconds["w8a8"] / peak,
-            "scratch_bytes": eight.scratch_bytes(),  # type: ignore[operator]
+            "scratch_bytes": eight.scratch.nbytes,  # type: ignore[operator]
         }
 
 

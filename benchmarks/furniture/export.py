@@ -75,7 +75,7 @@ def config(hidden: int) -> dict:
                 "depth": len(dit.double_blocks),
                 "depth_single_blocks": len(dit.single_blocks),
                 "qkv_bias": dit.qkv_bias,
-                "guidance_embed": dit.guidance_embed,
+                "guidance_embed": dit.embeds_guidance,
             },
         },
         "vae": {

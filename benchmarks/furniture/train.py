@@ -21,7 +21,8 @@ from benchmarks.furniture.autoencoder import distances
 from benchmarks.furniture.encoder import HELD_OUT_VIEWS, load_autoencoder
 from benchmarks.furniture.training import Trainer, grid_iou, launch, load_data
 from vitapack.runtime.families.furniture.networks import ANCHOR_CHANNELS, anchors
-from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
+from vitapack.runtime.format.architecture import DiTConfig
+from vitapack.runtime.networks.dit import DiT, hunyuan_time
 
 DROP_CONDITION = 0.1
 LEAVE_OUT = {"double": 0.05, "single": 0.15}  # probability per block and step

@@ -296,7 +296,7 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
         parent = dit.get_submodule(outer)
         final = name == "final_layer.adaLN_modulation.1"
         if final or isinstance(module, Modulation):
-            count = 2 if final else module.count
+            count = 2 if final else 3 * module.sublayers
             table = random(name, 1, count * config.hidden, spread=0.2).half()
             table_module = ModulationTable(table, count)
             if final:
@@ -355,13 +355,13 @@ def network_times(
 
     from vitapack.runtime.engines.cuda_graph import Recording
     from vitapack.runtime.networks.linear import PackedLinear
-    from vitapack.runtime.networks.modulation import When
+    from vitapack.runtime.networks.modulation import StepModulation
 
     cuda = device.type == "cuda"
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(2, latents, config.in_channels, generator=rng).to(device).half()
     cond = torch.randn(2, condition, config.cond_channels, generator=rng).to(device).half()
-    when = When(rows=torch.zeros(1, dtype=torch.long, device=device))
+    when = StepModulation(rows=torch.zeros(1, dtype=torch.long, device=device))
     forms = [("fp16", 16, "a16")] + [
         (f"int{bits} {compute}", bits, compute) for bits in (8, 4) for compute in ("a16", "a8")
     ]
@@ -419,11 +419,13 @@ def in_float32(dit: Any, x: Any, when: Any, cond: Any) -> Any:
 def mini(hidden: int = 1024, double: int = 8, single: int = 16, channels: int = 64,
          cond: int = 1536) -> Any:  # fmt: skip
     """Hunyuan3D-2mini's hyper-parameters, or those of a smaller network of the same kind."""
-    from vitapack.runtime.networks.dit import DiTConfig, hunyuan_time
+    from vitapack.runtime.format.architecture import DiTConfig
+    from vitapack.runtime.networks.dit import hunyuan_time
 
     return DiTConfig(
-        channels, cond, hidden, hidden // 64, tuple(range(double)), tuple(range(single)),
-        4.0, True, False, hunyuan_time(hidden),
+        in_channels=channels, cond_channels=cond, hidden=hidden, heads=hidden // 64,
+        double_blocks=tuple(range(double)), single_blocks=tuple(range(single)), mlp_ratio=4.0,
+        qkv_bias=True, guidance_embed=False, time=hunyuan_time(hidden),
     )  # fmt: skip
 
 

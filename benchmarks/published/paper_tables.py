@@ -123,8 +123,8 @@ def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
     """Bytes, blocks and operations of every row; reads and writes no weight."""
     from vitapack.compressor.packing.compress import compress
     from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+    from vitapack.runtime.format.architecture import DiTConfig
     from vitapack.runtime.format.layermap import BLOCK_FIELDS
-    from vitapack.runtime.networks.dit import DiTConfig
     from vitapack.runtime.tools.flops import run_flops, step_flops
 
     model, found = MODELS[name], {}

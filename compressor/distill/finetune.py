@@ -45,7 +45,7 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path, destination
 from vitapack.runtime.format.container import file_digest, lay_out, write_container
 from vitapack.runtime.format.describe import NOTE
-from vitapack.runtime.format.header import FIELDS, KEY, PackedHeader, encode, read_header
+from vitapack.runtime.format.header import FIELDS, KEY, PackedContent, PackedHeader, read_header
 from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap
 from vitapack.runtime.format.reader import TensorReader
 from vitapack.runtime.format.schedules import SamplerDefaults
@@ -214,4 +214,4 @@ def write(header: PackedHeader, out: Path, trained: dict[str, Tensor], note: dic
             (name, as_bytes(trained[name] if name in trained else reader.read(name), dtype, name))
             for name, (dtype, _) in specs.items()
         )
-        write_container(out, lay_out(specs, {KEY: encode(**fields)}), tensors)
+        write_container(out, lay_out(specs, {KEY: PackedContent(**fields).dumps()}), tensors)

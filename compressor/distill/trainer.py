@@ -17,14 +17,13 @@ from vitapack.compressor.distill.trained_linear import TrainedLinear
 from vitapack.compressor.distill.trajectories import Paths
 from vitapack.runtime.choices import TRAINED_BLOCKS, check_choice
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.format.architecture import network_linears, network_norms
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.format.layermap import BLOCK_FIELDS
 from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.packed import replace_module
-from vitapack.runtime.networks.kinds import Network
 from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.networks.network import Network
 
 Report = Callable[[int, int, str], None]  # done, total, what
 Block = tuple[str, int]  # kind, original index
@@ -70,7 +69,7 @@ class Trained:
         places = tuple(f"{BLOCK_FIELDS[kind]}.{index}." for kind, index in blocks)
         self.linears: dict[str, TrainedLinear] = {}
         self.plain: dict[str, nn.Parameter] = {}  # stored in `rest`
-        for name, linear in network_linears(header.network).items():
+        for name, linear in header.network.linears().items():
             if linear.role != "block" or not name.startswith(places):
                 continue
             module = student.get_submodule(name)
@@ -81,7 +80,7 @@ class Trained:
             else:
                 leaves = module.named_parameters()
                 self.plain |= {f"{name}.{leaf}": parameter for leaf, parameter in leaves}
-        for name in network_norms(header.network):
+        for name in header.network.norms():
             if name.startswith(places):
                 self.plain[name] = student.get_parameter(name)
         self.rest = torch_dtype(header.rest)
@@ -173,9 +172,9 @@ class Run:
     def loss(self, paths: Paths, numbers: Sequence[int]) -> Tensor:
         """The paper's, averaged over points."""
         points = paths.read(numbers, self.device)
-        embedded = self.student.config.guidance_embed
+        embedded = self.student.config.embeds_guidance
         guidance = torch.full_like(points.t, self.settings.sampler.guidance) if embedded else None
-        when = self.student.when(points.t, guidance)
+        when = self.student.step_modulation(points.t, guidance)
         found = self.student(points.x, when, points.cond)
         errors = (found - points.with_image).square().flatten(1).mean(1)
         if points.guided.any():  # one token of zeros stands for all of them, see denoise.py

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
-from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
+from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.sampling import solvers as sampling
 from vitapack.runtime.sampling.guidance import velocity_of
@@ -75,7 +75,7 @@ class Paths:
         named = zip(conditions, seeds, strict=True)
         how = hashlib.sha256(repr(sampler).encode()).hexdigest()[:8]
         files = [folder / f"path-{place.stem}-{seed}-{how}.npy" for place, seed in named]
-        paths = cls(conditions, files, sampler, pipeline.dit.config.guidance_embed)
+        paths = cls(conditions, files, sampler, pipeline.dit.config.embeds_guidance)
         for start in range(0, len(files), batch):
             report(start)
             some = slice(start, start + batch)
@@ -131,11 +131,16 @@ class Recorder:
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()
 
-    def when(self, t: Tensor, guidance: Tensor | None) -> tuple[float, When]:
-        return float(t), self.network.when(t, guidance)
+    def when(self, t: Tensor, guidance: Tensor | None) -> tuple[float, StepModulation]:
+        return float(t), self.network.step_modulation(t, guidance)
 
     def __call__(
-        self, x: Tensor, when: tuple[float, When], cond: Tensor, guidance: None, repeats: int
+        self,
+        x: Tensor,
+        when: tuple[float, StepModulation],
+        cond: Tensor,
+        guidance: None,
+        repeats: int,
     ) -> Tensor:
         t, inner = when
         velocity = self.network(x, inner, cond, None, repeats)

@@ -32,17 +32,23 @@ from vitapack.runtime.choices import FLOATS, MODULATIONS, check_choice
 from vitapack.runtime.condition.dinov2 import is_linear
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
-from vitapack.runtime.format.architecture import Linear, network_linears, network_norms
+from vitapack.runtime.format.architecture import (
+    Architecture,
+    Linear,
+)
 from vitapack.runtime.format.container import ITEM_BYTES, Layout, lay_out
-from vitapack.runtime.format.header import KEY, PARTS, encode, schedule_nodes
-from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap, kept_blocks
+from vitapack.runtime.format.header import (
+    KEY,
+    PARTS,
+    PackedContent,
+    schedule_nodes,
+)
+from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.layouts import BITS_OF, GROUP_OF, W16
 from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.format.sizes import SizeTable, size_table
 from vitapack.runtime.format.tensors import model_tensors, plan_linears
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
 
 # Decoder and conditioner travel inside the file up to this size together: all of the furniture
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.
@@ -55,7 +61,7 @@ Report = Callable[[int, int, str], None]  # weights done, weights in all, what
 class Plan:
     """Everything of a packed file that is known before a weight is read."""
 
-    network: dict[str, Any]
+    network: Architecture
     linears: dict[str, str]
     modulation: dict[str, Any]
     nodes: list[float]
@@ -157,7 +163,7 @@ def make_plan(
     hashed: bool,
 ) -> Plan:
     """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
-    network = pruned_config(checkpoint, layer_map).to_json()
+    network = pruned_config(checkpoint, layer_map)
     linears = plan_linears(network, layer_map, modulation)
     tables = modulation in ("table", "both")
     nodes = schedule_nodes(schedules) if tables else []
@@ -170,7 +176,7 @@ def make_plan(
         "kind": modulation,
         "dtype": table_dtype,
         "guidance": checkpoint.sampler.guidance
-        if checkpoint.config.guidance_embed and tables
+        if checkpoint.config.embeds_guidance and tables
         else None,
         "nodes": len(nodes),
         "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
@@ -192,7 +198,7 @@ def make_plan(
         if storage == "embedded":
             tensors |= specs
             embedded.append(part)
-    text = encode(
+    text = PackedContent(
         tool=f"vitapack {vitapack.__version__}",
         family=checkpoint.family,
         variant=checkpoint.variant,
@@ -206,22 +212,21 @@ def make_plan(
         sampler=sampler.to_json(),
         shape_decoder=references["shape_decoder"],
         conditioner=references["conditioner"],
-    )
+    ).dumps()
     layout = lay_out(tensors, {KEY: text})
     return Plan(network, linears, modulation_json, nodes, rest, tuple(embedded), layout)
 
 
-def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> DiTConfig | FlowConfig:
+def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> Architecture:
     """The kept network's hyper-parameters. UserError if the map belongs to another network."""
-    held = {kind: len(indices) for kind, indices in kept_blocks(checkpoint.config).items()}
+    held = {kind: len(indices) for kind, indices in checkpoint.config.blocks_by_kind().items()}
     asked = {kind: count for kind, count in layer_map.totals.items() if count}
     if asked != {kind: count for kind, count in held.items() if count}:
         raise UserError(
             f"the layer map is for a network of {_counts(asked)}, "
             f"{checkpoint.path} ({checkpoint.variant}) has {_counts(held)}"
         )
-    kept: dict[str, Any] = {BLOCK_FIELDS[kind]: layer_map.kept(kind) for kind in held}
-    return replace(checkpoint.config, **kept)
+    return checkpoint.config.with_blocks({kind: layer_map.kept(kind) for kind in held})
 
 
 @dataclass(frozen=True)
@@ -291,10 +296,10 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
             0,
             lambda: {"modulation.t": torch.tensor(plan.nodes, dtype=torch.float64)},
         )
-    for name, shape in network_linears(plan.network).items():
+    for name, shape in plan.network.linears().items():
         if names := owned(name):
             yield Job(names, shape.out * shape.inputs, partial(linear, name, shape, names))
-    for name, norm_shape in network_norms(plan.network).items():
+    for name, norm_shape in plan.network.norms().items():
         yield Job((f"model.{name}",), math.prod(norm_shape), partial(norm, name, norm_shape))
     for part in plan.embedded:
         for name, (_, part_shape) in checkpoint.part_shapes(part).items():

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from vitapack.compressor.packing.quantizers import check_finite
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
-from vitapack.runtime.networks.modulation import TimeEmbedding
+from vitapack.runtime.format.architecture import Architecture, TimeEmbedding
 
 HALF_MAX = 65504.0
 
@@ -31,17 +29,17 @@ class ModulationTables:
 
     def __init__(
         self,
-        config: DiTConfig | FlowConfig,
+        config: Architecture,
         tensor: Callable[[str], Tensor],
         nodes: Sequence[float],
         guidance: float | None = None,
     ) -> None:
         """`tensor` gives an original tensor by its canonical name; nodes are model times."""
-        if config.guidance_embed and guidance is None:
+        if config.embeds_guidance and guidance is None:
             raise UserError("this model embeds its guidance: name the value that the tables hold")
         self.tensor = tensor
         vector = self._mlp("time_in", config.time, torch.tensor(nodes, dtype=torch.float64))
-        if config.guidance_embed:
+        if config.embeds_guidance:
             value = torch.tensor([guidance], dtype=torch.float64)
             vector = vector + self._mlp("guidance_in", config.time, value)
         self.vector = F.silu(vector)  # (T, h) float64

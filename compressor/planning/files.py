@@ -16,7 +16,7 @@ from vitapack.compressor.planning.thresholds import plan_thresholds
 from vitapack.compressor.vitality.table import Vitality
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import one_line, parse_json
-from vitapack.runtime.format.layermap import LayerMap, kept_blocks
+from vitapack.runtime.format.layermap import LayerMap
 
 
 def describe(layer_map: LayerMap) -> str:
@@ -103,7 +103,9 @@ def resolve_plan(plan: str | Path | LayerMap, checkpoint: Checkpoint) -> LayerMa
     Raises UserError for a plan of another family or other block counts.
     """
     totals = {
-        kind: len(indices) for kind, indices in kept_blocks(checkpoint.config).items() if indices
+        kind: len(indices)
+        for kind, indices in checkpoint.config.blocks_by_kind().items()
+        if indices
     }
     uniform = {"int8": 8, "int4": 4, "fp16": 16}
     if isinstance(plan, str) and plan in uniform:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from vitapack.compressor.vitality.table import Vitality
 from vitapack.runtime.format.container import lay_out
-from vitapack.runtime.format.header import KEY, encode, schedule_nodes
-from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap
+from vitapack.runtime.format.header import KEY, PackedContent, schedule_nodes
+from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.format.sizes import SizeTable, size_table
 from vitapack.runtime.format.tensors import model_tensors, plan_linears
@@ -35,9 +35,7 @@ def predict_size(
         schedules = [SamplerDefaults.from_json(vitality.settings["sampler"])]
     if modulation not in ("table", "both"):
         schedules = []
-    network = vitality.network | {
-        BLOCK_FIELDS[kind]: list(layer_map.kept(kind)) for kind in vitality.kinds
-    }
+    network = vitality.network.with_blocks({kind: layer_map.kept(kind) for kind in vitality.kinds})
     linears = plan_linears(network, layer_map, modulation)
     tables = {
         "kind": modulation,
@@ -51,12 +49,12 @@ def predict_size(
     part = {"storage": "referenced", "config": {"": " " * 1024}, "source": {}}
     layer_map = replace(layer_map, how="", notes={"": " " * 1024})
     source = {"name": vitality.model, "sha256": vitality.source_sha256, "bytes": 10**10}
-    text = encode(
+    text = PackedContent(
         tool="vitapack 00.00.00", family=vitality.family, variant=" " * 32, network=network,
         source=source, layer_map=layer_map, linears=linears, rest="F16", quantizer="search",
         modulation=tables, sampler=vitality.settings["sampler"], shape_decoder=part,
         conditioner=part,
-    )  # fmt: skip
+    ).dumps()  # fmt: skip
     layout = lay_out(model_tensors(network, linears, "F16", tables), {KEY: text})
     sizes = {name: info.nbytes for name, info in layout.tensors.items()}
     return size_table(sizes, linears, len(layout.header))

@@ -46,7 +46,7 @@ from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.sizes import SizeTable
-from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
 Report = Callable[[int, int, str], None]

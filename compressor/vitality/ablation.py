@@ -30,7 +30,7 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path
 
 if TYPE_CHECKING:
-    from vitapack.runtime.networks.kinds import Network
+    from vitapack.runtime.networks.network import Network
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
 Block = tuple[str, int]  # kind and original index

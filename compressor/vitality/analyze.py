@@ -40,10 +40,10 @@ from vitapack.compressor.vitality.table import (
 )
 from vitapack.runtime.choices import METRICS, check_choice
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.format.layermap import KIND_OF, kept_blocks
+from vitapack.runtime.format.layermap import KIND_OF
 
 if TYPE_CHECKING:
-    from vitapack.runtime.networks.kinds import Network
+    from vitapack.runtime.networks.network import Network
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
 __all__ = ["Vitality", "analyze", "chamfer", "describe"]
@@ -149,7 +149,7 @@ def _check(
 
 def _blocks_of(dit: Network) -> tuple[list[Block], dict[str, int]]:
     """Every block in the order in which it runs, and the totals by kind."""
-    kept = kept_blocks(dit.config)
+    kept = dit.config.blocks_by_kind()
     for kind, indices in kept.items():
         if tuple(indices) != tuple(range(len(indices))):
             raise UserError(
@@ -403,7 +403,7 @@ def _tabulate(
         source_sha256=pipeline.source_sha256,
         settings=asdict(settings) | {"curve_images": min(curve_images, len(names))},
         totals=totals,
-        network=pipeline.dit.config.to_json(),
+        network=pipeline.dit.config,
         rest_bytes=sizes["rest"],
         blocks=table,
         stability=by_kind(blocks, lambda columns: split_halves(distances[:, columns])),

@@ -22,9 +22,9 @@ from vitapack.compressor.evaluate.statistics import mean_interval
 from vitapack.runtime.choices import METRICS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.files import atomic_path
-from vitapack.runtime.format.checks import checked_network
+from vitapack.runtime.format.architecture import Architecture, architecture_from_json
 from vitapack.runtime.format.container import one_line, parse_json
-from vitapack.runtime.format.layermap import BLOCK_FIELDS, KINDS
+from vitapack.runtime.format.layermap import KINDS
 from vitapack.runtime.format.schedules import SamplerDefaults
 
 FORMAT = "vitapack-vitality"
@@ -88,7 +88,7 @@ class Vitality:
     source_sha256: str
     settings: dict[str, Any]  # metric, points, steps, guidance, sampler, seed, gap, curve_images
     totals: dict[str, int]  # blocks by kind
-    network: dict[str, Any]  # the architecture, as a packed file states it
+    network: Architecture  # the architecture, as a packed file states it
     rest_bytes: int  # of everything outside the blocks, in fp16
     blocks: tuple[BlockVitality, ...]
     stability: dict[str, Stability]  # "all" and by kind; absent where there is too little to say
@@ -114,7 +114,8 @@ class Vitality:
         return tuple(kind for kind in KINDS if self.totals.get(kind))
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        network = {"network": self.network.to_json()}
+        return {"format": FORMAT, "version": VERSION} | asdict(self) | network
 
     def save(self, path: str | Path) -> None:
         """Atomically, and byte for byte the same for the same measurements."""
@@ -155,6 +156,7 @@ class Vitality:
         vitality = cls(
             **data
             | {
+                "network": architecture_from_json(data["network"]),
                 "blocks": tuple(BlockVitality(**block) for block in data["blocks"]),
                 "stability": {k: Stability(**v) for k, v in data["stability"].items()},
                 "curves": {
@@ -181,10 +183,10 @@ class Vitality:
             raise ValueError(f"{len(found)} blocks do not match totals {self.totals}")
         if not wanted:
             raise ValueError("no blocks, so there is nothing to plan")
-        checked_network(self.network)
-        for kind, name in BLOCK_FIELDS.items():
-            if list(self.network.get(name, ())) != list(range(self.totals.get(kind, 0))):
-                raise ValueError(f"network {name} do not match totals {self.totals}")
+        held = self.network.blocks_by_kind()
+        for kind in {*held, *self.totals}:
+            if held.get(kind, ()) != tuple(range(self.totals.get(kind, 0))):
+                raise ValueError(f"network: {kind} blocks do not match totals {self.totals}")
         if self.settings["metric"] not in METRICS:
             raise ValueError(f"metric {self.settings['metric']!r}")
         SamplerDefaults.from_json(self.settings["sampler"])

@@ -1,52 +1,103 @@
-"""Which executable form of a network runs: readable, CPU engine or Triton."""
+"""Decides once how networks compute: device, dtype, arithmetic and executable form.
+
+    execution = choose("auto", "a8")        # logged by the kernels' own announcements
+    network = network_of(config, execution)  # on the current device, not yet filled
+
+Everything that loads, predicts or measures a network takes the `Execution` from here.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from vitapack.runtime.format.architecture import BLOCK_KINDS, FLOW
-from vitapack.runtime.format.header import PackedHeader
-from vitapack.runtime.format.layermap import BLOCK_FIELDS
+import torch
 
-if TYPE_CHECKING:
-    from vitapack.runtime.networks.dit import DiTConfig
-    from vitapack.runtime.networks.flow import FlowConfig
-    from vitapack.runtime.networks.kinds import Network
-
-
-def dit_config(header: PackedHeader) -> DiTConfig | FlowConfig:
-    from vitapack.runtime.networks.dit import DiTConfig
-    from vitapack.runtime.networks.flow import FlowConfig
-    from vitapack.runtime.networks.modulation import TimeEmbedding
-
-    fields = {name: value for name, value in header.network.items() if name != "kind"}
-    fields["time"] = TimeEmbedding(**fields["time"])
-    for kind in BLOCK_KINDS[header.network["kind"]]:
-        fields[BLOCK_FIELDS[kind]] = tuple(fields[BLOCK_FIELDS[kind]])
-    return FlowConfig(**fields) if header.network["kind"] == FLOW else DiTConfig(**fields)
+from vitapack.kernels.linear.support import cpu_engine, gpu_kernels
+from vitapack.runtime.choices import COMPUTES, check_choice
+from vitapack.runtime.engines.device import chosen_device
+from vitapack.runtime.format.architecture import Architecture, DiTConfig, FlowConfig
+from vitapack.runtime.networks.dit import DiT
+from vitapack.runtime.networks.flow import FlowTransformer
+from vitapack.runtime.networks.network import CallShape, Network
 
 
-def network_of(
-    config: DiTConfig | FlowConfig, device_type: str = "cpu", compute: str = "a16"
-) -> Network:
-    """The network with these hyper-parameters, not yet filled; in its fused form where there is
-    one, for "cuda" and for int8 activations on a CPU."""
-    from vitapack.runtime.networks.dit import DiT, DiTConfig
-    from vitapack.runtime.networks.flow import FlowTransformer
+@dataclass(frozen=True)
+class Execution:
+    """How a network computes.
 
-    engine = device_type == "cpu" and compute == "a8"
-    if not isinstance(config, DiTConfig):
-        if engine:
-            from vitapack.runtime.engines.cpu_flow import EngineFlow
+    path: "plain" (readable PyTorch), "cpu-int8" (the int8 engine) or "triton" (GPU kernels for
+    packed linears).
+    """
 
-            return EngineFlow(config)
-        return FlowTransformer(config)
-    if device_type == "cuda":
+    device: str  # "cpu", "cuda" or "cuda:N"
+    dtype: torch.dtype  # of activations and of all weights that are not packed
+    compute: str = "a16"
+    path: str = "plain"
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    def call(self, latents: tuple[int, ...], cond_tokens: int, batch: int) -> CallShape:
+        """The sizes of one call, for memory predictions."""
+        packed = self.path == "triton"
+        return CallShape(latents, cond_tokens, batch, self.dtype, self.compute, packed)
+
+
+PLAIN = Execution("cpu", torch.float32)
+
+# The readable form of each architecture, and its fused forms by path and compute mode.
+READABLE: Mapping[type[Architecture], type[Network]] = {DiTConfig: DiT, FlowConfig: FlowTransformer}
+
+
+def fused_forms(execution: Execution) -> Mapping[type[Architecture], type[Network]]:
+    """Networks whose whole blocks run fused in this execution; others have packed linears only."""
+    if execution.path == "triton":
         from vitapack.runtime.engines.gpu_dit import GpuDiT
 
-        return GpuDiT(config)
-    if engine:
-        from vitapack.runtime.engines.cpu_dit import EngineDiT
+        return {DiTConfig: GpuDiT}
+    if execution.path == "cpu-int8" and execution.compute == "a8":
+        from vitapack.runtime.engines.cpu_dit import CpuDiT
+        from vitapack.runtime.engines.cpu_flow import CpuFlow
 
-        return EngineDiT(config)
-    return DiT(config)
+        return {DiTConfig: CpuDiT, FlowConfig: CpuFlow}
+    return {}
+
+
+def choose(
+    device: str | torch.device = "auto",
+    compute: str = "a16",
+    *,
+    dtype: torch.dtype | None = None,
+    packed: bool = True,
+    present: bool = True,
+) -> Execution:
+    """The execution on a device.
+
+    dtype: float32 on CPUs and float16 elsewhere by default. packed: whether the linears are packed
+    (an original checkpoint's are not). present: False for predictions about a device that need not
+    be there. Raises UserError for an unknown or missing device, or an unknown compute mode.
+    """
+    check_choice("compute mode", compute, COMPUTES)
+    name = str(device)
+    name = chosen_device(name) if present else name
+    dtype = dtype or (torch.float32 if name == "cpu" else torch.float16)
+    path = "plain"
+    if packed and name == "cpu":
+        path = "cpu-int8" if cpu_engine(f"int8 {compute} linears") else "plain"
+    elif packed and name != "meta":
+        served = not present or gpu_kernels("packed linears", torch.device(name))
+        path = "triton" if served else "plain"
+    return Execution(name, dtype, compute, path)
+
+
+def form_of(config: Architecture, execution: Execution = PLAIN) -> type[Network]:
+    """The class that computes an architecture: its fused form if there is one."""
+    return fused_forms(execution).get(type(config), READABLE[type(config)])
+
+
+def network_of(config: Any, execution: Execution = PLAIN) -> Any:
+    """The network with these hyper-parameters, not yet filled, on torch's current device."""
+    return form_of(config, execution)(config)

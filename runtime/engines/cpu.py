@@ -1,5 +1,4 @@
-"""What the packed networks share that run on the CPU's int8 engine (`dit_engine.py`,
-`flow_engine.py`).
+"""What the networks on the CPU's int8 engine share (cpu_dit.py, cpu_flow.py).
 
 `load_dit(..., compute="a8")` returns such a network, called like any other. Its modules are the
 same with the same parameters; only the order of the arithmetic differs (csrc/int8/blocks.h). A call
@@ -17,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitapack.kernels.linear import support
+from vitapack.kernels.linear.support import cpu_engine
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.linear import PackedLinear
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
+
+ROWS = 192  # rows of a block that a thread takes at a time (csrc/int8/blocks.h)
 
 
 class Scratch:
@@ -58,41 +60,12 @@ class Scratch:
         return Scratch, ()
 
 
-class Engine(nn.Module):
-    """Comes before the readable network among the bases of its fused form."""
-
-    when: Callable[..., When]  # the readable network's
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.scratch = Scratch()
-
-    def prepare(self) -> None:
-        """Puts every packed weight into the engine's order now, not in the first call."""
-        for module in self.modules():
-            if isinstance(module, PackedLinear):
-                module.prepare()
-
-    def scratch_bytes(self) -> int:
-        """Memory of the last two calls' shapes beyond weights, inputs and output."""
-        return self.scratch.nbytes
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | When,
-        cond: Tensor,
-        guidance: Tensor | None = None,
-        repeats: int = 1,
-    ) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or cond.requires_grad)
-        if x.device.type != "cpu" or differentiable or not support.cpu_engine("int8 a8 DiT"):
-            return super().forward(x, t, cond, guidance, repeats)
-        with torch.no_grad(), self.scratch.lock:
-            return self._fused(x, self.when(t, guidance), cond, repeats)
-
-    def _fused(self, x: Tensor, when: When, cond: Tensor, repeats: int) -> Tensor:
-        raise NotImplementedError
+def runs_fused(x: Tensor, cond: Tensor | Condition) -> bool:
+    """Whether the engine takes a call: on a CPU, without gradients, and built."""
+    needs_gradients = torch.is_grad_enabled() and (
+        x.requires_grad or Condition.of(cond).tokens.requires_grad
+    )
+    return x.device.type == "cpu" and not needs_gradients and cpu_engine("int8 a8 DiT")
 
 
 def takes(linears: Iterable[nn.Module]) -> bool:
@@ -107,11 +80,11 @@ def dense(linear: nn.Linear) -> Any:
     return Dense(linear.weight.detach(), None if linear.bias is None else plain(linear.bias))
 
 
-def modulation_rows(modulation: Any, when: When) -> Tensor:
+def modulation_rows(modulation: Any, step: StepModulation) -> Tensor:
     """Modulation as the engine reads it: (B or 1, chunks * h) float32."""
     if hasattr(modulation, "table"):
-        return modulation.table[when.rows].float().contiguous()
-    return modulation.lin(when.vector).float().contiguous()
+        return modulation.table[step.rows].float().contiguous()
+    return modulation.lin(step.vector).float().contiguous()
 
 
 def plain(values: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.container import one_line
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
-from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.modulation import StepModulation
+from vitapack.runtime.networks.network import Network
 
 WARM_UPS = 3  # as in torch's notes on CUDA graphs; the first one compiles Triton's kernels
 # A replay runs the kernels of the eager call; cuBLAS alone may split a sum in another way.
@@ -50,36 +50,39 @@ class GraphedNetwork(nn.Module):
         self._recordings: dict[tuple[object, ...], Recording] = {}
 
     @property
-    def config(self) -> DiTConfig | FlowConfig:
+    def config(self) -> Architecture:
         return self.network.config
 
-    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
-        return self.network.when(t, guidance)
+    def step_modulation(
+        self, t: Tensor | StepModulation, guidance: Tensor | None = None
+    ) -> StepModulation:
+        return self.network.step_modulation(t, guidance)
 
     @torch.inference_mode()
     def forward(
         self,
         x: Tensor,
-        t: Tensor | When,
-        cond: Tensor,
+        t: Tensor | StepModulation,
+        cond: Tensor | Condition,
         guidance: Tensor | None = None,
-        repeats: int = 1,
     ) -> Tensor:
-        """The network's own; every new combination of shapes and `repeats` is recorded.
+        """The network's own; every new combination of shapes and repeats is recorded.
 
-        UserError where that fails.
+        Raises UserError if the recording fails.
         """
-        when = self.when(t, guidance)
-        of_time = "vector" if when.rows is None else "rows"
-        inputs = (x, cond, getattr(when, of_time))
+        step, condition = self.step_modulation(t, guidance), Condition.of(cond)
+        of_time = "vector" if step.rows is None else "rows"
+        inputs = (x, condition.tokens, getattr(step, of_time))
+        repeats = condition.repeats
         key = (repeats, of_time, *((value.shape, value.dtype) for value in inputs))
         if key not in self._recordings:
 
-            def call(x: Tensor, cond: Tensor, value: Tensor) -> Tensor:
-                return self.network(x, When(**{of_time: value}), cond, None, repeats)
+            def call(x: Tensor, tokens: Tensor, value: Tensor) -> Tensor:
+                step = StepModulation(**{of_time: value})
+                return self.network(x, step, Condition(tokens, repeats))
 
-            beside = next(iter(self._recordings.values()), None)
-            self._recordings[key] = Recording(call, inputs, beside)
+            other = next(iter(self._recordings.values()), None)
+            self._recordings[key] = Recording(call, inputs, other)
         return self._recordings[key](*inputs)
 
 
@@ -89,17 +92,19 @@ class Recording:
     stream: torch.cuda.Stream
 
     def __init__(
-        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], beside: Recording | None
+        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], other: Recording | None
     ) -> None:
-        """Records `call(*inputs)`, which must not look at values on the host nor copy from it, in
-        the memory that another recording works in, unless it is the first. UserError."""
+        """Captures call(*inputs), which must not synchronise with the host or copy from it.
+
+        Shares the memory pool and the stream of `other`, if given. Raises UserError.
+        """
         self.inputs = [value.clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(inputs[0].device):
             current = torch.cuda.current_stream()
             # One stream for all: a pool's memory is used again on the stream that had it, and each
             # stream has a cuBLAS workspace of 8 MiB, 32 on sm_90.
-            self.stream = torch.cuda.Stream() if beside is None else beside.stream
+            self.stream = torch.cuda.Stream() if other is None else other.stream
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
@@ -108,7 +113,7 @@ class Recording:
                     # Errors of this thread alone count: others may allocate meanwhile.
                     with torch.cuda.graph(
                         self.graph,
-                        pool=None if beside is None else beside.graph.pool(),
+                        pool=None if other is None else other.graph.pool(),
                         stream=self.stream,
                         capture_error_mode="thread_local",
                     ):

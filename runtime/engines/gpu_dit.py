@@ -6,8 +6,8 @@ before the second linear emit the int8 codes that the next GEMM reads, gate and 
 a GEMM's epilogue, q and k are normalised in one pass. Compiled, not timed: it has run on CPUs only,
 where the operators are the reference.
 
-A step is `velocity(x, when, cond)`: no host synchronisation, so that CUDA graphs can take it;
-`when(t)` looks the times up on the host, once a step.
+`velocity` never synchronises with the host, so CUDA graphs can record it; `step_modulation` looks
+the times up on the host, once a step.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitapack.kernels.linear import attention, dispatch, gpu_ops, support
-from vitapack.runtime.networks.blocks import clipped, multiplicity
-from vitapack.runtime.networks.dit import DiT, DoubleBlock, SingleBlock, StreamAttention
+from vitapack.runtime.format.architecture import DiTConfig
+from vitapack.runtime.networks.blocks import Condition, clipped, repeated_key_bias
+from vitapack.runtime.networks.dit import (
+    DiT,
+    DoubleBlock,
+    SingleBlock,
+    StreamAttention,
+    given_bytes,
+)
 from vitapack.runtime.networks.linear import PackedLinear
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import Modulated, StepModulation
+from vitapack.runtime.networks.network import CallShape
 
 ops = gpu_ops.ops
 
@@ -31,74 +39,95 @@ class GpuDiT(DiT):
     def forward(
         self,
         x: Tensor,
-        t: Tensor | When,
-        cond: Tensor,
+        t: Tensor | StepModulation,
+        cond: Tensor | Condition,
         guidance: Tensor | None = None,
-        repeats: int = 1,
     ) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or cond.requires_grad)
-        if x.device.type != "cuda" or differentiable or not support.gpu_kernels("DiT", x.device):
-            return super().forward(x, t, cond, guidance, repeats)
+        condition = Condition.of(cond)
+        gradients = torch.is_grad_enabled() and (x.requires_grad or condition.tokens.requires_grad)
+        if x.device.type != "cuda" or gradients or not support.gpu_kernels("DiT", x.device):
+            return super().forward(x, t, cond, guidance)
         with torch.no_grad():
-            return self.velocity(x, self.when(t, guidance), cond, repeats)
+            return self.velocity(x, self.step_modulation(t, guidance), cond)
 
-    def velocity(self, x: Tensor, when: When, cond: Tensor, repeats: int = 1) -> Tensor:
-        """x (B, L, C) and cond (B, N, D) at a step's modulation input to (B, L, C)."""
-        x, y = self.latent_in(x), self.cond_in(cond)
-        y = y.expand(x.shape[0], -1, -1)
-        bias = multiplicity(repeats, y.shape[1], x.shape[1], x)
+    def velocity(self, x: Tensor, step: StepModulation, cond: Tensor | Condition) -> Tensor:
+        """x (B, L, C) and condition tokens (B, N, D) to (B, L, C), without host synchronisation."""
+        condition = Condition.of(cond)
+        img, txt = self.latent_in(x), self.cond_in(condition.tokens)
+        txt = txt.expand(img.shape[0], -1, -1)
+        bias = repeated_key_bias(condition, img)
         for block in self.double_blocks.values():
             assert isinstance(block, DoubleBlock)
-            x, y = double_block(block, x, y, when, bias)
-        z, split = torch.cat([y, x], dim=1), y.shape[1]
-        del x, y
+            img, txt = double_block(block, img, txt, step, bias)
+        z, split = torch.cat([txt, img], dim=1), txt.shape[1]
+        del img, txt
         for block in self.single_blocks.values():
             assert isinstance(block, SingleBlock)
-            z = single_block(block, z, when, bias)
-        shift, scale = self.final_layer.shift_scale(when)
+            z = single_block(block, z, step, bias)
+        shift, scale = self.final_layer.shift_scale(step)
         latents, _ = ops.modulate(z[:, split:], shift, scale, False)
         return self.final_layer.linear(latents)
 
+    @classmethod
+    def step_bytes(cls, config: DiTConfig, call: CallShape) -> int:
+        h, m, size, batch = config.hidden, config.mlp_hidden, call.dtype.itemsize, call.batch
+        tokens, longer = call.latents[0] + call.cond_tokens, max(call.latents[0], call.cond_tokens)
+        # Input of a linear, and the scratch that a packed weight is expanded to for many tokens:
+        # int8 in a8 (on sm_90, from int4). A single block holds z, linear1's output and then either
+        # its input and scratch, or q, k and attention twice, or attention and the join. A double
+        # block holds both streams and q, k and v twice, once with the room that v's view keeps;
+        # later the joint attention and, of the longer stream, the MLP's two sides.
+        code = 1 if call.compute == "a8" else size
+        first = tokens * ((4 * h + m) * size + h * code)
+        join = tokens * ((5 * h + m) * size + (h + m) * code)
+        attention = tokens * (8 * h + m) * size
+        mlp = tokens * 2 * h * size + longer * (h + m) * (size + code)
+        peaks = [0]
+        if config.single_blocks:
+            peaks += [batch * max(join, attention), batch * first + h * (3 * h + m) * code]
+        if config.double_blocks:
+            peaks += [batch * tokens * 9 * h * size, batch * mlp + h * m * code]
+        return given_bytes(config, call) + max(peaks)
 
-# What a step holds at most is counted in `activations.step_bytes`: parts are functions of
+
+# `GpuDiT.step_bytes` counts the largest working memory of a step: parts are functions of
 # their own so that what they made is gone when they return.
 
 
 def double_block(
-    block: DoubleBlock, x: Tensor, y: Tensor, when: When, bias: Tensor | None = None
+    block: DoubleBlock, img: Tensor, txt: Tensor, step: StepModulation, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`DoubleBlock.forward`."""
-    x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = block.img_mod(when)
-    y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = block.txt_mod(when)
+    img1, img2 = block.img_mod(step)
+    txt1, txt2 = block.txt_mod(step)
     joint = attend(
-        *both(
-            heads_of(block.txt_attn, y, y_shift1, y_scale1),
-            heads_of(block.img_attn, x, x_shift1, x_scale1),
-        ),
+        *both(heads_of(block.txt_attn, txt, txt1), heads_of(block.img_attn, img, img1)),
         block.img_attn.qkv,
         bias,
     )
-    y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
-    x = project(block.img_attn.proj, quantized(block.img_attn.proj, x_out), x, x_gate1)
-    x = mlp(block.img_mlp, clipped(x, block.clips), x_shift2, x_scale2, x_gate2)
-    y = project(block.txt_attn.proj, quantized(block.txt_attn.proj, y_out), y, y_gate1)
-    y = mlp(block.txt_mlp, clipped(y, block.clips), y_shift2, y_scale2, y_gate2)
-    return clipped(x, block.clips), clipped(y, block.clips)
+    txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
+    img = project(block.img_attn.proj, quantized(block.img_attn.proj, img_out), img, img1.gate)
+    img = mlp(block.img_mlp, clipped(img, block.clips), img2)
+    txt = project(block.txt_attn.proj, quantized(block.txt_attn.proj, txt_out), txt, txt1.gate)
+    txt = mlp(block.txt_mlp, clipped(txt, block.clips), txt2)
+    return clipped(img, block.clips), clipped(txt, block.clips)
 
 
-def single_block(block: SingleBlock, z: Tensor, when: When, bias: Tensor | None = None) -> Tensor:
+def single_block(
+    block: SingleBlock, z: Tensor, step: StepModulation, bias: Tensor | None = None
+) -> Tensor:
     """`SingleBlock.forward`."""
-    shift, scale, gate = block.modulation(when)
-    rows = attended(block, z, shift, scale, bias)
-    return clipped(project(block.linear2, rows, z, gate), block.clips)
+    (mod,) = block.modulation(step)
+    rows = attended(block, z, mod, bias)
+    return clipped(project(block.linear2, rows, z, mod.gate), block.clips)
 
 
 def attended(
-    block: SingleBlock, z: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None
+    block: SingleBlock, z: Tensor, mod: Modulated, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What a single block's second linear reads: attention and the wide part, joined."""
+    """Input of a single block's second linear: attention and the wide part, joined."""
     wants = wants_codes(block.linear1)
-    fused = project(block.linear1, ops.modulate(z, shift, scale, wants), z)
+    fused = project(block.linear1, ops.modulate(z, mod.shift, mod.scale, wants), z)
     qkv, wide = fused.split(block.widths, dim=-1)
     norm = block.norm
     q, k = ops.qk_norm(qkv, norm.query_norm.scale, norm.key_norm.scale, block.heads)
@@ -108,10 +137,11 @@ def attended(
 
 
 def heads_of(
-    attention: StreamAttention, x: Tensor, shift: Tensor, scale: Tensor
+    attention: StreamAttention, x: Tensor, mod: Modulated
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one stream, (B, H, n, d) each."""
-    qkv = project(attention.qkv, ops.modulate(x, shift, scale, wants_codes(attention.qkv)), x)
+    rows = ops.modulate(x, mod.shift, mod.scale, wants_codes(attention.qkv))
+    qkv = project(attention.qkv, rows, x)
     norm = attention.norm
     q, k = ops.qk_norm(qkv, norm.query_norm.scale, norm.key_norm.scale, attention.heads)
     return q, k, values(qkv, attention.heads)
@@ -125,15 +155,15 @@ def both(
     return q, k, v
 
 
-def mlp(layers: nn.Sequential, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+def mlp(layers: nn.Sequential, x: Tensor, mod: Modulated) -> Tensor:
     """x + gate * MLP(adaLN(x)). GELU is part of whatever touches the wide tensor next."""
     first, second = layers[0], layers[2]
-    rows = ops.modulate(x, shift, scale, wants_codes(first))
+    rows = ops.modulate(x, mod.shift, mod.scale, wants_codes(first))
     if wants_codes(second):
         rows = ops.join(None, project(first, rows, x), True, True)
     else:
         rows = project(first, rows, x, gelu=True), None
-    return project(second, rows, x, gate)
+    return project(second, rows, x, mod.gate)
 
 
 def values(qkv: Tensor, heads: int) -> Tensor:

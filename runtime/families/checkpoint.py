@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitapack.runtime.engines.choose import network_of
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.container import NO_DIGEST, one_line, parse_json
 from vitapack.runtime.format.header import PARTS
 from vitapack.runtime.format.schedules import SamplerDefaults
@@ -33,8 +34,6 @@ from vitapack.runtime.loading.checkpoint_files import (
     some,
 )
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
 
 # A released config.yaml has 3 KB. PyYAML takes a second for 100 KB of it.
 MAX_CONFIG = 1 << 20
@@ -50,7 +49,7 @@ class Checkpoint:
     family: str
     variant: str  # "hunyuan3d-2mini-turbo"; names the released model where it is one
     path: Path  # as the user gave it
-    config: DiTConfig | FlowConfig
+    config: Any  # an Architecture
     sampler: SamplerDefaults
     latents: tuple[int, ...] | None  # tokens, channels; None where only the DiT is there
     decoder: Any  # the family's decoder config (ShapeDecoderConfig, ...), None where unknown
@@ -337,7 +336,7 @@ def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def network_shapes(config: DiTConfig | FlowConfig) -> dict[str, tuple[int, ...]]:
+def network_shapes(config: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes_of(lambda: network_of(config))
 
 

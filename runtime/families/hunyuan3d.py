@@ -27,10 +27,11 @@ from vitapack.runtime.families.checkpoint import (
     network_shapes,
     shapes_of,
 )
+from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import Weights
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.dit import DiTConfig, hunyuan_time
+from vitapack.runtime.networks.dit import hunyuan_time
 
 NAME = "hunyuan3d"
 RELEASED = {(16, 32): "2.0", (8, 16): "2mini"}
@@ -158,7 +159,7 @@ def variant(config: DiTConfig, sampler: SamplerDefaults, views: bool) -> str:
     size = "2mv" if views and size == "2.0" else f"{size}-mv" if views else size
     if sampler.name == "consistency":
         return f"{NAME}-{size}-turbo"
-    return f"{NAME}-{size}-fast" if config.guidance_embed else f"{NAME}-{size}"
+    return f"{NAME}-{size}-fast" if config.embeds_guidance else f"{NAME}-{size}"
 
 
 def recognises(found: Found) -> bool:
@@ -191,7 +192,7 @@ def read(found: Found) -> Checkpoint:
             f"{path}: {len(stray)} tensors are neither model.*, vae.* nor conditioner.*: "
             f"{', '.join(stray[:3])}"
         )
-    sampler = sampler_defaults(found, config.guidance_embed)
+    sampler = sampler_defaults(found, config.embeds_guidance)
     encoder = found.params("conditioner").get("main_image_encoder") or {}
     views = isinstance(encoder, dict) and str(encoder.get("type", "")).endswith("MV")
     return Checkpoint(

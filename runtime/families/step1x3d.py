@@ -32,6 +32,7 @@ from vitapack.runtime.families.checkpoint import (
     shapes_of,
     weight_file,
 )
+from vitapack.runtime.format.architecture import DiTConfig, TimeEmbedding
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import (
     Stored,
@@ -42,8 +43,6 @@ from vitapack.runtime.loading.checkpoint_files import (
     stacked,
 )
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.modulation import TimeEmbedding
 
 NAME = "step1x3d"
 TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders

@@ -33,10 +33,11 @@ from vitapack.runtime.families.checkpoint import (
     read_json,
     shapes_of,
 )
+from vitapack.runtime.format.architecture import FlowConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import PICKLED, Weights, merged, open_weights
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.flow import FlowConfig, trellis_time
+from vitapack.runtime.networks.flow import trellis_time
 
 NAME = "trellis"
 ENCODER = "dinov2_vitl14_reg4_pretrain"

@@ -1,104 +1,304 @@
-"""Kinds of networks, torch-free: the linears and norms of each, from hyper-parameters alone."""
+"""Architectures, torch-free: the hyper-parameters of a network, and from them alone its tensors.
+
+    architecture = architecture_from_json(header["network"])
+    architecture.linears()["double_blocks.0.img_attn.qkv"].out
+
+A new kind of network is one more subclass of `Architecture` in ARCHITECTURES, and its modules in
+`vitapack.runtime.networks`. Tensor names are those of the modules.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
-DOUBLE_SINGLE, FLOW = (
-    "double-single-dit",
-    "flow-transformer",
-)  # runtime/networks/dit.py, runtime/networks/flow.py
-
-
-BLOCK_KINDS = {DOUBLE_SINGLE: ("double", "single"), FLOW: ("block",)}
+from vitapack.runtime.format.checks import (
+    Check,
+    expect,
+    expect_choice,
+    expect_keys,
+    expect_object,
+    is_count,
+    is_flag,
+    is_indices,
+    is_positive,
+)
+from vitapack.runtime.format.layermap import BLOCK_FIELDS
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of the network: its true sizes and its part in it."""
+    """Sizes of one linear, and its role in the network."""
 
     out: int
     inputs: int
     bias: bool
-    role: str  # "block", "modulation", "time" or "edge" (in and out of the network)
+    role: str  # "block", "modulation", "time" or "edge" (input and output of the network)
 
 
-def network_linears(network: Mapping[str, Any]) -> dict[str, Linear]:
-    """Every linear of a network by its canonical name, in model order."""
-    if network["kind"] == FLOW:
-        return _flow_linears(network)
-    h, wide = network["hidden"], int(network["hidden"] * network["mlp_ratio"])
-    time, qkv_bias = network["time"], network["qkv_bias"]
-    linears = {
-        "latent_in": Linear(h, network["in_channels"], True, "edge"),
-        "cond_in": Linear(h, network["cond_channels"], True, "edge"),
+@dataclass(frozen=True)
+class TimeEmbedding:
+    """How a family turns its time (or guidance) value into the modulation vector."""
+
+    channels: int  # of the sinusoid: 256 (Hunyuan3D) or the hidden size (Step1X-3D)
+    hidden: int  # of the MLP's hidden layer: the hidden size of the network, or 4x of it
+    scale: float  # t is multiplied by this first: 1000 for t in 0..1, 1 for t in 0..1000
+    max_period: float  # 1000 in Hunyuan3D (its time_factor lands in that argument), else 10000
+    cos_first: bool
+    activation: str  # "silu" or "gelu" (exact)
+
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "channels": (is_count, "a size"),
+        "hidden": (is_count, "a size"),
+        "scale": (is_positive, "a number > 0"),
+        "max_period": (is_positive, "a number > 0"),
+        "cos_first": (is_flag, "true or false"),
+        "activation": (lambda v: v in ("silu", "gelu"), "'silu' or 'gelu'"),
     }
-    for name in ("time_in", "guidance_in") if network["guidance_embed"] else ("time_in",):
-        linears[f"{name}.in_layer"] = Linear(time["hidden"], time["channels"], True, "time")
-        linears[f"{name}.out_layer"] = Linear(h, time["hidden"], True, "time")
-    for index in network["double_blocks"]:
-        for stream in ("img", "txt"):
-            name = f"double_blocks.{index}.{stream}"
-            linears[f"{name}_mod.lin"] = Linear(6 * h, h, True, "modulation")
-            linears[f"{name}_attn.qkv"] = Linear(3 * h, h, qkv_bias, "block")
-            linears[f"{name}_attn.proj"] = Linear(h, h, True, "block")
-            linears[f"{name}_mlp.0"] = Linear(wide, h, True, "block")
-            linears[f"{name}_mlp.2"] = Linear(h, wide, True, "block")
-    for index in network["single_blocks"]:
-        name = f"single_blocks.{index}"
-        linears[f"{name}.linear1"] = Linear(3 * h + wide, h, True, "block")
-        linears[f"{name}.linear2"] = Linear(h, h + wide, True, "block")
-        linears[f"{name}.modulation.lin"] = Linear(3 * h, h, True, "modulation")
-    linears["final_layer.linear"] = Linear(network["in_channels"], h, True, "edge")
-    linears["final_layer.adaLN_modulation.1"] = Linear(2 * h, h, True, "modulation")
-    return linears
+
+    @classmethod
+    def from_json(cls, data: Any) -> TimeEmbedding:
+        """Raises ValueError naming the wrong field."""
+        _check_fields("network time", data, cls.CHECKS)
+        return cls(**data)
+
+    def linears(self, name: str, out: int) -> dict[str, Linear]:
+        """The embedding's two linears as module `name`."""
+        return {
+            f"{name}.in_layer": Linear(self.hidden, self.channels, True, "time"),
+            f"{name}.out_layer": Linear(out, self.hidden, True, "time"),
+        }
 
 
-def _flow_linears(network: Mapping[str, Any]) -> dict[str, Linear]:
-    h, wide, time = (
-        network["hidden"],
-        int(network["hidden"] * network["mlp_ratio"]),
-        network["time"],
-    )
-    token = network["in_channels"] * network["patch"] ** 3
-    edges = bool(network["in_channels"])
-    linears = {"latent_in": Linear(h, token, True, "edge")} if edges else {}
-    linears["time_in.in_layer"] = Linear(time["hidden"], time["channels"], True, "time")
-    linears["time_in.out_layer"] = Linear(h, time["hidden"], True, "time")
-    for index in network["blocks"]:
-        name = f"blocks.{index}"
-        linears[f"{name}.mod.lin"] = Linear(6 * h, h, True, "modulation")
-        linears[f"{name}.self_attn.qkv"] = Linear(3 * h, h, True, "block")
-        linears[f"{name}.self_attn.proj"] = Linear(h, h, True, "block")
-        linears[f"{name}.cross_attn.q"] = Linear(h, h, True, "block")
-        linears[f"{name}.cross_attn.kv"] = Linear(2 * h, network["cond_channels"], True, "block")
-        linears[f"{name}.cross_attn.proj"] = Linear(h, h, True, "block")
-        linears[f"{name}.mlp.0"] = Linear(wide, h, True, "block")
-        linears[f"{name}.mlp.2"] = Linear(h, wide, True, "block")
-    if edges:
-        linears["final_layer.linear"] = Linear(token, h, True, "edge")
-    return linears
+@dataclass(frozen=True)
+class Architecture:
+    """Hyper-parameters of one (possibly pruned) network; subclasses add theirs.
+
+    Blocks are lists of ORIGINAL indices in ascending order, one field per block kind
+    (`BLOCK_FIELDS`): pruning shortens a list and renumbers nothing. Raises ValueError.
+    """
+
+    kind: ClassVar[str]
+    block_kinds: ClassVar[tuple[str, ...]]  # in the order in which they run
+    CHECKS: ClassVar[Mapping[str, Check]]  # by field, in addition to those common to all
+    modulated: ClassVar[bool] = True  # by adaLN, whose weights can be replaced by tables
+
+    in_channels: int
+    cond_channels: int
+    hidden: int
+    heads: int
+    mlp_ratio: float
+    time: TimeEmbedding
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
+        for kind, kept in self.blocks_by_kind().items():
+            if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
+                raise ValueError(
+                    f"{BLOCK_FIELDS[kind]} {kept} must be ascending distinct original indices"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is an input of the network instead of a second evaluation."""
+        return False
+
+    @property
+    def has_edges(self) -> bool:
+        """Whether the linears from latents to tokens and back are there; SLAT's are not."""
+        return True
+
+    def blocks_by_kind(self) -> dict[str, tuple[int, ...]]:
+        """Original indices of the kept blocks, in the order in which they run."""
+        return {kind: getattr(self, BLOCK_FIELDS[kind]) for kind in self.block_kinds}
+
+    def with_blocks(self, kept: Mapping[str, tuple[int, ...]]) -> Any:
+        """The same architecture with these blocks only, by kind."""
+        lists: dict[str, Any] = {BLOCK_FIELDS[kind]: tuple(kept[kind]) for kind in kept}
+        return replace(self, **lists)
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear by its name, in model order."""
+        raise NotImplementedError
+
+    def norms(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that belong to no linear, by name."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """As the packed header and a vitality table state it."""
+        lists = {BLOCK_FIELDS[kind]: list(kept) for kind, kept in self.blocks_by_kind().items()}
+        return {"kind": self.kind, **asdict(self), **lists}
 
 
-def network_norms(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that are no linear's, by name: norms, q/k norm scales as a rule."""
-    h, heads = network["hidden"], network["heads"]
-    if network["kind"] == FLOW:
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(Architecture):
+    """The double/single-block DiT of Hunyuan3D and Step1X-3D (networks/dit.py)."""
+
+    kind: ClassVar[str] = "double-single-dit"
+    block_kinds: ClassVar[tuple[str, ...]] = ("double", "single")
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "in_channels": (is_count, "a size"),
+        "qkv_bias": (is_flag, "true or false"),
+        "guidance_embed": (is_flag, "true or false"),
+    }
+
+    double_blocks: tuple[int, ...]
+    single_blocks: tuple[int, ...]
+    qkv_bias: bool
+    guidance_embed: bool
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.guidance_embed
+
+    @property
+    def clips(self) -> bool:
+        """Step1X-3D's class keeps its token streams inside fp16's range when it runs in fp16,
+        Hunyuan3D's does not: one value that overflows is NaN everywhere a layer later. The two
+        differ in the activation of the time MLP, which the packed format stores."""
+        return self.time.activation == "gelu"
+
+    def linears(self) -> dict[str, Linear]:
+        h, wide = self.hidden, self.mlp_hidden
+        linears = {
+            "latent_in": Linear(h, self.in_channels, True, "edge"),
+            "cond_in": Linear(h, self.cond_channels, True, "edge"),
+        }
+        for name in ("time_in", "guidance_in") if self.guidance_embed else ("time_in",):
+            linears |= self.time.linears(name, h)
+        for index in self.double_blocks:
+            for stream in ("img", "txt"):
+                name = f"double_blocks.{index}.{stream}"
+                linears[f"{name}_mod.lin"] = Linear(6 * h, h, True, "modulation")
+                linears[f"{name}_attn.qkv"] = Linear(3 * h, h, self.qkv_bias, "block")
+                linears[f"{name}_attn.proj"] = Linear(h, h, True, "block")
+                linears[f"{name}_mlp.0"] = Linear(wide, h, True, "block")
+                linears[f"{name}_mlp.2"] = Linear(h, wide, True, "block")
+        for index in self.single_blocks:
+            name = f"single_blocks.{index}"
+            linears[f"{name}.linear1"] = Linear(3 * h + wide, h, True, "block")
+            linears[f"{name}.linear2"] = Linear(h, h + wide, True, "block")
+            linears[f"{name}.modulation.lin"] = Linear(3 * h, h, True, "modulation")
+        linears["final_layer.linear"] = Linear(self.in_channels, h, True, "edge")
+        linears["final_layer.adaLN_modulation.1"] = Linear(2 * h, h, True, "modulation")
+        return linears
+
+    def norms(self) -> dict[str, tuple[int, ...]]:
+        attentions = [
+            f"double_blocks.{index}.{stream}_attn"
+            for index in self.double_blocks
+            for stream in ("img", "txt")
+        ]
+        attentions += [f"single_blocks.{index}" for index in self.single_blocks]
+        return {
+            f"{name}.norm.{which}_norm.scale": (self.head_dim,)
+            for name in attentions
+            for which in ("query", "key")
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(Architecture):
+    """The flow transformer of TRELLIS (networks/flow.py)."""
+
+    kind: ClassVar[str] = "flow-transformer"
+    block_kinds: ClassVar[tuple[str, ...]] = ("block",)
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "in_channels": (lambda v: type(v) is int and 0 <= v <= 1024, "0..1024"),
+        "resolution": (lambda v: type(v) is int and 0 <= v <= 1024, "0..1024"),
+        "patch": (lambda v: type(v) is int and 1 <= v <= 16, "1..16"),
+    }
+
+    resolution: int  # of the latent cube; 0 for a network of blocks alone (SLAT)
+    # in_channels: of the latent cube; 0 likewise
+    patch: int  # cells a side that make one token
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution % self.patch:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.patch}")
+
+    @property
+    def token_channels(self) -> int:
+        return self.in_channels * self.patch**3
+
+    @property
+    def has_edges(self) -> bool:
+        return self.in_channels > 0
+
+    def linears(self) -> dict[str, Linear]:
+        h, wide, token = self.hidden, self.mlp_hidden, self.token_channels
+        linears = {"latent_in": Linear(h, token, True, "edge")} if self.has_edges else {}
+        linears |= self.time.linears("time_in", h)
+        for index in self.blocks:
+            name = f"blocks.{index}"
+            linears[f"{name}.mod.lin"] = Linear(6 * h, h, True, "modulation")
+            linears[f"{name}.self_attn.qkv"] = Linear(3 * h, h, True, "block")
+            linears[f"{name}.self_attn.proj"] = Linear(h, h, True, "block")
+            linears[f"{name}.cross_attn.q"] = Linear(h, h, True, "block")
+            linears[f"{name}.cross_attn.kv"] = Linear(2 * h, self.cond_channels, True, "block")
+            linears[f"{name}.cross_attn.proj"] = Linear(h, h, True, "block")
+            linears[f"{name}.mlp.0"] = Linear(wide, h, True, "block")
+            linears[f"{name}.mlp.2"] = Linear(h, wide, True, "block")
+        if self.has_edges:
+            linears["final_layer.linear"] = Linear(token, h, True, "edge")
+        return linears
+
+    def norms(self) -> dict[str, tuple[int, ...]]:
         norms: dict[str, tuple[int, ...]] = {}
-        for index in network["blocks"]:
+        for index in self.blocks:
             name = f"blocks.{index}"
             for which in ("query", "key"):
-                norms[f"{name}.self_attn.norm.{which}_norm.scale"] = (heads, h // heads)
-            norms |= {f"{name}.cross_norm.{leaf}": (h,) for leaf in ("weight", "bias")}
+                norms[f"{name}.self_attn.norm.{which}_norm.scale"] = (self.heads, self.head_dim)
+            norms |= {f"{name}.cross_norm.{leaf}": (self.hidden,) for leaf in ("weight", "bias")}
         return norms
-    streams = [
-        f"double_blocks.{index}.{stream}_attn"
-        for index in network["double_blocks"]
-        for stream in ("img", "txt")
-    ]
-    streams += [f"single_blocks.{index}" for index in network["single_blocks"]]
-    return {
-        f"{s}.norm.{which}_norm.scale": (h // heads,) for s in streams for which in ("query", "key")
+
+
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.kind: cls for cls in (DiTConfig, FlowConfig)}
+
+_COMMON: Mapping[str, Check] = {
+    "cond_channels": (is_count, "a size"),
+    "hidden": (is_count, "a size"),
+    "heads": (is_count, "a count"),
+    "mlp_ratio": (lambda v: is_positive(v) and v <= 64, "a number in 0..64"),
+    "time": (lambda v: isinstance(v, dict), "an object"),
+}
+
+
+def architecture_from_json(data: Any) -> Any:
+    """An `Architecture` of any kind. Raises ValueError naming the wrong field."""
+    expect_object("network", data)
+    expect_choice("network kind", data.get("kind"), tuple(ARCHITECTURES))
+    cls = ARCHITECTURES[data["kind"]]
+    lists = {
+        BLOCK_FIELDS[kind]: (is_indices, "ascending original indices") for kind in cls.block_kinds
     }
+    values = {name: value for name, value in data.items() if name != "kind"}
+    _check_fields("network", values, {**_COMMON, **cls.CHECKS, **lists})
+    time = TimeEmbedding.from_json(data["time"])
+    if data["hidden"] % data["heads"] or time.channels % 2:
+        raise ValueError(
+            f"network: hidden {data['hidden']} must be a multiple of heads {data['heads']}, "
+            f"and time channels {time.channels} even"
+        )
+    return cls(**values | {name: tuple(values[name]) for name in lists} | {"time": time})
+
+
+def _check_fields(what: str, data: Any, checks: Mapping[str, Check]) -> None:
+    expect_keys(what, expect_object(what, data), tuple(checks))
+    for name, check in checks.items():
+        expect(f"{what} {name}", data[name], *check)

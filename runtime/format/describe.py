@@ -21,8 +21,8 @@ def describe(header: PackedHeader) -> str:
         f"model       {header.family} {header.variant}".rstrip(),
         f"source      {source['name']} ({_size(source['bytes'])}, "
         f"sha256 {source['sha256'][:16]}...)",
-        f"network     hidden {network['hidden']}, {network['heads']} heads, "
-        f"{network['in_channels']} latent and {network['cond_channels']} condition channels",
+        f"network     hidden {network.hidden}, {network.heads} heads, "
+        f"{network.in_channels} latent and {network.cond_channels} condition channels",
         f"layer map   {header.layer_map.how or 'unnamed'}",
     ]
     for kind in KINDS:

@@ -12,14 +12,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vitapack.runtime.choices import FLOATS, MODULATIONS
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.format.architecture import BLOCK_KINDS
-from vitapack.runtime.format.checks import _check, _choice, _keys, _object, _text, checked_network
+from vitapack.runtime.format.architecture import Architecture, architecture_from_json
+from vitapack.runtime.format.checks import (
+    expect,
+    expect_choice,
+    expect_keys,
+    expect_object,
+    is_text,
+)
 from vitapack.runtime.format.container import (
     Container,
     TensorInfo,
@@ -28,7 +34,7 @@ from vitapack.runtime.format.container import (
     parse_json,
     read_container,
 )
-from vitapack.runtime.format.layermap import BLOCK_FIELDS, KINDS, LayerMap
+from vitapack.runtime.format.layermap import KINDS, LayerMap
 from vitapack.runtime.format.layouts import BITS_OF
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.format.sizes import SizeTable, size_table
@@ -44,18 +50,13 @@ MAX_SCHEDULES = 256
 
 
 @dataclass(frozen=True)
-class PackedHeader:
-    """The checked header of a packed file. `tensors` are in file order."""
+class PackedContent:
+    """What a packed file says about itself; the fields of `__metadata__["vitapack"]`."""
 
-    path: Path
-    size: int  # of the file, bytes
-    data_start: int
-    sha256: str  # of the content, as stated in the file (docs/format.md); see packed.verify
-    tensors: dict[str, TensorInfo]
     tool: str
     family: str
     variant: str
-    network: dict[str, Any]
+    network: Architecture
     source: dict[str, Any]
     layer_map: LayerMap
     linears: dict[str, str]  # linear -> layout id
@@ -66,14 +67,35 @@ class PackedHeader:
     shape_decoder: dict[str, Any]
     conditioner: dict[str, Any]
 
+    def dumps(self) -> str:
+        """The JSON text: sorted keys, so equal content is equal bytes."""
+        content = {name: getattr(self, name) for name in FIELDS}
+        content["network"], content["layer_map"] = self.network.to_json(), self.layer_map.to_json()
+        content["format"] = FORMAT
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+FIELDS = tuple(field.name for field in fields(PackedContent))
+
+
+@dataclass(frozen=True)
+class PackedHeader(PackedContent):
+    """The checked header of a packed file. `tensors` are in file order."""
+
+    path: Path
+    size: int  # of the file, bytes
+    data_start: int
+    sha256: str  # of the content, as stated in the file (docs/format.md); see reader.verify
+    tensors: dict[str, TensorInfo]
+
     def sizes(self) -> SizeTable:
         sizes = {name: info.nbytes for name, info in self.tensors.items()}
         return size_table(sizes, self.linears, self.data_start)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the header says, and the sizes of its parts."""
-        hidden = ("path", "layer_map", "tensors")
-        fields = {name: value for name, value in vars(self).items() if name not in hidden}
+        replaced = ("path", "network", "layer_map", "tensors")
+        plain = {name: value for name, value in vars(self).items() if name not in replaced}
         tensors = {
             name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
             for name, info in self.tensors.items()
@@ -81,7 +103,8 @@ class PackedHeader:
         return {
             "file": str(self.path),
             "format": FORMAT,
-            **fields,
+            **plain,
+            "network": self.network.to_json(),
             "layer_map": self.layer_map.to_json(),
             "sizes": self.sizes().to_json(),
             "tensors": tensors,
@@ -110,30 +133,6 @@ def schedule_nodes(schedules: Iterable[SamplerDefaults]) -> list[float]:
     return sorted({t for settings in schedules for t in evaluation_times(settings)})
 
 
-def encode(
-    *,
-    tool: str,
-    family: str,
-    variant: str,
-    network: Mapping[str, Any],
-    source: Mapping[str, Any],
-    layer_map: LayerMap,
-    linears: Mapping[str, str],
-    rest: str,
-    quantizer: str,
-    modulation: Mapping[str, Any],
-    sampler: Mapping[str, Any],
-    shape_decoder: Mapping[str, Any],
-    conditioner: Mapping[str, Any],
-) -> str:
-    """The JSON text of `__metadata__["vitapack"]`: sorted keys, so equal content is equal bytes."""
-    fields = dict(locals())
-    fields["layer_map"] = layer_map.to_json()
-    return json.dumps(
-        {"format": FORMAT, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
-
-
 def read_header(path: str | os.PathLike[str]) -> PackedHeader:
     """Reads and checks the header of a packed file. FormatError names what is wrong, in one line.
 
@@ -148,15 +147,9 @@ def read_header(path: str | os.PathLike[str]) -> PackedHeader:
         )
     try:
         data = parse_json(container.metadata[KEY])
-        return _checked(container, _object("metadata", data))
+        return _checked(container, expect_object("metadata", data))
     except (UserError, ValueError, TypeError) as error:
         raise FormatError(f"{where}: {one_line(error)}") from None
-
-
-FIELDS = (
-    "tool", "family", "variant", "network", "source", "layer_map", "linears", "rest", "quantizer",
-    "modulation", "sampler", "shape_decoder", "conditioner",
-)  # fmt: skip
 
 
 def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
@@ -166,25 +159,25 @@ def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
             f"format version {one_line(version)[:20]!r}, this vitapack reads version {FORMAT}; "
             "install a vitapack that knows it or compress the model again"
         )
-    _keys("metadata", data, ("format", *FIELDS))
+    expect_keys("metadata", data, ("format", *FIELDS))
     for name in ("tool", "family", "variant", "quantizer"):
-        _check(f"{name}", data[name], _text, "a short text")
-    network = checked_network(data["network"])
+        expect(f"{name}", data[name], is_text, "a short text")
+    network = architecture_from_json(data["network"])
     layer_map = LayerMap.from_json(data["layer_map"])
     for kind in KINDS:
-        if kind not in BLOCK_KINDS[network["kind"]]:
+        if kind not in network.block_kinds:
             if layer_map.kept(kind):
                 raise ValueError(
                     "the layer map keeps blocks of a kind that this network does not have"
                 )
             continue
-        kept, listed = list(layer_map.kept(kind)), network[BLOCK_FIELDS[kind]]
+        kept, listed = list(layer_map.kept(kind)), list(network.blocks_by_kind()[kind])
         if kept != listed:
             raise ValueError(
                 f"the layer map keeps {kind} blocks {_short(kept)}, "
                 f"the network has {_short(listed)}"
             )
-    _choice("rest", data["rest"], FLOATS)
+    expect_choice("rest", data["rest"], FLOATS)
     modulation = _modulation(data["modulation"])
     linears = _linears(data["linears"], network, layer_map, modulation["kind"])
     SamplerDefaults.from_json(data["sampler"])
@@ -235,8 +228,10 @@ def _check_tensors(header: PackedHeader) -> None:
             )
 
 
-def _linears(data: Any, network: dict, layer_map: LayerMap, modulation: str) -> dict[str, str]:
-    _object("linears", data)
+def _linears(
+    data: Any, network: Architecture, layer_map: LayerMap, modulation: str
+) -> dict[str, str]:
+    expect_object("linears", data)
     for name, layout in data.items():
         if not isinstance(layout, str) or layout not in BITS_OF:
             raise ValueError(
@@ -254,26 +249,26 @@ def _linears(data: Any, network: dict, layer_map: LayerMap, modulation: str) -> 
 
 
 def _modulation(data: Any) -> dict[str, Any]:
-    _object("modulation", data)
-    _keys("modulation", data, ("kind", "dtype", "guidance", "nodes", "schedules"))
-    _choice("modulation kind", data["kind"], MODULATIONS)
-    _choice("modulation dtype", data["dtype"], FLOATS)
+    expect_object("modulation", data)
+    expect_keys("modulation", data, ("kind", "dtype", "guidance", "nodes", "schedules"))
+    expect_choice("modulation kind", data["kind"], MODULATIONS)
+    expect_choice("modulation dtype", data["dtype"], FLOATS)
     guidance = data["guidance"]
-    _check(
+    expect(
         "modulation guidance",
         guidance,
         lambda v: v is None or (type(v) in (int, float) and abs(v) < 1e6),
         "a number or null",
     )
     tables = data["kind"] in ("table", "both")
-    _check(
+    expect(
         "modulation nodes",
         data["nodes"],
         lambda v: type(v) is int and (1 <= v <= MAX_NODES if tables else v == 0),
         f"1..{MAX_NODES} for tables, else 0",
     )
     schedules = data["schedules"]
-    _check(
+    expect(
         "modulation schedules",
         schedules,
         lambda v: isinstance(v, list) and len(v) <= MAX_SCHEDULES,
@@ -289,10 +284,10 @@ def _modulation(data: Any) -> dict[str, Any]:
 
 
 def _reference(field: str, data: Any, container: Container) -> dict[str, Any]:
-    _object(field, data)
-    _keys(field, data, ("storage", "config", "source"))
-    _choice(f"{field} storage", data["storage"], STORAGES)
-    _object(f"{field} config", data["config"])
+    expect_object(field, data)
+    expect_keys(field, data, ("storage", "config", "source"))
+    expect_choice(f"{field} storage", data["storage"], STORAGES)
+    expect_object(f"{field} config", data["config"])
     if data["storage"] == "referenced":
         _source(f"{field} source", data["source"])
     elif data["source"] is not None:
@@ -308,17 +303,17 @@ def _reference(field: str, data: Any, container: Container) -> dict[str, Any]:
 
 
 def _source(what: str, data: Any) -> dict[str, Any]:
-    _object(what, data)
-    _keys(what, data, ("name", "sha256", "bytes"))
-    _check(f"{what} name", data["name"], _text, "a file name")
+    expect_object(what, data)
+    expect_keys(what, data, ("name", "sha256", "bytes"))
+    expect(f"{what} name", data["name"], is_text, "a file name")
     digits = set("0123456789abcdef")
-    _check(
+    expect(
         f"{what} sha256",
         data["sha256"],
         lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= digits,
         "64 hexadecimal digits",
     )
-    _check(f"{what} bytes", data["bytes"], lambda v: type(v) is int and v >= 0, "a size")
+    expect(f"{what} bytes", data["bytes"], lambda v: type(v) is int and v >= 0, "a size")
     return data
 
 

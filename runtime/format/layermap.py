@@ -18,13 +18,6 @@ BLOCK_FIELDS = {"double": "double_blocks", "single": "single_blocks", "block": "
 KIND_OF = {field: kind for kind, field in BLOCK_FIELDS.items()}
 
 
-def kept_blocks(config: Any) -> dict[str, tuple[int, ...]]:
-    """Original indices of a network's blocks by kind, in the order in which they run."""
-    return {
-        kind: getattr(config, name) for kind, name in BLOCK_FIELDS.items() if hasattr(config, name)
-    }
-
-
 @dataclass(frozen=True)
 class BlockEntry:
     """One kept block."""

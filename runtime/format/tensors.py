@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vitapack.runtime.format.architecture import network_linears, network_norms
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.layermap import KIND_OF, LayerMap
 from vitapack.runtime.format.layouts import W4, W8, W16, weight_tensors
 
 
 def model_tensors(
-    network: Mapping[str, Any],
+    network: Architecture,
     linears: Mapping[str, str],
     rest: str,
     modulation: Mapping[str, Any],
@@ -24,7 +24,7 @@ def model_tensors(
     """The exact tensors of the DiT part: name in the file -> (dtype, shape)."""
     tables = modulation["kind"] in ("table", "both")
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, linear in network_linears(network).items():
+    for name, linear in network.linears().items():
         if linear.role == "modulation" and tables:
             shape = (modulation["nodes"], linear.out)
             tensors[f"{name}.table"] = (modulation["dtype"], shape)
@@ -33,7 +33,7 @@ def model_tensors(
         tensors |= weight_tensors(name, linear, linears.get(name, W16), rest)
         if linear.bias:
             tensors[f"{name}.bias"] = (rest, (linear.out,))
-    for name, norm in network_norms(network).items():
+    for name, norm in network.norms().items():
         tensors[name] = (rest, norm)
     tensors = {f"model.{name}": spec for name, spec in tensors.items()}
     if tables:
@@ -41,13 +41,11 @@ def model_tensors(
     return tensors
 
 
-def plan_linears(
-    network: Mapping[str, Any], layer_map: LayerMap, modulation: str
-) -> dict[str, str]:
+def plan_linears(network: Architecture, layer_map: LayerMap, modulation: str) -> dict[str, str]:
     """The layout of every block linear, and of the modulation linears whose weights are kept."""
     layouts = {16: W16, 8: W8, 4: W4[layer_map.group]}
     plan = {}
-    for name, linear in network_linears(network).items():
+    for name, linear in network.linears().items():
         if linear.role == "block":
             kind, index = name.split(".")[:2]
             plan[name] = layouts[layer_map.bits(KIND_OF[kind], int(index))]

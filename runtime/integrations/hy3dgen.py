@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.dit import DiT
 from vitapack.runtime.networks.modulation import TimeNodes
 
@@ -29,7 +30,7 @@ class Attached(nn.Module):
     def __init__(self, dit: DiT, dtype: torch.dtype) -> None:
         super().__init__()
         self.dit, self._dtype = dit, dtype
-        self.guidance_embed = dit.config.guidance_embed
+        self.guidance_embed = dit.config.embeds_guidance
         self.in_channels = dit.config.in_channels
 
     @property
@@ -59,7 +60,9 @@ class Attached(nn.Module):
         half = len(x) // 2  # [with the picture, without]: there all tokens are alike
         if len(tokens) == len(x) == 2 * half and _alike(tokens[half:]):
             with_image = self.dit(wide[:half], t, tokens[:half])
-            without = self.dit(wide[half:], t, tokens[half:, :1], repeats=tokens.shape[1])
+            without = self.dit(
+                wide[half:], t, Condition(tokens[half:, :1], repeats=tokens.shape[1])
+            )
             return torch.cat([with_image, without]).to(x.dtype)
         return self.dit(wide, t, tokens).to(x.dtype)
 
@@ -101,16 +104,16 @@ def attach(
         )
     header = read_header(packed)
     embedded = bool(getattr(model, "guidance_embed", False))
-    if header.family != "hunyuan3d" or header.network["guidance_embed"] != embedded:
+    if header.family != "hunyuan3d" or header.network.embeds_guidance != embedded:
         kind = "with" if embedded else "without"
         raise UserError(
             f"{packed} is {header.variant} ({header.family}); this pipeline runs a Hunyuan3D model "
             f"{kind} embedded guidance"
         )
     latent = next((p for name, p in model.named_parameters() if name == "latent_in.weight"), None)
-    if latent is not None and latent.shape[1] != header.network["in_channels"]:
+    if latent is not None and latent.shape[1] != header.network.in_channels:
         raise UserError(
-            f"{packed} takes latents of {header.network['in_channels']} channels, the pipeline's "
+            f"{packed} takes latents of {header.network.in_channels} channels, the pipeline's "
             f"model {latent.shape[1]}"
         )
     place = getattr(pipeline, "device", "cpu") if device is None else device

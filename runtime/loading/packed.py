@@ -1,39 +1,25 @@
-"""A packed file becomes a network: `load_packed_dit`, and the parts embedded beside it.
+"""Loads the network of a packed file.
 
     dit = load_packed_dit("model.safetensors", device="cpu", compute="a16")
 
 The network is built on the meta device, so nothing is allocated but the packed tensors themselves.
-This module imports torch only where tensors are made; `read_header` works without it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from vitapack.runtime.choices import COMPUTES, check_choice
-from vitapack.runtime.engines.choose import dit_config, network_of
+import torch
+
+from vitapack.runtime.engines.choose import Execution, choose, network_of
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.format.architecture import network_linears
-from vitapack.runtime.format.describe import describe
 from vitapack.runtime.format.header import PARTS, PackedHeader, read_header
 from vitapack.runtime.format.layouts import GROUP_OF, W16
 from vitapack.runtime.format.reader import VERIFY_BELOW, TensorReader, verify
-
-if TYPE_CHECKING:
-    import torch
-
-    from vitapack.runtime.networks.kinds import Network
-
-__all__ = [
-    "PackedHeader",
-    "describe",
-    "embedded_tensors",
-    "load_packed_dit",
-    "read_header",
-    "verify",
-]
+from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.networks.modulation import ModulationTable, TimeNodes
+from vitapack.runtime.networks.network import Network
 
 
 def load_packed_dit(
@@ -52,25 +38,30 @@ def load_packed_dit(
     where the file holds both (default: the exact tables). verify_content: check the sha256; by
     default up to 256 MiB. Raises FormatError (a UserError) for anything wrong with the file.
     """
-    import torch
+    execution = choose(device, compute, dtype=dtype)
+    return load_packed(path, execution, modulation=modulation, verify_content=verify_content)
 
-    from vitapack.runtime.networks.linear import PackedLinear
-    from vitapack.runtime.networks.modulation import ModulationTable, TimeNodes
 
+def load_packed(
+    path: str | os.PathLike[str],
+    execution: Execution,
+    *,
+    modulation: str | None = None,
+    verify_content: bool | None = None,
+) -> Network:
+    """As `load_packed_dit`, with the decision how to compute already made."""
     header = read_header(path)
-    check_choice("compute mode", compute, COMPUTES)
     chosen = _modulation(header, modulation)
     if verify_content or (verify_content is None and header.size <= VERIFY_BELOW):
         verify(path)
-    device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    compute, dtype = execution.compute, execution.dtype
     with torch.device("meta"):
-        dit = network_of(dit_config(header), device.type, compute).eval()
+        dit = network_of(header.network, execution).eval()
 
-    with TensorReader(header, device) as reader:
-        for name, linear in network_linears(header.network).items():
+    with TensorReader(header, execution.device) as reader:
+        for name, linear in header.network.linears().items():
             if chosen == "table" and linear.role == "modulation":
-                count = linear.out // header.network["hidden"]
+                count = linear.out // header.network.hidden
                 table = reader.floats(f"model.{name}.table", dtype)
                 # In the blocks the table takes the place of the module around the linear.
                 replace_module(dit, name.removesuffix(".lin"), ModulationTable(table, count))
@@ -91,7 +82,7 @@ def load_packed_dit(
                     compute="a16" if linear.role == "modulation" else compute,
                     **codes,
                 )
-                if compute == "a8" and device.type == "cpu":
+                if compute == "a8" and execution.on_cpu:
                     packed.prepare()  # now, so that only one weight is ever held twice
                 replace_module(dit, name, packed)
         if chosen == "table":
@@ -103,7 +94,7 @@ def load_packed_dit(
                 )
             guidance = header.modulation["guidance"]
             dit.time_in = TimeNodes(nodes, guidance, header.schedules())
-            if header.network.get("guidance_embed"):
+            if header.network.embeds_guidance:
                 del dit.guidance_in
         rest = {name: reader.floats(f"model.{name}", dtype) for name in _empty(dit)}
     dit.load_state_dict(rest, strict=False, assign=True)

@@ -1,53 +1,32 @@
-"""Parts that the networks share: norms, attention, MLP, and removing blocks."""
+"""Building blocks that the networks share: norms, attention, MLP, condition tokens."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.format.layermap import BLOCK_FIELDS, kept_blocks
-
-Network = TypeVar("Network", bound=nn.Module)
+from vitapack.runtime.format.architecture import Architecture
 
 
-class BlockSizes:
-    """What all networks' hyper-parameters say of their blocks."""
+@dataclass(frozen=True)
+class Condition:
+    """Condition tokens (B or 1, N, D), each standing for `repeats` equal ones.
 
-    network_kind: ClassVar[str]
-    hidden: int
-    heads: int
-    mlp_ratio: float
+    Condition tokens have no positions, so equal tokens stay equal through all blocks. The
+    unconditional pass, whose N tokens are all zeros, is therefore exactly a pass on one token with
+    `repeats=N` (see `vitapack.runtime.sampling.guidance`).
+    """
 
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
-        if not 0 < self.mlp_ratio <= 64:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected above 0, at most 64")
-        for kind, kept in kept_blocks(self).items():
-            if list(kept) != sorted(set(kept)) or any(index < 0 for index in kept):
-                raise ValueError(
-                    f"{BLOCK_FIELDS[kind]} {kept} must be ascending distinct original indices"
-                )
+    tokens: Tensor
+    repeats: int = 1
 
-    def to_json(self) -> dict[str, Any]:
-        """The hyper-parameters as the packed header states them."""
-        lists = {BLOCK_FIELDS[kind]: list(indices) for kind, indices in kept_blocks(self).items()}
-        return {"kind": self.network_kind, **asdict(self), **lists}  # type: ignore[call-overload]
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
+    @classmethod
+    def of(cls, cond: Tensor | Condition) -> Condition:
+        return cond if isinstance(cond, Condition) else cls(cond)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,13 +42,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return out.transpose(1, 2).flatten(2)
 
 
-def multiplicity(repeats: int, tokens: int, latents: int, like: Tensor) -> Tensor | None:
-    """Bias (1, tokens + latents) with which each of the first keys stands for `repeats` equal ones:
-    n equal terms of a softmax are one whose exponent is log n larger. None where that is 0."""
-    if repeats == 1:
+def repeated_key_bias(condition: Condition, img: Tensor) -> Tensor | None:
+    """Attention bias (1, C + L) that counts each condition key `condition.repeats` times.
+
+    img (B, L, h) gives the number of latents, dtype and device. Adding log(n) to a logit equals
+    repeating its key n times. None for one repeat.
+    """
+    if condition.repeats == 1:
         return None
-    bias = like.new_zeros(1, tokens + latents)
-    bias[:, :tokens].fill_(math.log(repeats))
+    count = condition.tokens.shape[1]
+    bias = img.new_zeros(1, count + img.shape[1])
+    bias[:, :count].fill_(math.log(condition.repeats))
     return bias
 
 
@@ -79,12 +62,12 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: (1 + scale) * LayerNorm(x) + shift, with (B or 1, 1, h) modulation."""
+    """adaLN: (1 + scale) * LayerNorm(x) + shift, shift and scale (B or 1, 1, h)."""
     return (1 + scale) * layer_norm(x) + shift
 
 
 def clipped(x: Tensor, clips: bool) -> Tensor:
-    """A token stream after a block's addition; `clips`: see `DiTConfig`."""
+    """A token stream after a block's addition; `clips`: see `DiTConfig.clips`."""
     return x.clamp(-65504.0, 65504.0) if clips and x.dtype == torch.float16 else x
 
 
@@ -111,23 +94,9 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k)
 
 
-def mlp(config: BlockSizes) -> nn.Sequential:
+def mlp(config: Architecture) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(config.hidden, config.mlp_hidden),
         nn.GELU(approximate="tanh"),
         nn.Linear(config.mlp_hidden, config.hidden),
     )
-
-
-def leave_out(network: Network, blocks: Iterable[tuple[str, int]]) -> Network:
-    """A copy that shares all weights but has no such blocks: (kind, original index)."""
-    gone, pruned = set(blocks), copy.copy(network)
-    pruned._modules = dict(network._modules)
-    changes: dict[str, Any] = {}
-    for kind, indices in kept_blocks(network.config).items():
-        kept = tuple(index for index in indices if (kind, index) not in gone)
-        ours = getattr(network, BLOCK_FIELDS[kind])
-        pruned._modules[BLOCK_FIELDS[kind]] = nn.ModuleDict({str(i): ours[str(i)] for i in kept})
-        changes[BLOCK_FIELDS[kind]] = kept
-    pruned.config = replace(network.config, **changes)  # type: ignore[type-var]
-    return pruned

@@ -1,68 +1,38 @@
-"""The canonical double/single-block DiT: Hunyuan3D's, and with other names Step1X-3D's.
+"""The canonical double/single-block DiT: Hunyuan3D's and, under other names, Step1X-3D's.
 
-Read top to bottom it is Fig. 2 of the paper: two token streams (latents and image condition) meet
-in joint attention in the double blocks, are then concatenated [condition ; latents], pass the
-single blocks, and the latent tokens leave as a velocity. Parameter names are those of the released
-Hunyuan3D checkpoints (after their prefix `model.`), so that family needs no key mapping.
+Read from top to bottom it is Fig. 2 of the paper: two token streams (latents `img`, condition
+`txt`) meet in joint attention in the double blocks, are concatenated [condition ; latents], pass
+through the single blocks, and the latent tokens leave as a velocity. Parameter names are those of
+the released Hunyuan3D checkpoints (after `model.`), so that family needs no key mapping.
 
 Pruning is a list: `DiTConfig.double_blocks` and `.single_blocks` hold the ORIGINAL indices of the
-blocks that are kept, and parameters keep those indices in their names. A linear is anything that is
-called on x: `nn.Linear` here, `vitapack.runtime.networks.linear.PackedLinear` in a packed model.
+kept blocks, and parameters keep those indices in their names. A linear is any module that is called
+on x: `nn.Linear` here, a packed one in a packed model.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.format.architecture import DOUBLE_SINGLE
+from vitapack.runtime.format.architecture import DiTConfig, TimeEmbedding
 from vitapack.runtime.networks.blocks import (
-    BlockSizes,
+    Condition,
     QKNorm,
     attention,
     clipped,
-    leave_out,
     mlp,
     modulate,
-    multiplicity,
+    repeated_key_bias,
 )
 from vitapack.runtime.networks.modulation import (
     Modulation,
     ModulationTable,
-    TimeEmbedding,
+    StepModulation,
     TimeMLP,
-    TimeNodes,
-    When,
 )
-
-
-@dataclass(frozen=True)
-class DiTConfig(BlockSizes):
-    """Hyper-parameters of one (possibly pruned) network."""
-
-    network_kind: ClassVar[str] = DOUBLE_SINGLE
-
-    in_channels: int
-    cond_channels: int
-    hidden: int
-    heads: int
-    double_blocks: tuple[int, ...]  # original indices of the kept blocks, ascending
-    single_blocks: tuple[int, ...]
-    mlp_ratio: float
-    qkv_bias: bool
-    guidance_embed: bool
-    time: TimeEmbedding
-
-    @property
-    def clips(self) -> bool:
-        """Step1X-3D's class holds its token streams inside fp16's range where it runs in fp16,
-        Hunyuan3D's does not: one value that overflows there is NaN everywhere a layer later. Their
-        networks differ in the time MLP's activation."""
-        return self.time.activation == "gelu"
+from vitapack.runtime.networks.network import CallShape, Network
 
 
 def hunyuan_time(hidden: int) -> TimeEmbedding:
@@ -91,29 +61,29 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.clips = config.clips
-        self.img_mod = Modulation(config.hidden, 6)
+        self.img_mod = Modulation(config.hidden, 2)
         self.img_attn = StreamAttention(config)
         self.img_mlp = mlp(config)
-        self.txt_mod = Modulation(config.hidden, 6)
+        self.txt_mod = Modulation(config.hidden, 2)
         self.txt_attn = StreamAttention(config)
         self.txt_mlp = mlp(config)
 
     def forward(
-        self, x: Tensor, y: Tensor, when: When, bias: Tensor | None = None
+        self, img: Tensor, txt: Tensor, step: StepModulation, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Latents x (B, L, h), condition y (B, C, h), bias (1, C+L) of the keys in attention."""
-        x_shift1, x_scale1, x_gate1, x_shift2, x_scale2, x_gate2 = self.img_mod(when)
-        y_shift1, y_scale1, y_gate1, y_shift2, y_scale2, y_gate2 = self.txt_mod(when)
-        x_qkv = self.img_attn(modulate(x, x_shift1, x_scale1))
-        y_qkv = self.txt_attn(modulate(y, y_shift1, y_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(y_qkv, x_qkv, strict=True))
+        """Latents img (B, L, h), condition txt (B, C, h), bias (1, C+L) of the attention's keys."""
+        img1, img2 = self.img_mod(step)
+        txt1, txt2 = self.txt_mod(step)
+        img_qkv = self.img_attn(modulate(img, img1.shift, img1.scale))
+        txt_qkv = self.txt_attn(modulate(txt, txt1.shift, txt1.scale))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         joint = attention(q, k, v, bias)
-        y_out, x_out = joint.split([y.shape[1], x.shape[1]], dim=1)
-        x = clipped(x + x_gate1 * self.img_attn.proj(x_out), self.clips)
-        x = x + x_gate2 * self.img_mlp(modulate(x, x_shift2, x_scale2))
-        y = clipped(y + y_gate1 * self.txt_attn.proj(y_out), self.clips)
-        y = y + y_gate2 * self.txt_mlp(modulate(y, y_shift2, y_scale2))
-        return clipped(x, self.clips), clipped(y, self.clips)
+        txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
+        img = clipped(img + img1.gate * self.img_attn.proj(img_out), self.clips)
+        img = img + img2.gate * self.img_mlp(modulate(img, img2.shift, img2.scale))
+        txt = clipped(txt + txt1.gate * self.txt_attn.proj(txt_out), self.clips)
+        txt = txt + txt2.gate * self.txt_mlp(modulate(txt, txt2.shift, txt2.scale))
+        return clipped(img, self.clips), clipped(txt, self.clips)
 
 
 class SingleBlock(nn.Module):
@@ -126,51 +96,49 @@ class SingleBlock(nn.Module):
         self.linear1 = nn.Linear(config.hidden, sum(self.widths))
         self.linear2 = nn.Linear(config.hidden + config.mlp_hidden, config.hidden)
         self.norm = QKNorm(config.head_dim)
-        self.modulation = Modulation(config.hidden, 3)
+        self.modulation = Modulation(config.hidden, 1)
 
-    def forward(self, z: Tensor, when: When, bias: Tensor | None = None) -> Tensor:
-        """All tokens z (B, C+L, h), condition first; bias (1, C+L) of the keys in attention."""
-        shift, scale, gate = self.modulation(when)
-        qkv, wide = self.linear1(modulate(z, shift, scale)).split(self.widths, dim=-1)
+    def forward(self, z: Tensor, step: StepModulation, bias: Tensor | None = None) -> Tensor:
+        """All tokens z (B, C+L, h), condition first; bias (1, C+L) of the attention's keys."""
+        (mod,) = self.modulation(step)
+        qkv, wide = self.linear1(modulate(z, mod.shift, mod.scale)).split(self.widths, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.norm(q, k)
         out = torch.cat([attention(q, k, v, bias), F.gelu(wide, approximate="tanh")], dim=-1)
-        return clipped(z + gate * self.linear2(out), self.clips)
+        return clipped(z + mod.gate * self.linear2(out), self.clips)
 
 
 class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.hidden, config.in_channels)
-        # Named as in the released files: element 0 is the SiLU, which `When` already holds.
+        # Named as in the released files: element 0 is the SiLU, already applied to the vector.
         self.adaLN_modulation = nn.ModuleList(
             [nn.Identity(), nn.Linear(config.hidden, 2 * config.hidden)]
         )
 
-    def shift_scale(self, when: When) -> tuple[Tensor, ...]:
+    def shift_scale(self, step: StepModulation) -> tuple[Tensor, ...]:
         """Modulation (B or 1, 1, h) each, from the weights or from their table."""
         modulation = self.adaLN_modulation[1]
         if isinstance(modulation, ModulationTable):
-            return modulation(when)
-        return modulation(when.vector)[:, None].chunk(2, dim=-1)
+            return modulation.chunks(step)
+        return modulation(step.vector)[:, None].chunk(2, dim=-1)
 
-    def forward(self, x: Tensor, when: When) -> Tensor:
-        return self.linear(modulate(x, *self.shift_scale(when)))
+    def forward(self, x: Tensor, step: StepModulation) -> Tensor:
+        return self.linear(modulate(x, *self.shift_scale(step)))
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C).
 
-    t may also be what `when` made of it: then a call never looks at values, as CUDA graphs need it.
-
-    With `repeats` every token of cond stands for so many equal ones. Condition tokens have no
-    places, so equal ones stay equal through all blocks: the unconditional pass, whose tokens are
-    all zeros, is this network on a single one, exactly (see `vitapack.runtime.sampling.guidance`).
+    t may be a precomputed StepModulation; forward then reads no tensor values on the host, as CUDA
+    graphs require. cond may be a `Condition` whose tokens stand for several equal ones each.
     """
 
+    config: DiTConfig
+
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.latent_in = nn.Linear(config.in_channels, config.hidden)
         self.cond_in = nn.Linear(config.cond_channels, config.hidden)
         self.time_in: nn.Module = TimeMLP(config.time, config.hidden)
@@ -184,39 +152,38 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
 
-    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
-        """The step's modulation input; one that was made before stays as it is. Raises ValueError
-        for a guidance-embedded model without a guidance value, and for a time that the modulation
-        tables do not hold, for which it looks at the times on the host."""
-        if isinstance(t, When):
-            return t
-        if self.config.guidance_embed and guidance is None:
-            raise ValueError("this model embeds its guidance: pass guidance as a (B,) tensor")
-        if isinstance(self.time_in, TimeNodes):
-            return When(rows=self.time_in(t, guidance))
-        vector = self.time_in(t)
-        if self.config.guidance_embed:
-            vector = vector + self.guidance_in(guidance)
-        return When(vector=F.silu(vector))
-
     def forward(
         self,
         x: Tensor,
-        t: Tensor | When,
-        cond: Tensor,
+        t: Tensor | StepModulation,
+        cond: Tensor | Condition,
         guidance: Tensor | None = None,
-        repeats: int = 1,
     ) -> Tensor:
-        when = self.when(t, guidance)
-        x, y = self.latent_in(x), self.cond_in(cond)
-        bias = multiplicity(repeats, y.shape[1], x.shape[1], x)
+        step, condition = self.step_modulation(t, guidance), Condition.of(cond)
+        img, txt = self.latent_in(x), self.cond_in(condition.tokens)
+        bias = repeated_key_bias(condition, img)
         for block in self.double_blocks.values():
-            x, y = block(x, y, when, bias)
-        z = torch.cat([y, x], dim=1)
+            img, txt = block(img, txt, step, bias)
+        z = torch.cat([txt, img], dim=1)
         for block in self.single_blocks.values():
-            z = block(z, when, bias)
-        return self.final_layer(z[:, y.shape[1] :], when)
+            z = block(z, step, bias)
+        return self.final_layer(z[:, txt.shape[1] :], step)
 
-    def without(self, *blocks: tuple[str, int]) -> DiT:
-        """The same network, weights shared, without the given ("double" | "single", index)."""
-        return leave_out(self, blocks)
+    @classmethod
+    def step_bytes(cls, config: DiTConfig, call: CallShape) -> int:
+        h, m = config.hidden, config.mlp_hidden
+        latents, cond = call.latents[0], call.cond_tokens
+        tokens = latents + cond
+        # Single block: x and its halves outside, linear1's 3h + m, q and k, attention, the wide
+        # part, and both joined. Double block: both streams outside and inside, q, k and v twice,
+        # attention, then the MLP of the longer stream.
+        single = tokens * (8 * h + 3 * m) if config.single_blocks else 0
+        double = tokens * 10 * h + max(latents, cond) * (3 * h + 2 * m)
+        largest = max(single, double if config.double_blocks else 0)
+        return given_bytes(config, call) + call.batch * largest * call.dtype.itemsize
+
+
+def given_bytes(config: DiTConfig, call: CallShape) -> int:
+    """Input and output latents, and the condition."""
+    values = 2 * call.latents[0] * config.in_channels + call.cond_tokens * config.cond_channels
+    return call.batch * values * call.dtype.itemsize

@@ -10,43 +10,15 @@ them into a velocity. Names follow `runtime/networks/dit.py` where a part is the
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.runtime.format.architecture import FLOW
-from vitapack.runtime.networks.blocks import BlockSizes, attention, leave_out, mlp, modulate
-from vitapack.runtime.networks.modulation import Modulation, TimeEmbedding, TimeMLP, TimeNodes, When
-
-
-@dataclass(frozen=True)
-class FlowConfig(BlockSizes):
-    """Hyper-parameters of one (possibly pruned) flow transformer."""
-
-    network_kind: ClassVar[str] = FLOW
-    guidance_embed: ClassVar[bool] = False
-
-    resolution: int  # of the latent cube; 0 where only the blocks are there (SLAT)
-    in_channels: int  # of the latent cube; 0 likewise
-    patch: int  # cells a side that make one token
-    cond_channels: int
-    hidden: int
-    heads: int
-    blocks: tuple[int, ...]  # original indices of the kept blocks, ascending
-    mlp_ratio: float
-    time: TimeEmbedding
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resolution % self.patch:
-            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.patch}")
-
-    @property
-    def token_channels(self) -> int:
-        return self.in_channels * self.patch**3
+from vitapack.runtime.format.architecture import FlowConfig, TimeEmbedding
+from vitapack.runtime.networks.blocks import Condition, attention, mlp, modulate
+from vitapack.runtime.networks.modulation import Modulation, StepModulation, TimeMLP
+from vitapack.runtime.networks.network import CallShape, Network
 
 
 def trellis_time(hidden: int) -> TimeEmbedding:
@@ -55,7 +27,7 @@ def trellis_time(hidden: int) -> TimeEmbedding:
 
 
 @functools.lru_cache(maxsize=4)
-def place_embedding(
+def position_embedding(
     side: int,
     channels: int,
     dtype: torch.dtype = torch.float32,
@@ -132,18 +104,18 @@ class CrossAttention(nn.Module):
 class FlowBlock(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        self.mod = Modulation(config.hidden, 6)
+        self.mod = Modulation(config.hidden, 2)
         self.self_attn = SelfAttention(config)
         self.cross_norm = nn.LayerNorm(config.hidden, eps=1e-6)
         self.cross_attn = CrossAttention(config)
         self.mlp = mlp(config)
 
-    def forward(self, x: Tensor, cond: Tensor, when: When) -> Tensor:
-        """Tokens x (B, n, h) and the picture's tokens cond (B, C, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.mod(when)
-        x = x + gate1 * self.self_attn(modulate(x, shift1, scale1))
+    def forward(self, x: Tensor, cond: Tensor, step: StepModulation) -> Tensor:
+        """Tokens x (B, n, h) and condition tokens cond (B, C, D)."""
+        mod1, mod2 = self.mod(step)
+        x = x + mod1.gate * self.self_attn(modulate(x, mod1.shift, mod1.scale))
         x = x + self.cross_attn(self.cross_norm(x), cond)
-        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
+        return x + mod2.gate * self.mlp(modulate(x, mod2.shift, mod2.scale))
 
 
 class OutLayer(nn.Module):
@@ -159,52 +131,61 @@ class OutLayer(nn.Module):
         return self.linear(self.norm(x))
 
 
-class FlowTransformer(nn.Module):
+class FlowTransformer(Network):
     """Velocity of the latents: x (B, C, R, R, R), t (B,) or (1,) in 0..1000, cond (B, N, D).
 
-    Without edges (SLAT) x is the blocks' own tokens (B, n, h), places included, and so is the
-    output. That each token of cond stands for `repeats` equal ones changes nothing here, where
-    attention to them is to nothing else.
+    Without edges (SLAT) x holds the blocks' own tokens (B, n, h), positions included, and so does
+    the output. Repeated condition tokens change nothing: softmax over equal keys is their value.
     """
 
+    config: FlowConfig
+
     def __init__(self, config: FlowConfig) -> None:
-        super().__init__()
-        self.config = config
-        if config.in_channels:
+        super().__init__(config)
+        if config.has_edges:
             self.latent_in = nn.Linear(config.token_channels, config.hidden)
         self.time_in: nn.Module = TimeMLP(config.time, config.hidden)
         self.blocks = nn.ModuleDict({str(index): FlowBlock(config) for index in config.blocks})
-        if config.in_channels:
+        if config.has_edges:
             self.final_layer = OutLayer(config)
-
-    def when(self, t: Tensor | When, guidance: Tensor | None = None) -> When:
-        """The step's modulation input, as in `DiT`; there is no guidance to embed."""
-        if isinstance(t, When):
-            return t
-        if isinstance(self.time_in, TimeNodes):
-            return When(rows=self.time_in(t, None))
-        return When(vector=F.silu(self.time_in(t)))
 
     def forward(
         self,
         x: Tensor,
-        t: Tensor | When,
-        cond: Tensor,
+        t: Tensor | StepModulation,
+        cond: Tensor | Condition,
         guidance: Tensor | None = None,
-        repeats: int = 1,
     ) -> Tensor:
-        when, config = self.when(t), self.config
-        if config.in_channels:
+        step, tokens = self.step_modulation(t, guidance), Condition.of(cond).tokens
+        config = self.config
+        if config.has_edges:
             side = config.resolution // config.patch
             x = self.latent_in(patches(x, config.patch))
-            x = x + place_embedding(side, config.hidden, x.dtype, x.device)
+            x = x + position_embedding(side, config.hidden, x.dtype, x.device)
         for block in self.blocks.values():
-            x = block(x, cond, when)
-        return cube(self.final_layer(x), side, config.patch) if config.in_channels else x
+            x = block(x, tokens, step)
+        return cube(self.final_layer(x), side, config.patch) if config.has_edges else x
 
-    def without(self, *blocks: tuple[str, int]) -> FlowTransformer:
-        """The same network, weights shared, without the given ("block", index)."""
-        return leave_out(self, blocks)
+    @classmethod
+    def step_bytes(cls, config: FlowConfig, call: CallShape) -> int:
+        h, m, size = config.hidden, config.mlp_hidden, call.dtype.itemsize
+        tokens = token_count(config, call)
+        # x of the caller and of the block, the MLP's input, its two wide tensors.
+        weight = h * m * size if call.packed and call.compute == "a16" else 0  # expanded to floats
+        working = call.batch * tokens * (3 * h + 2 * m) * size
+        return given_bytes(config, call) + working + weight
+
+
+def token_count(config: FlowConfig, call: CallShape) -> int:
+    """Of the latent cube; any number for SLAT's blocks alone."""
+    return (config.resolution // config.patch) ** 3 or call.latents[0]
+
+
+def given_bytes(config: FlowConfig, call: CallShape) -> int:
+    """Input and output tokens, and the condition."""
+    values = 2 * token_count(config, call) * config.token_channels
+    values += call.cond_tokens * config.cond_channels
+    return call.batch * values * call.dtype.itemsize
 
 
 def patches(x: Tensor, p: int) -> Tensor:

@@ -1,31 +1,22 @@
-"""From a time to the shifts, scales and gates of adaLN, by the released weights or by exact tables.
+"""adaLN modulation: from a step's time to shifts, scales and gates, by weights or by exact tables.
 
-All of it depends on the step's time (and guidance) alone, `When`: a packed file holds the values at
-its samplers' own times in place of the weights (compressor/packing/modulation_tables.py).
+Modulation depends on the time (and the embedded guidance) alone. A packed file therefore stores its
+values at the sampler's own times instead of the weights (compressor/packing/modulation_tables.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitapack.runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class TimeEmbedding:
-    """How a family turns its time (or guidance) value into the modulation vector."""
-
-    channels: int  # of the sinusoid: 256 (Hunyuan3D) or the hidden size (Step1X-3D)
-    hidden: int  # of the MLP between: the hidden size, or 4x of it
-    scale: float  # t is multiplied by this first: 1000 for t in 0..1, 1 for t in 0..1000
-    max_period: float  # 1000 in Hunyuan3D (its time_factor lands in that argument), else 10000
-    cos_first: bool
-    activation: str  # "silu" or "gelu" (exact)
+from vitapack.runtime.format.architecture import TimeEmbedding
 
 
 def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
@@ -42,8 +33,8 @@ def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
 
 
 @dataclass
-class When:
-    """What the modulation of one step depends on: t (and guidance), and nothing else.
+class StepModulation:
+    """Modulation input of one denoising step, computed from t and, if embedded, guidance.
 
     `vector` (B or 1, h) feeds modulation linears; `rows` (B or 1,) selects rows of tables.
     """
@@ -52,32 +43,49 @@ class When:
     rows: Tensor | None = None
 
 
+class Modulated(NamedTuple):
+    """adaLN of one sublayer, (B or 1, 1, h) each: x + gate * f((1 + scale) * norm(x) + shift)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
 class Modulation(nn.Module):
-    """`count` chunks (B, 1, h) of lin(SiLU(vec)): shifts, scales and gates."""
+    """The parameters of `sublayers` sublayers from one linear of the step's vector."""
 
-    def __init__(self, hidden: int, count: int) -> None:
+    def __init__(self, hidden: int, sublayers: int) -> None:
         super().__init__()
-        self.count = count
-        self.lin = nn.Linear(hidden, count * hidden)
+        self.sublayers = sublayers
+        self.lin = nn.Linear(hidden, 3 * sublayers * hidden)
 
-    def forward(self, when: When) -> tuple[Tensor, ...]:
-        assert when.vector is not None
-        return self.lin(when.vector)[:, None].chunk(self.count, dim=-1)
+    def forward(self, step: StepModulation) -> tuple[Modulated, ...]:
+        assert step.vector is not None
+        return grouped(self.lin(step.vector)[:, None].chunk(3 * self.sublayers, dim=-1))
 
 
 class ModulationTable(nn.Module):
-    """The same chunks read from an exact table (T, count*h) at the sampler's own times."""
+    """The same values read from an exact table (T, chunks * h) at the sampler's own times."""
 
     table: Tensor
 
-    def __init__(self, table: Tensor, count: int) -> None:
+    def __init__(self, table: Tensor, chunks: int) -> None:
         super().__init__()
-        self.count = count
+        self.count = chunks
         self.register_buffer("table", table)
 
-    def forward(self, when: When) -> tuple[Tensor, ...]:
-        assert when.rows is not None
-        return self.table[when.rows][:, None].chunk(self.count, dim=-1)
+    def chunks(self, step: StepModulation) -> tuple[Tensor, ...]:
+        """(B or 1, 1, h) each."""
+        assert step.rows is not None
+        return self.table[step.rows][:, None].chunk(self.count, dim=-1)
+
+    def forward(self, step: StepModulation) -> tuple[Modulated, ...]:
+        return grouped(self.chunks(step))
+
+
+def grouped(chunks: Sequence[Tensor]) -> tuple[Modulated, ...]:
+    """Three chunks for each sublayer."""
+    return tuple(Modulated(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
 
 
 class TimeMLP(nn.Module):

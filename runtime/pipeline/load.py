@@ -21,7 +21,7 @@ from vitapack.runtime.families.open import open_checkpoint, resolve
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.loading.build import build
 from vitapack.runtime.loading.checkpoint_files import is_packed
-from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.networks.network import Network
 
 
 def load_dit(

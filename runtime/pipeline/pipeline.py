@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,18 @@ import torch
 from torch import Tensor
 
 import vitapack
-from vitapack.kernels.linear import support
 from vitapack.runtime.choices import MEMORY_MODES, VIEWS, check_choice
 from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
-from vitapack.runtime.engines.choose import dit_config
+from vitapack.runtime.engines.choose import Execution, choose, form_of
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
-from vitapack.runtime.engines.device import chosen_device
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
 from vitapack.runtime.families.furniture import family as furniture
 from vitapack.runtime.families.open import BUNDLED, open_checkpoint
 from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.reader import VERIFY_BELOW, verify
 from vitapack.runtime.format.schedules import SamplerDefaults
@@ -45,12 +43,10 @@ from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.memory import keep_no_holes
 from vitapack.runtime.loading.source import packed_part
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
-from vitapack.runtime.networks.kinds import Network
+from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
-from vitapack.runtime.pipeline.predict import base_bytes, denoise_bytes, imported_bytes
+from vitapack.runtime.pipeline.predict import base_bytes, imported_bytes
 from vitapack.runtime.sampling.guidance import denoise
 
 # How each family sees a picture and what its latents become.
@@ -176,23 +172,18 @@ class Pipeline:
         header = read_header(path)
         if header.size <= VERIFY_BELOW:  # now, not when the network is first needed
             verify(path)
-        where = device if absent else chosen_device(device)
+        execution = choose(device, compute, present=not absent)
         if cuda_graphs:
-            expect_gpu(where)  # before the original is looked at
-        dtype = torch.float32 if where == "cpu" else torch.float16
-        config = dit_config(header)
+            expect_gpu(execution.device)  # before the original is looked at
+        dtype, where = execution.dtype, execution.device
+        config = header.network
         family = _family(header.family, config, str(path))
         original = None if parts is None else original_of(header, parts).component
         conditioner = packed_part(header, "conditioner", original)
         decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
-        engine = compute == "a8" and where == "cpu" and support.cpu_engine("int8 a8 DiT")
-        served = where != "cpu" and (absent or support.gpu_kernels("DiT", torch.device(where)))
-        fused = compute if served else ""
         return cls(
             Part(
-                lambda: packed.load_packed_dit(
-                    path, device=where, compute=compute, verify_content=False
-                ),
+                lambda: packed.load_packed(path, execution, verify_content=False),
                 packed.loaded_bytes(header, dtype),
             ),
             SamplerDefaults.from_json(header.sampler),
@@ -203,7 +194,7 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=partial(denoise_bytes, config, decoder.latent_shape, dtype, engine, fused),
+            step_bytes=_run_bytes(config, decoder.latent_shape, execution),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -221,10 +212,10 @@ class Pipeline:
         """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
         family = _family(checkpoint.family, checkpoint.config, str(model))
-        where = chosen_device(device)
+        execution = choose(device, packed=False)
+        dtype, where = execution.dtype, execution.device
         if cuda_graphs:
             expect_gpu(where)  # before its files are hashed
-        dtype = torch.float32 if where == "cpu" else torch.float16
         conditioner = checkpoint.component("conditioner")
         decoder = family.shape_decoder(checkpoint.component("shape_decoder"), dtype, where)
         return cls(
@@ -240,9 +231,7 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=partial(
-                denoise_bytes, checkpoint.config, decoder.latent_shape, dtype, False, ""
-            ),
+            step_bytes=_run_bytes(checkpoint.config, decoder.latent_shape, execution),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -449,11 +438,19 @@ class Pipeline:
         return replace(mesh, metadata=metadata)
 
 
-def _family(name: str, config: DiTConfig | FlowConfig, source: str) -> Any:
+def _run_bytes(
+    config: Architecture, latents: tuple[int, ...], execution: Execution
+) -> Callable[[int, int], int]:
+    """Predicted working memory of denoising by condition tokens and batch."""
+    form = form_of(config, execution)
+    return lambda tokens, batch: form.run_bytes(config, execution.call(latents, tokens, batch))
+
+
+def _family(name: str, config: Architecture, source: str) -> Any:
     """What makes pictures and shapes of a network. UserError where nothing does."""
     if name not in FAMILIES:
         raise UserError(f"{source}: no family {name!r} here; known are {', '.join(FAMILIES)}")
-    if isinstance(config, FlowConfig) and not config.in_channels:
+    if not config.has_edges:
         raise UserError(
             f"{source} is TRELLIS' flow of structured latents, of which only the transformer "
             "blocks are here: they can be compressed and timed, but no mesh comes of them; the "

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
-from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.modulation import StepModulation
+from vitapack.runtime.networks.network import Network
 from vitapack.runtime.sampling import solvers as sampling
 
 
@@ -32,9 +33,9 @@ def denoise(
     cond (1, N, D) and `one_batch` as in `velocity_of`. MissingTime for a time without a
     modulation table.
     """
-    where = next(network.parameters()).device
+    device = next(network.parameters()).device
     velocity = velocity_of(network, settings, cond, one_batch=one_batch)
-    return sampling.sample(velocity, noise.to(where), settings, progress).float()
+    return sampling.sample(velocity, noise.to(device), settings, progress).float()
 
 
 def velocity_of(
@@ -53,29 +54,29 @@ def velocity_of(
     A network that embeds its guidance is called once. All the sampler's times are looked up here,
     which waits for a GPU; the steps do not. MissingTime where the tables lack one.
     """
-    where = next(p for p in network.parameters() if p.is_floating_point())
-    cond = cond.to(where)
-    embedded = torch.tensor([settings.guidance], dtype=torch.float32, device=where.device)
-    guidance = embedded if network.config.guidance_embed else None
+    weight = next(p for p in network.parameters() if p.is_floating_point())
+    cond = cond.to(weight)
+    embedded = torch.tensor([settings.guidance], dtype=torch.float32, device=weight.device)
+    guidance = embedded if network.config.embeds_guidance else None
 
     @functools.cache
-    def when(t: float) -> When:
+    def step(t: float) -> StepModulation:
         # float64, so that a time finds its own row of the modulation tables.
-        time = torch.tensor([t], dtype=torch.float64, device=where.device)
-        return network.when(time, guidance)
+        time = torch.tensor([t], dtype=torch.float64, device=weight.device)
+        return network.step_modulation(time, guidance)
 
     for t in evaluation_times(settings):
-        when(t)
+        step(t)
 
     def call(x: Tensor, t: float, tokens: Tensor) -> Tensor:
-        repeats = cond.shape[1] // tokens.shape[1]
-        return network(x.to(where.dtype), when(t), tokens, None, repeats).float()
+        condition = Condition(tokens, repeats=cond.shape[1] // tokens.shape[1])
+        return network(x.to(weight.dtype), step(t), condition).float()
 
     return sampling.classifier_free(
         call,
         cond,
         torch.zeros_like(cond if one_batch else cond[:, :1]),
-        1.0 if network.config.guidance_embed else settings.guidance,
+        1.0 if network.config.embeds_guidance else settings.guidance,
         one_batch=one_batch,
         only_at=guided_times(settings),
     )

@@ -17,32 +17,28 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
-from vitapack.kernels.linear import support
-from vitapack.runtime.engines.choose import dit_config
-from vitapack.runtime.engines.cpu import Engine
+from vitapack.runtime.engines.choose import Execution, choose
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
-from vitapack.runtime.engines.device import chosen_device
-from vitapack.runtime.engines.predict import step_bytes
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.families.open import open_checkpoint, resolve
 from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.loading import packed
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.memory import keep_holes, return_memory
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
-from vitapack.runtime.networks.kinds import Network
-from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.load import dit_of, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, memory_words
 from vitapack.runtime.pipeline.pipeline import Pipeline
@@ -51,6 +47,18 @@ from vitapack.runtime.sampling.guidance import velocity_of
 from vitapack.runtime.tools.flops import guided_flops
 
 SLAT_TOKENS = 4096  # a shape's are its surface's cells at 32 a side: some thousands
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network whose steps are timed."""
+
+    name: str
+    load: Callable[[], Network]
+    size: int  # bytes on disk
+    held: int  # bytes of weights in memory
+    sampler: SamplerDefaults
+    execution: Execution
 
 
 def bench(
@@ -72,38 +80,35 @@ def bench(
     each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it through
     graphs (cuda_graph.py). `note` is told what is predicted before each part runs. UserError.
     """
-    where = chosen_device(device)
     place = resolve(path)
     is_file = is_packed(place)
+    execution = choose(device, compute, packed=is_file)
+    where = execution.device
     if original is not None and not is_file:
         raise UserError(f"{path} is an original itself; --original goes with a packed file")
     checkpoint = None if is_file else open_checkpoint(path)
     if cuda_graphs:
         expect_gpu(where)
-    rows: list[tuple[str, Callable[[], Network], int, int, SamplerDefaults]] = []
+    rows = []
     if is_file:
         header = read_header(place)
         checkpoint = None if original is None else original_of(header, original)
         sampler = SamplerDefaults.from_json(header.sampler)
-        load = lambda: packed.load_packed_dit(place, device=where, compute=compute)  # noqa: E731
-        held = packed.loaded_bytes(header, torch.float32 if where == "cpu" else torch.float16)
-        rows.append((f"packed {compute}", load, header.size, held, sampler))
+        held = packed.loaded_bytes(header, execution.dtype)
+        load = partial(packed.load_packed, place, execution)
+        rows.append(Row(f"packed {compute}", load, header.size, held, sampler, execution))
     if checkpoint is not None:
         for dtype in (torch.float16,) if where != "cpu" else (torch.bfloat16, torch.float32):
-            rows.append(
-                (
-                    str(dtype).removeprefix("torch."),
-                    lambda dtype=dtype: dit_of(checkpoint, dtype, where),  # type: ignore[misc]
-                    checkpoint.parameters() * dtype.itemsize,
-                    checkpoint.parameters() * dtype.itemsize,
-                    checkpoint.sampler,
-                )
-            )
+            size = checkpoint.parameters() * dtype.itemsize
+            load = partial(dit_of, checkpoint, dtype, where)
+            plain = choose(where, dtype=dtype, packed=False)
+            name = str(dtype).removeprefix("torch.")
+            rows.append(Row(name, load, size, size, checkpoint.sampler, plain))
     variant = header.variant if is_file else checkpoint.variant  # type: ignore[union-attr]
-    config = dit_config(header) if is_file else checkpoint.config  # type: ignore[union-attr]
+    config = header.network if is_file else checkpoint.config  # type: ignore[union-attr]
     latents = _latents(config, place if is_file else None, checkpoint, where)
     tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
-    count = sampling_steps or rows[0][-1].steps  # the tables of a packed file serve no other
+    count = sampling_steps or rows[0].sampler.steps  # the tables of a packed file serve no other
     passes = [(f"packed {compute}", path, original, compute)] if is_file else []
     if checkpoint is not None:
         passes.append(("float32" if where == "cpu" else "float16", original or path, None, "a16"))
@@ -113,11 +118,7 @@ def bench(
     ]
     keep_holes()  # which the lean passes have none of
     steps = [
-        row
-        for name, load, size, held, sampler in rows
-        for row in _time(
-            name, load, size, held, sampler, latents, tokens, where, repeats, cuda_graphs, note
-        )
+        row for timed in rows for row in _time(timed, latents, tokens, repeats, cuda_graphs, note)
     ]
     return {
         "model": str(path),
@@ -133,9 +134,9 @@ def bench(
 
 
 def _latents(
-    config: DiTConfig | FlowConfig, file: Path | None, checkpoint: Checkpoint | None, device: str
+    config: Architecture, file: Path | None, checkpoint: Checkpoint | None, device: str
 ) -> tuple[int, ...]:
-    if isinstance(config, FlowConfig) and not config.in_channels:
+    if not config.has_edges:
         return SLAT_TOKENS, config.hidden
     if checkpoint is not None and checkpoint.latents is not None:
         return checkpoint.latents
@@ -151,46 +152,37 @@ def _latents(
 
 
 def _time(
-    name: str,
-    load: Callable[[], Network],
-    size: int,
-    held: int,
-    sampler: SamplerDefaults,
-    latents: Sequence[int],
+    row: Row,
+    latents: tuple[int, ...],
     tokens: int,
-    device: str,
     repeats: int,
     cuda_graphs: bool,
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
     return_memory()
+    execution, sampler = row.execution, row.sampler
+    device = execution.device
     base = base_bytes(device, cuda_graphs)
     meter = PhaseMeter({}, device)
     with meter("load"):
-        network = load()
+        network = row.load()
     config = network.config
     place = next(p for p in network.parameters() if p.is_floating_point())
-    engine = isinstance(network, Engine) and support.cpu_engine("int8 a8 DiT")
-    computes = {part.compute for part in network.modules() if isinstance(part, PackedLinear)}
-    served = place.is_cuda and computes and support.gpu_kernels("DiT", place.device)
-    fused = max(computes) if served else ""  # "a8" before the modulation's "a16"
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(1, *latents, generator=rng, dtype=torch.float32).to(place.device)
     cond = torch.randn(1, tokens, config.cond_channels, generator=rng, dtype=torch.float32)
     guided = guided_times(sampler)
     t = next(t for t in evaluation_times(sampler) if guided is None or t in guided)
     found = []
-    for batch in (1,) if config.guidance_embed else (1, 2):  # the larger peak comes last
+    for batch in (1,) if config.embeds_guidance else (1, 2):  # the larger peak comes last
         how = {1: "two passes", 2: "one batch"}[batch]
-        how = ("embedded" if config.guidance_embed else how) + ", graphs" * cuda_graphs
+        how = ("embedded" if config.embeds_guidance else how) + ", graphs" * cuda_graphs
         return_memory()
-        working = step_bytes(
-            config, tuple(latents), tokens, batch, place.dtype, engine=engine, fused=fused
-        )
-        meter.predicted = {"step": base + held + working}
+        working = network.step_bytes(config, execution.call(latents, tokens, batch))
+        meter.predicted = {"step": base + row.held + working}
         note(
-            f"{name}, guidance {how}: {repeats + 1} steps, "
+            f"{row.name}, guidance {how}: {repeats + 1} steps, "
             f"predicted peak {meter.predicted['step'] / 2**30:.2f} GiB"
         )
         stepper = GraphedNetwork(network) if cuda_graphs else network
@@ -203,12 +195,12 @@ def _time(
                 if device != "cpu":
                     torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - start)
-        flops = guided_flops(config, tuple(latents), tokens, batch == 2)
+        flops = guided_flops(config, latents, tokens, batch == 2)
         median = statistics.median(seconds[1:])
         found.append(
             {
-                "name": name,
-                "bytes": size,
+                "name": row.name,
+                "bytes": row.size,
                 "flops": flops.to_json(),
                 "guidance": how,
                 "n": repeats,

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
-from vitapack.runtime.networks.dit import DiTConfig
-from vitapack.runtime.networks.flow import FlowConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Flops:
 
 
 def step_flops(
-    config: DiTConfig | FlowConfig, latents: tuple[int, ...], cond_tokens: int, batch: int
+    config: Architecture, latents: tuple[int, ...], cond_tokens: int, batch: int
 ) -> Flops:
     """One call of the network on `batch` items; guidance as one batch of two is 2."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +37,7 @@ def step_flops(
         network = network_of(config).eval().requires_grad_(False)
         x, t = torch.empty(batch, *latents), torch.empty(batch)
         cond = torch.empty(batch, cond_tokens, config.cond_channels)
-        guidance = torch.empty(batch) if config.guidance_embed else None
+        guidance = torch.empty(batch) if config.embeds_guidance else None
         linear = 0
 
         def count(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -56,11 +55,11 @@ def step_flops(
 
 
 def guided_flops(
-    config: DiTConfig | FlowConfig, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
+    config: Architecture, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
 ) -> Flops:
     """A guided step of one shape: a batch of two, or a pass with the picture's tokens and one with
     a single token. Where guidance is embedded: one call."""
-    if config.guidance_embed:
+    if config.embeds_guidance:
         return step_flops(config, latents, cond_tokens, 1)
     if one_batch:
         return step_flops(config, latents, cond_tokens, 2)
@@ -69,7 +68,7 @@ def guided_flops(
 
 
 def run_flops(
-    config: DiTConfig | FlowConfig,
+    config: Architecture,
     latents: tuple[int, ...],
     cond_tokens: int,
     sampler: SamplerDefaults,
@@ -77,7 +76,7 @@ def run_flops(
     """A whole run: the evaluations that are made; guidance where it is on, as in `guided_flops`."""
     times, guided = evaluation_times(sampler), guided_times(sampler)
     one = step_flops(config, latents, cond_tokens, 1).total
-    if config.guidance_embed or sampler.guidance == 1:
+    if config.embeds_guidance or sampler.guidance == 1:
         return one * len(times)
     twice = len(times) if guided is None else sum(t in guided for t in times)
     return one * len(times) + step_flops(config, latents, 1, 1).total * twice

@@ -13,7 +13,6 @@ from typing import Any
 from vitapack.kernels.linear import support
 from vitapack.runtime.engines.device import chosen_device
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.format.architecture import network_linears
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.layouts import GROUP_OF, W16
 
@@ -24,7 +23,7 @@ def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, int]]:
     """(N, K, group or 0 for 8 bits) of a packed file's linears, each once; modulation left out."""
     header = read_header(path)
     shapes = []
-    for name, linear in network_linears(header.network).items():
+    for name, linear in header.network.linears().items():
         layout = header.linears.get(name, W16)
         if layout != W16 and linear.role != "modulation":
             shapes.append((linear.out, linear.inputs, GROUP_OF.get(layout, 0)))

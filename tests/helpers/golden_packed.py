@@ -6,14 +6,15 @@ version.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitapack.runtime.format.architecture import network_linears
+from vitapack.runtime.format.architecture import architecture_from_json
 from vitapack.runtime.format.container import lay_out, write_container
-from vitapack.runtime.format.header import KEY, encode, schedule_nodes
+from vitapack.runtime.format.header import KEY, PackedContent, schedule_nodes
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.format.tensors import model_tensors, plan_linears
@@ -27,7 +28,7 @@ LAYER_MAP = LayerMap(
     (BlockEntry("double", 1, 4, 0.25), BlockEntry("single", 0, 8, 0.5)),
     how="by hand",
 )
-NETWORK = {
+NETWORK = architecture_from_json({
     "kind": "double-single-dit", "in_channels": 2, "cond_channels": 3, "hidden": 4, "heads": 2,
     "double_blocks": [1], "single_blocks": [0], "mlp_ratio": 2.0, "qkv_bias": True,
     "guidance_embed": False,
@@ -35,11 +36,11 @@ NETWORK = {
         "channels": 8, "hidden": 4, "scale": 1000.0, "max_period": 1000.0, "cos_first": True,
         "activation": "silu",
     },
-}  # fmt: skip
+})  # fmt: skip
 
 
 def fields() -> dict[str, Any]:
-    """The arguments of `encode`."""
+    """The fields of `PackedContent`."""
     return {
         "tool": "vitapack 0.1.0",
         "family": "hunyuan3d",
@@ -86,11 +87,18 @@ def arrays() -> dict[str, np.ndarray]:
 
 def int4_bytes(name: str, rows: int, group: np.ndarray) -> np.ndarray:
     """Codes counted up along each row, z in the padding so that it expands to 0; one K block."""
-    inputs = network_linears(NETWORK)[name.removeprefix("model.").removesuffix(".weight.q4")].inputs
+    inputs = NETWORK.linears()[name.removeprefix("model.").removesuffix(".weight.q4")].inputs
     codes = (np.arange(64) * 3 + np.arange(rows)[:, None] * 5) % 16
     zero = np.repeat(group & 15, 32, axis=1)
     codes = np.where(np.arange(64) < inputs, codes, zero)
     return codes[:, :32] | codes[:, 32:] << 4
+
+
+def content() -> dict[str, Any]:
+    """The same fields as JSON, for tests that break them."""
+    made = json.loads(PackedContent(**fields()).dumps())
+    del made["format"]
+    return made
 
 
 def write_packed(
@@ -100,7 +108,7 @@ def write_packed(
     made = arrays() if tensors is None else tensors
     names = {np.dtype(kind): name for name, kind in NUMPY.items()}
     specs = {name: (names[array.dtype], array.shape) for name, array in made.items()}
-    layout = lay_out(specs, {KEY: encode(**(fields() | (changes or {})))})
+    layout = lay_out(specs, {KEY: PackedContent(**fields() | (changes or {})).dumps()})
     write_container(path, layout, ((name, array.tobytes()) for name, array in made.items()))
     return path
 

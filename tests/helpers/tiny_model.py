@@ -14,8 +14,9 @@ from vitapack.runtime.decode.shape_vae import ShapeDecoder
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.families.hunyuan3d import decoder_config
 from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
-from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
+from vitapack.runtime.networks.dit import DiT, hunyuan_time
 
 # hidden 40: no multiple of 32 or 64, so that padding and cut groups are always in play.
 MODEL = {

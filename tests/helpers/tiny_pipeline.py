@@ -13,8 +13,9 @@ from torch import Tensor
 from vitapack.runtime.condition.conditioner import Conditioner
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
-from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
+from vitapack.runtime.networks.dit import DiT, hunyuan_time
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
 HIDDEN = 16

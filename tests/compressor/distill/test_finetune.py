@@ -23,7 +23,7 @@ from vitapack.runtime.families.furniture.family import held_out
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.describe import describe
 from vitapack.runtime.format.header import read_header
-from vitapack.runtime.format.layermap import BlockEntry, LayerMap, kept_blocks
+from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.loading.packed import load_packed_dit
 from vitapack.runtime.networks.linear import PackedLinear
@@ -231,7 +231,7 @@ def test_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:
 def test_every_family(name: str, terms: int, tmp_path: Path, monkeypatch) -> None:
     model = tiny_released(name, tmp_path / "model")
     checkpoint = open_checkpoint(model)
-    totals = {kind: len(kept) for kind, kept in kept_blocks(checkpoint.config).items()}
+    totals = {kind: len(kept) for kind, kept in checkpoint.config.blocks_by_kind().items()}
     entries = [
         BlockEntry(kind, i, (4, 8, 16)[i % 3], 1.0 + i)
         for kind, count in totals.items() for i in range(count)

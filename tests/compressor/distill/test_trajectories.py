@@ -34,7 +34,7 @@ def test_points_lie_on_the_path_and_velocities_are_the_network_s(recorded, tmp_p
     everything = paths.read(range(len(paths)), "cpu")
     assert everything.guided.all()
     network = pipeline.dit
-    when = network.when(everything.t, None)
+    when = network.step_modulation(everything.t, None)
     nothing = torch.zeros_like(everything.cond)
     for stored, cond in ((everything.with_image, everything.cond), (everything.without, nothing)):
         found = network(everything.x, when, cond)

@@ -8,7 +8,6 @@ from tiny_model import tiny_config, tiny_dit
 
 from vitapack.compressor.packing.modulation_tables import ModulationTables, exact_sinusoid, stored
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.format.architecture import network_linears
 from vitapack.runtime.format.header import schedule_nodes
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.networks.dit import hunyuan_time
@@ -21,7 +20,7 @@ def tables(dit, nodes, guidance=None):
 
 def modulation_names(dit):
     network = dit.config.to_json()
-    return [n for n, linear in network_linears(network).items() if linear.role == "modulation"]
+    return [n for n, linear in network.linears().items() if linear.role == "modulation"]
 
 
 @pytest.mark.parametrize("guidance", [None, 5.0])
@@ -30,7 +29,7 @@ def test_rows_are_the_networks_modulation(guidance):
     nodes = [0.0, 1 / 3, 0.5, 0.97]
     made = tables(dit, nodes, guidance)
     value = None if guidance is None else torch.full((4,), guidance)
-    vector = dit.when(torch.tensor(nodes), value).vector
+    vector = dit.step_modulation(torch.tensor(nodes), value).vector
     names = modulation_names(dit)
     assert len(names) == 2 * 2 + 3 + 1
     for name in names:

@@ -17,7 +17,7 @@ from vitapack.kernels.linear import gemm_table, gpu_ops, reference, triton_gemm,
 from vitapack.kernels.linear.triton_gemm import Epilogue, Tile
 from vitapack.runtime.engines.predict import step_bytes
 from vitapack.runtime.networks.linear import PackedLinear
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
 
 torch.set_num_threads(1)
 TILE = Tile(16, 16, 64, 4, 2)
@@ -317,7 +317,7 @@ def test_a_step_holds_what_is_predicted(
         for op in ("w8a16", "w8a16+gate") for rows in (60, 100, 160) for n, k in shapes
     }  # fmt: skip
     gemm_table.save(*gemm_table._properties(None), dense, {})
-    when = When(rows=torch.zeros(1, dtype=torch.long))
+    when = StepModulation(rows=torch.zeros(1, dtype=torch.long))
     gpu_kernels = {name: kernels[0] for name, kernels in gpu_ops._KERNELS.items()}
     found = peak(lambda x, cond: dit.velocity(x, when, cond), x, cond, inside=gpu_kernels)
     for cache in (gemm_table._cached, gemm_table._choose):

@@ -50,7 +50,7 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
     """The graph gives the eager step's numbers, also for inputs that it was not recorded with."""
     from vitapack.runtime.engines.cuda_graph import Recording
     from vitapack.runtime.networks.linear import PackedLinear
-    from vitapack.runtime.networks.modulation import When
+    from vitapack.runtime.networks.modulation import StepModulation
 
     config = gpu.mini(128, 1, 1, 8, 16)
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
                 module.compute = compute
         x = torch.randn(2, 70, 8, device=device).half()
         cond = torch.randn(2, 33, 16, device=device).half()
-        when = When(rows=torch.zeros(1, dtype=torch.long, device=device))
+        when = StepModulation(rows=torch.zeros(1, dtype=torch.long, device=device))
         recording = Recording(lambda x, cond: dit.velocity(x, when, cond), (x, cond), None)
         for _ in range(2):
             x = torch.randn_like(x)
@@ -70,7 +70,7 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
 @pytest.mark.parametrize("compute", ["a16", "a8"])
 def test_a_step_compiles(device: torch.device, compute: str) -> None:
     from vitapack.runtime.networks.linear import PackedLinear
-    from vitapack.runtime.networks.modulation import When
+    from vitapack.runtime.networks.modulation import StepModulation
 
     with torch.inference_mode():
         dit = gpu.random_network(gpu.mini(128, 1, 1, 8, 16), 8, 64, device)
@@ -79,7 +79,7 @@ def test_a_step_compiles(device: torch.device, compute: str) -> None:
                 module.compute = compute
         x = torch.randn(2, 70, 8, device=device).half()
         cond = torch.randn(2, 33, 16, device=device).half()
-        when = When(rows=torch.zeros(1, dtype=torch.long, device=device))
+        when = StepModulation(rows=torch.zeros(1, dtype=torch.long, device=device))
         step = torch.compile(dit.velocity, fullgraph=True)
         expected = dit.velocity(x, when, cond).float()
         assert (step(x, when, cond).float() - expected).norm() < 1e-2 * expected.norm()

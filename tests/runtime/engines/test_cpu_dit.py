@@ -11,10 +11,11 @@ from tiny_model import PRUNED, tiny_checkpoint, tiny_map
 from vitapack.compressor.packing.compress import compress
 from vitapack.kernels.linear import cpu, support
 from vitapack.kernels.linear.cpu_plans import DitPlan, StreamWeights
-from vitapack.runtime.engines.cpu_dit import EngineDiT, fused
+from vitapack.runtime.engines.cpu_dit import CpuDiT, fused
 from vitapack.runtime.format.header import read_header
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.dit import DiT
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.pipeline.load import load_dit
 
 CASES = {
@@ -49,7 +50,7 @@ def error(found, exact):
 def test_fused_is_as_near_as_the_readable_form(isa, packed):
     path, guidance = packed
     engine, exact = load_dit(path, compute="a8"), load_dit(path)
-    assert isinstance(engine, EngineDiT)
+    assert isinstance(engine, CpuDiT)
     for latents, condition in ((7, 5), (1, 1), (150, 131), (7, 5)):
         args = (*inputs(latents, condition), guidance)
         reference = exact(*args)
@@ -66,7 +67,7 @@ def test_one_token_stands_for_equal_ones(isa, packed):
     x, t, cond = inputs(70, 1)
     many = cond.expand(-1, 333, -1)
     reference, plain = exact(x, t, many, guidance), engine(x, t, many, guidance)
-    found = engine(x, t, cond, guidance, repeats=333)
+    found = engine(x, t, Condition(cond, 333), guidance)
     assert error(found, reference) <= 1.5 * error(plain, reference) + 1e-3
     assert error(engine(x, t, cond, guidance), reference) > 10 * error(found, reference)
     torch.testing.assert_close(engine(x, t, many, guidance), plain)  # and it is not left behind
@@ -105,15 +106,15 @@ def test_a_batch_is_its_entries(packed, monkeypatch):
     x, t, cond = inputs(20, 9, batch=3)
     # One time embedding for all: torch's differs in the last bit between 1 and 3 rows, and then so
     # do some roundings to int8.
-    when = engine.when(t[:1], None if guidance is None else guidance[:1])
-    monkeypatch.setattr(engine, "when", lambda t, guidance: when)
+    when = engine.step_modulation(t[:1], None if guidance is None else guidance[:1])
+    monkeypatch.setattr(engine, "step_modulation", lambda t, guidance: when)
     whole = engine(x, t, cond)
     for i in range(3):
         alone = engine(x[i : i + 1], t, cond[i : i + 1])
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-5, atol=1e-5)
     rows = [None if part is None else part.expand(3, *part.shape[1:]).contiguous()
             for part in (when.vector, when.rows)]  # fmt: skip
-    monkeypatch.setattr(engine, "when", lambda t, guidance: When(*rows))
+    monkeypatch.setattr(engine, "step_modulation", lambda t, guidance: StepModulation(*rows))
     # A modulation that is kept (no table) is a product of torch's too, now of 3 rows.
     assert error(engine(x, t, cond), whole) < 0.02
 
@@ -158,13 +159,13 @@ def test_scratch_is_planned_once(packed):
     engine = load_dit(path, compute="a8")
     args = (*inputs(30, 10), guidance)
     engine(*args)
-    plan, size = engine.scratch.plan, engine.scratch_bytes()
+    plan, size = engine.scratch.plan, engine.scratch.nbytes
     assert size > 0
     engine(*args)
     assert engine.scratch.plan is plan
     other = (*inputs(30, 1), guidance)
     engine(*other)  # a guided step's second call
-    second, both = engine.scratch.plan, engine.scratch_bytes()
+    second, both = engine.scratch.plan, engine.scratch.nbytes
     assert second is not plan
     assert both == plan.nbytes + second.nbytes
     engine(*args)

@@ -10,7 +10,7 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.tools.random_checkpoint import Sizes, write
 from vitapack.kernels.linear.cpu_plans import FlowPlan
 from vitapack.runtime.condition.dinov2 import Dinov2Config
-from vitapack.runtime.engines.cpu_flow import EngineFlow, fused
+from vitapack.runtime.engines.cpu_flow import CpuFlow, fused
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.networks.flow import FlowTransformer
@@ -81,7 +81,7 @@ def error(found, exact):
 
 def test_fused_is_as_near_as_the_readable_form(isa, paths, engine):
     exact = load(paths[1])
-    assert isinstance(engine, EngineFlow)
+    assert isinstance(engine, CpuFlow)
     for condition in (131, 1):
         args = inputs(engine, condition, batch=1)
         reference = exact(*args)
@@ -120,8 +120,8 @@ def test_a_batch_is_its_entries(case, engine, monkeypatch):
     if case == "mixed":
         pytest.skip("torch's own products differ in their last bit with the batch")
     x, t, cond = inputs(engine, batch=3)
-    when = engine.when(t[:1])
-    monkeypatch.setattr(engine, "when", lambda t, guidance: when)
+    when = engine.step_modulation(t[:1])
+    monkeypatch.setattr(engine, "step_modulation", lambda t, guidance: when)
     whole = engine(x, t, cond)
     for i in range(3):
         alone = engine(x[i : i + 1], t, cond[i : i + 1])
@@ -145,17 +145,17 @@ def test_threads_do_not_change_a_bit(condition, engine, monkeypatch):
 def test_scratch_is_planned_once(engine):
     args = inputs(engine)
     before = engine(*args)
-    plan, size = engine.scratch.plan, engine.scratch_bytes()
+    plan, size = engine.scratch.plan, engine.scratch.nbytes
     assert size == plan.nbytes > 0
     engine(*inputs(engine, 1))  # a guided step's second call
     engine(*args)
     assert engine.scratch.plans == [plan]
-    assert engine.scratch_bytes() == size
+    assert engine.scratch.nbytes == size
     engine(*inputs(engine, 300))  # another picture's tokens: more keys and values
     assert engine.scratch.plans == [plan]
-    assert engine.scratch_bytes() > size
+    assert engine.scratch.nbytes > size
     assert torch.equal(engine(*args), before)
-    assert engine.scratch_bytes() == size
+    assert engine.scratch.nbytes == size
     assert torch.equal(copy.deepcopy(engine)(*args), before)
 
 

@@ -28,7 +28,7 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.kernels.linear import attention, cpu, dispatch
 from vitapack.runtime.engines import cuda_graph
-from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.engines.choose import Execution, network_of
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, Recording
 from vitapack.runtime.engines.gpu_dit import GpuDiT
 from vitapack.runtime.errors import UserError
@@ -36,7 +36,8 @@ from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.loading.packed import load_packed_dit
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.sampling.guidance import denoise, velocity_of
 
@@ -125,24 +126,24 @@ def test_a_step_touches_no_host(
     monkeypatch.setattr(cpu, "available", lambda: False)
     network: Any = load_packed_dit(packed_files[name], compute=compute)
     if name != "trellis":
-        fused = network_of(network.config, "cuda")
+        fused = network_of(network.config, Execution("cuda", torch.float16, path="triton"))
         assert isinstance(fused, GpuDiT)
         fused._modules = network._modules
         network = fused
     guidance = torch.tensor([5.0]) if name == "embedded" else None
     x, cond = (value.half().to("meta") for value in inputs(network))
     t = evaluation_times(sampler_of(packed_files[name]))[0]
-    eager = network.when(torch.tensor([t], dtype=torch.float64), guidance)
+    eager = network.step_modulation(torch.tensor([t], dtype=torch.float64), guidance)
     monkeypatch.setattr(dispatch, "_on_gpu", lambda layer, x: True)
     step = network.velocity if isinstance(network, GpuDiT) else network
     without_values(network.half())
     field = "vector" if name == "int8" else "rows"
-    when = When(**{field: getattr(eager, field).to("meta")})
+    when = StepModulation(**{field: getattr(eager, field).to("meta")})
     cond = cond[:, :1] if repeats > 1 else cond
     with torch.inference_mode():
-        step(x, when, cond, repeats=repeats)  # what is made once may come from the host
+        step(x, when, Condition(cond, repeats))  # what is made once may come from the host
         with OnOneDevice():
-            out = step(x, when, cond, repeats=repeats)
+            out = step(x, when, Condition(cond, repeats))
     assert out.shape == x.shape
 
 
@@ -193,13 +194,13 @@ def test_other_shapes_are_recorded_anew(
     network = load_packed_dit(packed_files["table"])
     graphs = GraphedNetwork(network)
     x, cond = inputs(network)
-    when = network.when(torch.zeros(1))
+    when = network.step_modulation(torch.zeros(1))
     for count, (tokens, repeats) in enumerate([(cond, 1), (cond[:, :1], 5), (cond[:, :1], 6)], 1):
         for _ in range(2):
-            found = graphs(x, when, tokens, repeats=repeats)
+            found = graphs(x, when, Condition(tokens, repeats))
             assert len(graphs._recordings) == count
         # One token for five or for six is the same shape and other arithmetic.
-        assert torch.equal(found, network(x, when, tokens, repeats=repeats))
+        assert torch.equal(found, network(x, when, Condition(tokens, repeats)))
 
 
 def test_results_outlive_the_next_replay(

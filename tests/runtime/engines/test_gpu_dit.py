@@ -14,11 +14,12 @@ from torch import Tensor
 
 from vitapack.compressor.packing.compress import compress
 from vitapack.kernels.linear import cpu, support
-from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.engines.choose import Execution, network_of
 from vitapack.runtime.engines.gpu_dit import GpuDiT
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.dit import DiT
 
 
@@ -31,7 +32,7 @@ def both_forms(path: Path, compute: str) -> tuple[DiT, GpuDiT]:
     """A packed file's network in its readable form and in the GPU's, over the same modules."""
     plain = load_packed_dit(path, compute=compute)
     plain = plain if type(plain) is DiT else copy.copy(plain)
-    fused = network_of(plain.config, "cuda")
+    fused = network_of(plain.config, Execution("cuda", torch.float16, path="triton"))
     assert isinstance(fused, GpuDiT)
     fused._modules = plain._modules
     return plain, fused
@@ -55,7 +56,7 @@ def test_fused_blocks_equal_the_readable_ones(
     for compute in ("a16", "a8"):
         plain, fused = both_forms(path, compute)
         expected = DiT.forward(plain, x, t, cond)
-        ours = fused.velocity(x, fused.when(t), cond)
+        ours = fused.velocity(x, fused.step_modulation(t), cond)
         # In int8 a code may fall on the other side of a rounding: a step in 127 of one value.
         limit = 1e-5 if compute == "a16" else 1e-2
         assert (ours - expected).norm() <= limit * expected.norm()
@@ -68,9 +69,9 @@ def test_one_token_stands_for_equal_ones(
     compress(original[0], MIXED, tmp_path / "p.safetensors", modulation="int8", steps=(2,))
     _, fused = both_forms(tmp_path / "p.safetensors", compute)
     x, t, cond = inputs()
-    when, one = fused.when(t), cond[:, :1]
+    when, one = fused.step_modulation(t), cond[:, :1]
     many = fused.velocity(x, when, one.expand(-1, 500, -1))
-    found = fused.velocity(x, when, one, repeats=500)
+    found = fused.velocity(x, when, Condition(one, 500))
     assert (found - many).norm() <= (1e-5 if compute == "a16" else 1e-2) * many.norm()
     assert (found - fused.velocity(x, when, one)).norm() > 0.05 * many.norm()
 
@@ -81,7 +82,7 @@ def test_one_condition_serves_the_whole_batch(
     compress(original[0], MIXED, tmp_path / "p.safetensors", modulation="int8", steps=(2,))
     _, fused = both_forms(tmp_path / "p.safetensors", "a8")
     x, t, cond = inputs()
-    when = fused.when(t[:1])
+    when = fused.step_modulation(t[:1])
     single = fused.velocity(x, when, cond[:1])
     assert torch.equal(single, fused.velocity(x, when, cond[:1].expand(2, -1, -1)))
 
@@ -94,7 +95,7 @@ def test_the_step_traces_whole(
     compress(original[0], MIXED, tmp_path / "p.safetensors", modulation="int8", steps=(2,))
     _, fused = both_forms(tmp_path / "p.safetensors", "a8")
     x, t, cond = inputs()
-    when = fused.when(t)
+    when = fused.step_modulation(t)
     step = torch.compile(fused.velocity, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(step(x, when, cond), fused.velocity(x, when, cond))

@@ -92,7 +92,7 @@ def test_released_variants(depths, guidance, scheduler, encoder, variant, releas
     made.tensors = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     checkpoint = open_checkpoint(made.save(tmp_path / "model"))
     assert checkpoint.variant == variant
-    assert checkpoint.config.guidance_embed == guidance
+    assert checkpoint.config.embeds_guidance == guidance
     if scheduler.startswith("Con"):
         assert checkpoint.sampler == SamplerDefaults("consistency", 5, 5.0, pcm_timesteps=100)
     else:

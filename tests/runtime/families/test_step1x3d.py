@@ -11,7 +11,7 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.compressor.planning.paper import plan_paper
 from vitapack.runtime.engines import gpu_dit as dit_gpu
-from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.engines.choose import Execution, network_of
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import network_shapes
 from vitapack.runtime.families.open import open_checkpoint
@@ -24,7 +24,7 @@ from vitapack.runtime.families.step1x3d import (
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.loading.packed import load_packed_dit
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.pipeline.load import load_dit, load_shape_decoder
 
 RELEASED = {"input_channels": 64, "width": 1280, "layers": 12, "num_single_layers": 24}
@@ -201,7 +201,9 @@ def test_streams_stay_inside_fp16(device, tmp_path):
         (step1x.config, [65504.0, -65504.0]),
         (replace(step1x.config, time=time), [float("inf"), float("-inf")]),  # not Hunyuan3D
     ):
-        network = network_of(config, device)
+        network = network_of(
+            config, Execution(device, torch.float16, path="triton" if device == "cuda" else "plain")
+        )
         network.load_state_dict(step1x.state_dict())
         network.half().eval().requires_grad_(False)
         double, single = network.double_blocks["0"], network.single_blocks["0"]
@@ -213,10 +215,10 @@ def test_streams_stay_inside_fp16(device, tmp_path):
             (double.img_mod, (2, 5)), (double.txt_mod, (2, 5)), (single.modulation, (2,))
         ):  # fmt: skip
             mod.lin.weight.zero_()
-            rows = mod.lin.bias.zero_().view(mod.count, -1)
+            rows = mod.lin.bias.zero_().view(3 * mod.sublayers, -1)
             for gate in gates:
                 rows[gate] = 1
-        when = When(vector=torch.zeros(1, config.hidden).half())
+        when = StepModulation(vector=torch.zeros(1, config.hidden).half())
         x = torch.zeros(1, 3, config.hidden).half()
         x[..., 0], x[..., 1] = 6e4, -6e4
         if device == "cpu":

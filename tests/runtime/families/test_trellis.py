@@ -10,19 +10,19 @@ from safetensors.torch import save_file
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
-from vitapack.runtime.engines.choose import dit_config, network_of
+from vitapack.runtime.engines.choose import network_of
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families import checkpoint as checkpoint_module
 from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.families.trellis import flow_config
-from vitapack.runtime.format.architecture import network_linears, network_norms
 from vitapack.runtime.format.describe import describe
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.format.tensors import model_tensors
 from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.flow import cube, patches
 from vitapack.runtime.pipeline.load import load_dit, load_shape_decoder
 
@@ -43,14 +43,14 @@ def test_one_token_stands_for_equal_ones(golden, relative, tmp_path):
     one = torch.randn(1, 1, inputs["cond"].shape[2]).expand(len(inputs["x"]), -1, -1)
     with torch.no_grad():
         many = flow(inputs["x"], inputs["t"], one.expand(-1, 1374, -1))
-        assert relative(flow(inputs["x"], inputs["t"], one, repeats=1374), many) <= 5e-6
+        assert relative(flow(inputs["x"], inputs["t"], Condition(one, 1374)), many) <= 5e-6
 
 
 def test_computed_places_are_the_stored_ones(golden, relative):
-    from vitapack.runtime.networks.flow import place_embedding
+    from vitapack.runtime.networks.flow import position_embedding
 
     stored = golden("trellis_ss_tiny").weights["pos_emb"]
-    assert relative(place_embedding(4, 64), stored) <= 1e-6
+    assert relative(position_embedding(4, 64), stored) <= 1e-6
 
 
 def test_reference_decoder(golden, relative, tmp_path):
@@ -90,13 +90,13 @@ def test_patches_have_the_channel_slowest():
 
 def test_the_table_of_tensors_is_the_networks_own_state_dict(tmp_path):
     config = open_checkpoint(Trellis().save(tmp_path / "model")).config
-    network = {"kind": config.network_kind, **vars(config), "time": vars(config.time)}
+    network = config
     kept = {"kind": "kept", "dtype": "F16", "nodes": 0}
     tensors = model_tensors(network, {}, "F16", kept)
     shapes = {n.removeprefix("model."): shape for n, (_, shape) in tensors.items()}
     assert shapes == network_shapes(config)
-    owned = {f"{name}.{leaf}" for name in network_linears(network) for leaf in ("weight", "bias")}
-    assert owned | set(network_norms(network)) == set(shapes)
+    owned = {f"{name}.{leaf}" for name in network.linears() for leaf in ("weight", "bias")}
+    assert owned | set(network.norms()) == set(shapes)
 
 
 MIXED = LayerMap(
@@ -115,10 +115,10 @@ def test_compressed_and_pruned(modulation, golden, relative, tmp_path):
     sizes = compress(checkpoint, MIXED, out, modulation=modulation, steps=[6])
     assert sizes.total == out.stat().st_size
     header = read_header(out)
-    assert header.network["blocks"] == [0, 2, 3]
+    assert header.network.blocks == (0, 2, 3)
     assert "block     3 of 4 blocks kept" in describe(header)
     packed, original = load_packed_dit(out), load_dit(tmp_path / "model")
-    assert dit_config(header) == original.without(("block", 1)).config
+    assert header.network == original.without(("block", 1)).config
     inputs = golden("trellis_ss_tiny").inputs
     t = evaluation_times(SamplerDefaults("euler", 6, 1.0, 3.0, "trellis"))[2]
     when = torch.tensor([t], dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_structured_latent_flow_by_its_blocks(golden, relative, tmp_path):
         out = torso(tokens, reference.inputs["t"], reference.inputs["cond"])
     assert torch.equal(out, last)
     compress(checkpoint, resolve_plan("int4", checkpoint), tmp_path / "p.safetensors", steps=[3])
-    assert network_of(dit_config(read_header(tmp_path / "p.safetensors"))).config.in_channels == 0
+    assert network_of(read_header(tmp_path / "p.safetensors").network).config.in_channels == 0
 
 
 def test_tensors_that_do_not_fit(tmp_path):

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_packed import GOLDEN, LAYER_MAP, NETWORK, SAMPLER, arrays, fields, write_packed
+from golden_packed import GOLDEN, LAYER_MAP, NETWORK, SAMPLER, arrays, content, fields, write_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_config
 
 from vitapack.kernels.linear.reference import check_int4
-from vitapack.runtime.engines.choose import dit_config
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.format.architecture import network_linears, network_norms
 from vitapack.runtime.format.container import file_digest, lay_out, write_container
 from vitapack.runtime.format.describe import describe
 from vitapack.runtime.format.header import KEY, read_header
@@ -51,7 +49,7 @@ def test_golden_header():
     assert header.schedules() == "euler 3 steps"
     assert header.sizes().total == header.size == GOLDEN.stat().st_size
     assert json.loads(json.dumps(header.to_json()))["sizes"]["total"] == header.size
-    config = dit_config(header)
+    config = header.network
     assert config.double_blocks == (1,)
     assert config.time.channels == 8
 
@@ -109,15 +107,14 @@ def test_the_loaded_network_runs_and_says_what_it_is(tmp_path):
 def test_the_table_of_tensors_is_the_networks_own_state_dict():
     for changes in ({}, {"guidance_embed": True}, {"qkv_bias": False}, {"double_blocks": (1,)}):
         config = tiny_config(**changes)
-        network = {"kind": "double-single-dit", **vars(config), "time": vars(config.time)}
         kept = {"kind": "kept", "dtype": "F16", "nodes": 0}
-        tensors = model_tensors(network, {}, "F16", kept)
+        tensors = model_tensors(config, {}, "F16", kept)
         with torch.device("meta"):
             state = DiT(config).state_dict()
         assert {n.removeprefix("model."): shape for n, (_, shape) in tensors.items()} == {
             name: tuple(tensor.shape) for name, tensor in state.items()
         }
-        linears, norms = network_linears(network), network_norms(network)
+        linears, norms = config.linears(), config.norms()
         owned = {f"{name}.weight" for name in linears} | set(norms)
         owned |= {f"{name}.bias" for name, linear in linears.items() if linear.bias}
         assert owned == set(state)
@@ -154,7 +151,7 @@ def test_other_files_are_told_apart(tmp_path):
 
 def changed(path, value):
     """Header fields with the entry at a dotted path replaced; `...` removes it."""
-    made = copy.deepcopy(fields() | {"layer_map": LAYER_MAP.to_json()})
+    made = content()
     *parents, last = path.split(".")
     place = made
     for key in parents:
@@ -167,7 +164,7 @@ def changed(path, value):
 
 
 def write_raw(path, made, tensors=None):
-    """As `write_packed`, with metadata that `encode` would refuse to take."""
+    """As `write_packed`, with metadata that `PackedContent` cannot hold."""
     text = made if isinstance(made, str) else json.dumps({"format": 1, **made}, sort_keys=True)
     held = arrays() if tensors is None else tensors
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8"}
@@ -237,8 +234,7 @@ LIES = [
 @pytest.mark.parametrize(("path", "value", "message"), LIES)
 def test_headers_that_lie(tmp_path, path, value, message):
     if path.startswith("linears|"):
-        made = fields() | {"layer_map": LAYER_MAP.to_json()}
-        made["linears"] = dict(made["linears"])
+        made = content()
         made["linears"][path.partition("|")[2]] = value
         if value is ...:
             del made["linears"][QKV]
@@ -319,7 +315,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )  # fmt: skip
-WHOLE = json.loads(json.dumps(fields() | {"layer_map": LAYER_MAP.to_json()}))
+WHOLE = content()
 
 
 @settings(max_examples=250, deadline=None)
@@ -355,7 +351,9 @@ class Block:
         if name.split(".")[0] in ("torch", "safetensors", "triton"):
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
-from vitapack.runtime.loading.packed import describe, read_header, verify
+from vitapack.runtime.format.describe import describe
+from vitapack.runtime.format.header import read_header
+from vitapack.runtime.format.reader import verify
 header = read_header({file!r})
 verify({file!r})
 print(describe(header))
@@ -377,7 +375,7 @@ def test_describe_shows_pruned_blocks_and_every_width(tmp_path):
     assert "    .4" in page
     assert "model       hunyuan3d worked example" in page
     assert "decoder     embedded" in page
-    assert NETWORK["hidden"] == 4
+    assert NETWORK.hidden == 4
     assert SAMPLER.steps == 3
     total = sum(
         int(line.split()[-2].replace(",", ""))

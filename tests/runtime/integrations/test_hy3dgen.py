@@ -26,7 +26,7 @@ class Original(torch.nn.Module):
     def __init__(self, dit):
         super().__init__()
         self.dit, self.latent_in = dit, dit.latent_in
-        self.guidance_embed = dit.config.guidance_embed
+        self.guidance_embed = dit.config.embeds_guidance
 
     def forward(self, x, t, contexts, guidance=None):
         return self.dit(x, t, contexts["main"], guidance)
@@ -38,7 +38,7 @@ class StandIn:
 
     def __call__(self, latents, cond, steps, guidance_scale=5.0):
         latents, cond = latents.to(self.dtype), cond.to(self.dtype)
-        guided = not self.model.guidance_embed
+        guided = not self.model.embeds_guidance
         if guided:
             cond = torch.cat([cond, torch.zeros_like(cond)])
         embedded = None if guided else torch.tensor([guidance_scale], dtype=self.dtype)
@@ -87,10 +87,10 @@ def test_it_runs_as_our_own_sampler_does(name, dtype, made, relative):
         found = pipeline(noise, cond, 5).float()
 
     def network(x, t, tokens):
-        given = torch.tensor([5.0]) if original.config.guidance_embed else None
+        given = torch.tensor([5.0]) if original.config.embeds_guidance else None
         return original(x, torch.tensor([t]), tokens, given)
 
-    scale = 1.0 if original.config.guidance_embed else 5.0
+    scale = 1.0 if original.config.embeds_guidance else 5.0
     velocity = classifier_free(network, cond, torch.zeros_like(cond), scale)
     with torch.no_grad():
         wanted = sample(velocity, noise, SamplerDefaults("euler", 5, scale))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.dit import DiT
 from vitapack.runtime.pipeline.load import load_dit
 
@@ -40,10 +41,10 @@ def test_one_token_stands_for_equal_ones(repeats, dtype, golden, released, relat
     with torch.no_grad():
         exact = dit(x, t, many)
         if dtype == torch.float32:
-            assert relative(dit(x, t, few, repeats=repeats), exact) <= 1e-6
+            assert relative(dit(x, t, Condition(few, repeats)), exact) <= 1e-6
             return
         narrow, given = load_dit(folder, dtype=dtype), x.to(dtype)
-        ours = narrow(given, t, few.to(dtype), repeats=repeats)
+        ours = narrow(given, t, Condition(few.to(dtype), repeats))
         plain = narrow(given, t, many.to(dtype))
     assert relative(ours.float(), exact) <= 2 * relative(plain.float(), exact)
 
@@ -53,7 +54,7 @@ def test_gradients_pass_equal_tokens(golden, released, tmp_path):
     dit, t = load_dit(released().save(tmp_path / "model")), torch.tensor([0.3])
     one = torch.randn(1, 1, dit.config.cond_channels)
     found = [
-        torch.autograd.grad(dit(x, t, tokens, repeats=repeats).square().sum(), x)[0]
+        torch.autograd.grad(dit(x, t, Condition(tokens, repeats)).square().sum(), x)[0]
         for tokens, repeats in ((one, 6), (one.expand(1, 6, -1), 1))
     ]
     torch.testing.assert_close(*found)

@@ -15,12 +15,16 @@ from vitapack.runtime.decode.predict import (
     volume_bytes,
 )
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.engines.cpu_dit import CpuDiT
+from vitapack.runtime.engines.cpu_flow import CpuFlow
 from vitapack.runtime.engines.gpu_dit import GpuDiT
-from vitapack.runtime.engines.predict import step_bytes
-from vitapack.runtime.networks.dit import DiT, DiTConfig, hunyuan_time
-from vitapack.runtime.networks.flow import FlowConfig, FlowTransformer, trellis_time
+from vitapack.runtime.format.architecture import DiTConfig, FlowConfig
+from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.dit import DiT, hunyuan_time
+from vitapack.runtime.networks.flow import FlowTransformer, trellis_time
 from vitapack.runtime.networks.linear import PackedLinear
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.modulation import StepModulation
+from vitapack.runtime.networks.network import CallShape
 
 
 @pytest.mark.parametrize("swiglu", [True, False])
@@ -37,12 +41,13 @@ def test_image_encoder(swiglu):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_double_and_single_blocks(doubles, singles, latents, tokens, batch):
     config = DiTConfig(
-        64, 96, 128, 2, tuple(range(doubles)), tuple(range(singles)), 4.0, True, False,
-        hunyuan_time(128),
+        in_channels=64, cond_channels=96, hidden=128, heads=2, double_blocks=tuple(range(doubles)),
+        single_blocks=tuple(range(singles)), mlp_ratio=4.0, qkv_bias=True, guidance_embed=False,
+        time=hunyuan_time(128),
     )  # fmt: skip
     given = torch.randn(batch, latents, 64), torch.rand(batch), torch.randn(batch, tokens, 96)
     measured = peak(DiT(config).eval(), *given)
-    predicted = step_bytes(config, (latents, 64), tokens, batch, torch.float32)
+    predicted = DiT.step_bytes(config, CallShape((latents, 64), tokens, batch, torch.float32))
     assert measured == pytest.approx(predicted, rel=0.15)
 
 
@@ -52,24 +57,55 @@ def test_the_engine_s_plans():
 
     if not cpu.available():
         pytest.skip("vitapack._C is not built")
-    config = DiTConfig(64, 96, 256, 4, (0,), (0,), 4.0, True, False, hunyuan_time(256))
+    config = DiTConfig(
+        in_channels=64,
+        cond_channels=96,
+        hidden=256,
+        heads=4,
+        double_blocks=(0,),
+        single_blocks=(0,),
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        guidance_embed=False,
+        time=hunyuan_time(256),
+    )
     plan = DitPlan(2, 900, 256, 4, 1024, torch.get_num_threads(), 96)
     given = 2 * (2 * 700 * 64 + 200 * 96) * 4
-    predicted = step_bytes(config, (700, 64), 200, 2, torch.float32, engine=True)
+    predicted = CpuDiT.step_bytes(config, CallShape((700, 64), 200, 2, torch.float32))
     assert plan.nbytes + given == pytest.approx(predicted, rel=0.15)
-    flow = FlowConfig(10, 8, 1, 96, 256, 4, (0,), 4.0, trellis_time(256))
+    flow = FlowConfig(
+        resolution=10,
+        in_channels=8,
+        patch=1,
+        cond_channels=96,
+        hidden=256,
+        heads=4,
+        blocks=(0,),
+        mlp_ratio=4.0,
+        time=trellis_time(256),
+    )
     plan = FlowPlan(2, 1000, 256, 4, 1024, torch.get_num_threads(), 8, 96)
     plan.expect(300)
     given = 2 * (2 * 1000 * 8 + 300 * 96) * 4
-    predicted = step_bytes(flow, (8, 10, 10, 10), 300, 2, torch.float32, engine=True)
+    predicted = CpuFlow.step_bytes(flow, CallShape((8, 10, 10, 10), 300, 2, torch.float32))
     assert plan.nbytes + given == pytest.approx(predicted, rel=0.1)
 
 
 def test_flow_transformer():
-    config = FlowConfig(8, 8, 1, 96, 128, 2, (0, 1), 4.0, trellis_time(128))
+    config = FlowConfig(
+        resolution=8,
+        in_channels=8,
+        patch=1,
+        cond_channels=96,
+        hidden=128,
+        heads=2,
+        blocks=(0, 1),
+        mlp_ratio=4.0,
+        time=trellis_time(128),
+    )
     given = torch.randn(1, 8, 8, 8, 8), torch.rand(1), torch.randn(1, 40, 96)
     measured = peak(FlowTransformer(config).eval(), *given)
-    predicted = step_bytes(config, (8, 8, 8, 8), 40, 1, torch.float32)
+    predicted = FlowTransformer.step_bytes(config, CallShape((8, 8, 8, 8), 40, 1, torch.float32))
     assert measured == pytest.approx(predicted, rel=0.15)
 
 
@@ -107,14 +143,17 @@ def test_the_gpu_s_form(latents, tokens, compute):
     """At Hunyuan3D-2mini's sizes, on the meta device; what GEMMs allocate inside is counted in
     tests/kernels/interpreted_cases.py."""
     config = DiTConfig(
-        64, 1536, 1024, 16, (0,), (0,), 4.0, True, False, hunyuan_time(1024)
+        in_channels=64, cond_channels=1536, hidden=1024, heads=16, double_blocks=(0,),
+        single_blocks=(0,), mlp_ratio=4.0, qkv_bias=True, guidance_embed=False,
+        time=hunyuan_time(1024),
     )  # fmt: skip
     with torch.device("meta"):
         network = packed(GpuDiT(config).half(), compute)
         given = torch.empty(1, latents, 64).half(), torch.empty(1, tokens, 1536).half()
-        when = When(vector=torch.empty(1, 1024).half())
-    measured = peak(lambda x, cond: network.velocity(x, when, cond), *given)
-    predicted = step_bytes(config, (latents, 64), tokens, 1, torch.float16, fused=compute)
+        step = StepModulation(vector=torch.empty(1, 1024).half())
+    measured = peak(lambda x, cond: network.velocity(x, step, Condition(cond)), *given)
+    call = CallShape((latents, 64), tokens, 1, torch.float16, compute, packed=True)
+    predicted = GpuDiT.step_bytes(config, call)
     assert measured == pytest.approx(predicted, rel=0.1)
 
 

@@ -11,7 +11,8 @@ from benchmarks.gpu import run as gpu
 from vitapack.kernels.linear import support
 from vitapack.runtime.engines import gpu_dit as dit_gpu
 from vitapack.runtime.errors import UserError
-from vitapack.runtime.networks.modulation import When
+from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.tools.tune import describe, rows_of, shapes_of, tune_packed
 
 GOLDEN = Path(__file__).parents[2] / "data" / "packed_v1.safetensors"
@@ -35,10 +36,10 @@ def test_the_rows_are_those_of_a_guided_step(monkeypatch: pytest.MonkeyPatch) ->
         return project(linear, rows, *rest, **more)
 
     monkeypatch.setattr(dit_gpu, "project", noted)
-    when = When(rows=torch.zeros(1, dtype=torch.long))
+    when = StepModulation(rows=torch.zeros(1, dtype=torch.long))
     x, cond = torch.randn(1, 50, 8).half(), torch.randn(1, 30, 16).half()
     for tokens, repeats in ((cond, 1), (cond[:, :1], 30)):
-        network.velocity(x, when, tokens, repeats)
+        network.velocity(x, when, Condition(tokens, repeats))
     assert sorted(seen) == rows_of([50, 30])
 
 
