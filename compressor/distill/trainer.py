@@ -22,6 +22,7 @@ from vitapack.runtime.format.layermap import BLOCK_FIELDS
 from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.packed import replace_module
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.network import Network
 
@@ -174,12 +175,12 @@ class Run:
         points = paths.read(numbers, self.device)
         embedded = self.student.config.embeds_guidance
         guidance = torch.full_like(points.t, self.settings.sampler.guidance) if embedded else None
-        when = self.student.step_modulation(points.t, guidance)
-        found = self.student(points.x, when, points.cond)
+        step = self.student.step_modulation(points.t, guidance)
+        found = self.student(points.x, step, points.cond)
         errors = (found - points.with_image).square().flatten(1).mean(1)
         if points.guided.any():  # one token of zeros stands for all of them, see denoise.py
-            nothing, repeats = torch.zeros_like(points.cond[:, :1]), points.cond.shape[1]
-            found = self.student(points.x, when, nothing, None, repeats)
+            nothing = Condition(torch.zeros_like(points.cond[:, :1]), points.cond.shape[1])
+            found = self.student(points.x, step, nothing)
             without = (found - points.without).square().flatten(1).mean(1)
             errors = errors + without * points.guided
         return errors.mean()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
@@ -123,7 +124,7 @@ class Paths:
 
 
 class Recorder:
-    """Stands in a network's place under the sampler and keeps what it is asked and answers."""
+    """Takes a network's place under the sampler and records its inputs and outputs."""
 
     def __init__(self, network: Network, kept: dict[float, np.ndarray]) -> None:
         self.network, self.kept, self.config = network, kept, network.config
@@ -131,20 +132,13 @@ class Recorder:
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()
 
-    def when(self, t: Tensor, guidance: Tensor | None) -> tuple[float, StepModulation]:
+    def step_modulation(self, t: Tensor, guidance: Tensor | None) -> tuple[float, StepModulation]:
         return float(t), self.network.step_modulation(t, guidance)
 
-    def __call__(
-        self,
-        x: Tensor,
-        when: tuple[float, StepModulation],
-        cond: Tensor,
-        guidance: None,
-        repeats: int,
-    ) -> Tensor:
-        t, inner = when
-        velocity = self.network(x, inner, cond, None, repeats)
-        with_image = bool(cond.any())  # without, all tokens are zeros
+    def __call__(self, x: Tensor, step: tuple[float, StepModulation], cond: Condition) -> Tensor:
+        t, inner = step
+        velocity = self.network(x, inner, cond)
+        with_image = bool(cond.tokens.any())  # all tokens of the unconditional pass are zeros
         if with_image:
             self.kept[t][:, 0] = x.float().cpu().numpy()
         self.kept[t][:, 1 if with_image else 2] = velocity.float().cpu().numpy()

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=_run_bytes(config, decoder.latent_shape, execution),
+            step_bytes=partial(_run_bytes, config, decoder.latent_shape, execution),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -231,7 +232,7 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=_run_bytes(checkpoint.config, decoder.latent_shape, execution),
+            step_bytes=partial(_run_bytes, checkpoint.config, decoder.latent_shape, execution),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -439,11 +440,15 @@ class Pipeline:
 
 
 def _run_bytes(
-    config: Architecture, latents: tuple[int, ...], execution: Execution
-) -> Callable[[int, int], int]:
-    """Predicted working memory of denoising by condition tokens and batch."""
-    form = form_of(config, execution)
-    return lambda tokens, batch: form.run_bytes(config, execution.call(latents, tokens, batch))
+    config: Architecture,
+    latents: tuple[int, ...],
+    execution: Execution,
+    cond_tokens: int,
+    batch: int,
+) -> int:
+    """Predicted working memory of denoising."""
+    call = execution.call(latents, cond_tokens, batch)
+    return form_of(config, execution).run_bytes(config, call)
 
 
 def _family(name: str, config: Architecture, source: str) -> Any:

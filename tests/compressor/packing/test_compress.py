@@ -159,7 +159,7 @@ def test_a8_stays_near_a16(original, tmp_path):
         t = torch.tensor([0.4])
         error = (a8(x, t, cond) - a16(x, t, cond)).norm() / a16(x, t, cond).norm()
         assert 0 < error < 0.03
-    with pytest.raises(UserError, match="compute 'a4'"):
+    with pytest.raises(UserError, match="compute mode 'a4'"):
         load_packed_dit(out, compute="a4")
 
 
@@ -193,7 +193,7 @@ def test_equal_inputs_give_equal_bytes(original, tmp_path):
 
 def test_bytes_per_weight(original, tmp_path):
     checkpoint, dit = original
-    header_linears = plan_linears(dit.config.to_json(), tiny_map(4), "table")
+    header_linears = plan_linears(dit.config, tiny_map(4), "table")
     weights = sum(dit.get_submodule(name).weight.numel() for name in header_linears)
     made = compress(checkpoint, tiny_map(8), tmp_path / "m", dry_run=True)
     rows = sum(dit.get_submodule(name).out_features for name in header_linears)
@@ -278,7 +278,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [{root!r}, {tests!r}]
 from tiny_model import tiny_map
 from vitapack.compressor.packing.compress import compress
-from vitapack.runtime.families import open_checkpoint
+from vitapack.runtime.families.open import open_checkpoint
 def kill(done, total, what):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -291,7 +291,10 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(original, tmp_path
     root = Path(__file__).parents[3]
     out = tmp_path / "m.safetensors"
     code = KILLED.format(
-        root=str(root), tests=str(root / "tests"), model=str(checkpoint.path), out=str(out)
+        root=str(root),
+        tests=str(root / "tests" / "helpers"),
+        model=str(checkpoint.path),
+        out=str(out),
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL

@@ -19,8 +19,7 @@ def tables(dit, nodes, guidance=None):
 
 
 def modulation_names(dit):
-    network = dit.config.to_json()
-    return [n for n, linear in network.linears().items() if linear.role == "modulation"]
+    return [n for n, linear in dit.config.linears().items() if linear.role == "modulation"]
 
 
 @pytest.mark.parametrize("guidance", [None, 5.0])

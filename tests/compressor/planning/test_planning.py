@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from vitapack.compressor.planning.target_size import plan_target_size
 from vitapack.compressor.planning.thresholds import plan_thresholds
 from vitapack.compressor.vitality.table import BlockVitality, CurvePoint, Vitality, debias, reach
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.format.architecture import architecture_from_json
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
 
@@ -75,7 +76,7 @@ def table(
         settings={"metric": "emd", "points": 10_000, "seed": 0, "gap": 0.01, "curve_images": 8,
                   "sampler": sampler.to_json()},
         totals=totals,
-        network=network,
+        network=architecture_from_json(network),
         rest_bytes=1000,
         blocks=tuple(blocks),
         stability={},
@@ -326,10 +327,7 @@ def test_predicted_network_is_the_compressors(tmp_path: Path, modulation: str) -
     """Exact for the network; the header is never under-estimated, so a target size holds."""
     checkpoint, _ = tiny_checkpoint(tmp_path / "model")
     vitality = table({"double": [0.2, 0.4], "single": [0.3, 0.2, 0.4]})
-    network = asdict(checkpoint.config) | {
-        "kind": "double-single-dit", "double_blocks": [0, 1], "single_blocks": [0, 1, 2]
-    }  # fmt: skip
-    vitality = replace(vitality, network=network)
+    vitality = replace(vitality, network=checkpoint.config)
     layer_map = plan_thresholds(vitality, tau_double=0.3, tau8_single=0.25)
     schedules = [replace(checkpoint.sampler, steps=steps) for steps in (4, 9)]
     predicted = predict_size(vitality, layer_map, schedules=schedules, modulation=modulation)

@@ -17,6 +17,7 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.integrations.hy3dgen import attach
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.modulation import MissingTime
 from vitapack.runtime.pipeline.load import load_dit
 from vitapack.runtime.sampling.solvers import classifier_free, sample
@@ -38,7 +39,7 @@ class StandIn:
 
     def __call__(self, latents, cond, steps, guidance_scale=5.0):
         latents, cond = latents.to(self.dtype), cond.to(self.dtype)
-        guided = not self.model.embeds_guidance
+        guided = not self.model.guidance_embed
         if guided:
             cond = torch.cat([cond, torch.zeros_like(cond)])
         embedded = None if guided else torch.tensor([guidance_scale], dtype=self.dtype)
@@ -111,7 +112,9 @@ def test_the_unconditional_half_is_one_token(made, monkeypatch):
     calls = []
     whole = model.dit.forward
     monkeypatch.setattr(
-        model.dit, "forward", lambda *a, **k: calls.append(a[2].shape) or whole(*a, **k)
+        model.dit,
+        "forward",
+        lambda *a, **k: calls.append(Condition.of(a[2]).tokens.shape) or whole(*a, **k),
     )
     with torch.no_grad():
         both = model(x, torch.zeros(4), {"main": cond})
