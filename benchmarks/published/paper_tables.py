@@ -122,13 +122,13 @@ def layer_map(name: str, row: str, family: str) -> LayerMap:
 def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
     """Bytes, blocks and operations of every row; reads and writes no weight."""
     from vitapack.compressor.packing.compress import compress
-    from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+    from vitapack.runtime.families.open import FAMILIES
     from vitapack.runtime.format.architecture import DiTConfig
     from vitapack.runtime.format.layermap import BLOCK_FIELDS
     from vitapack.runtime.tools.flops import run_flops, step_flops
 
     model, found = MODELS[name], {}
-    tokens = SPECIAL_TOKENS.get(name, COND_TOKENS)
+    tokens = FAMILIES[checkpoint.family].condition_tokens(name)
     sampler = replace(checkpoint.sampler, steps=model.steps)
     for row in ROWS:
         config, size = checkpoint.config, 2 * checkpoint.parameters()
@@ -229,8 +229,7 @@ def denoise_times(
     import torch
 
     from vitapack.runtime.engines.device import chosen_device
-    from vitapack.runtime.families.open import open_checkpoint
-    from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+    from vitapack.runtime.families.open import FAMILIES, open_checkpoint
     from vitapack.runtime.format.header import read_header
     from vitapack.runtime.format.schedules import SamplerDefaults
     from vitapack.runtime.loading.checkpoint_files import is_packed
@@ -240,14 +239,16 @@ def denoise_times(
     device, path = chosen_device(device), Path(path)
     gpu = device != "cpu"
     if is_packed(path):
-        sampler = SamplerDefaults.from_json(read_header(path).sampler)
+        header = read_header(path)
+        family, sampler = header.family, SamplerDefaults.from_json(header.sampler)
     else:
-        sampler = open_checkpoint(path).sampler
+        checkpoint = open_checkpoint(path)
+        family, sampler = checkpoint.family, checkpoint.sampler
     sampler = replace(sampler, steps=MODELS[name].steps)
     dtype = torch.float16 if gpu else torch.float32
     network = load_dit(path, dtype=dtype, device=device, compute=compute)
     rng = torch.Generator().manual_seed(0)
-    tokens = tokens or SPECIAL_TOKENS.get(name, COND_TOKENS)
+    tokens = tokens or FAMILIES[family].condition_tokens(name)
     cond = torch.randn(1, tokens, network.config.cond_channels, generator=rng).to(device)
     noise = torch.randn(1, *(latents or MODELS[name].latents), generator=rng)
     seconds = []

@@ -18,15 +18,10 @@ from vitapack.runtime.condition.recipes import hunyuan_picture
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
-from vitapack.runtime.families.checkpoint import (
-    Checkpoint,
-    Family,
-    Found,
-    Params,
-    check_part,
-    network_shapes,
-    shapes_of,
-)
+from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
+from vitapack.runtime.families.family import Family
+from vitapack.runtime.families.params import Params
+from vitapack.runtime.families.probe import PathProbe
 from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import Weights
@@ -40,6 +35,7 @@ SCHEDULERS = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "ConsistencyFlowMatchEulerDiscreteScheduler": "consistency",
 }
+LARGE_IMAGES = ("hunyuan3d-2mini-fast", "hunyuan3d-2mini-turbo")
 # The autoencoder's other half, in some released files.
 NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
 
@@ -134,13 +130,13 @@ def decoder_config(
     return config
 
 
-def sampler_defaults(found: Found, guidance_embed: bool) -> SamplerDefaults:
+def sampler_defaults(probe: PathProbe, guidance_embed: bool) -> SamplerDefaults:
     """The pipeline's defaults: 50 Euler steps, or 5 on the distilled consistency schedule."""
-    target = found.target("scheduler")
-    where = f"{found.folder / 'config.yaml'}: scheduler"
+    target = probe.target("scheduler")
+    where = f"{probe.folder / 'config.yaml'}: scheduler"
     if target not in SCHEDULERS:
         raise FormatError(f"{where} is {target}; expected one of {', '.join(list(SCHEDULERS)[1:])}")
-    params = found.params("scheduler")
+    params = probe.params("scheduler")
     train_steps = params.get("num_train_timesteps", 1000)
     if train_steps != 1000:
         raise FormatError(f"{where} has {train_steps!r} training steps; expected 1000")
@@ -162,27 +158,27 @@ def variant(config: DiTConfig, sampler: SamplerDefaults, views: bool) -> str:
     return f"{NAME}-{size}-fast" if config.embeds_guidance else f"{NAME}-{size}"
 
 
-def recognises(found: Found) -> bool:
-    if found.config is not None:
-        return found.target() == "Hunyuan3DDiT"
-    return found.path.is_file() and "model.latent_in.weight" in found.weights
+def recognises(probe: PathProbe) -> bool:
+    if probe.config is not None:
+        return probe.target() == "Hunyuan3DDiT"
+    return probe.path.is_file() and "model.latent_in.weight" in probe.weights
 
 
-def read(found: Found) -> Checkpoint:
+def read(probe: PathProbe) -> Checkpoint:
     """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
-    weights, path = found.weights, found.path
-    where = str(found.folder / "config.yaml")
-    alone = found.config is None
+    weights, path = probe.weights, probe.path
+    where = str(probe.folder / "config.yaml")
+    alone = probe.config is None
     config = (
         dit_config_from_shapes(weights, str(path))
         if alone
-        else dit_config(found.params("model"), f"{where}: model.params")
+        else dit_config(probe.params("model"), f"{where}: model.params")
     )
     check_part(weights, "model", network_shapes(config), path)
     ignored = tuple(name for name in weights if name.startswith(NOT_NEEDED))
     decoder, unknown = None, list[str]()
-    if found.target("vae"):
-        decoder = decoder_config(found.params("vae"), f"{where}: vae.params", unknown)
+    if probe.target("vae"):
+        decoder = decoder_config(probe.params("vae"), f"{where}: vae.params", unknown)
         if any(name.startswith("vae.") for name in weights):
             expected = shapes_of(lambda: ShapeDecoder(decoder))
             check_part(weights, "vae", expected, path, ignored)
@@ -192,8 +188,8 @@ def read(found: Found) -> Checkpoint:
             f"{path}: {len(stray)} tensors are neither model.*, vae.* nor conditioner.*: "
             f"{', '.join(stray[:3])}"
         )
-    sampler = sampler_defaults(found, config.embeds_guidance)
-    encoder = found.params("conditioner").get("main_image_encoder") or {}
+    sampler = sampler_defaults(probe, config.embeds_guidance)
+    encoder = probe.params("conditioner").get("main_image_encoder") or {}
     views = isinstance(encoder, dict) and str(encoder.get("type", "")).endswith("MV")
     return Checkpoint(
         family=NAME,
@@ -207,15 +203,15 @@ def read(found: Found) -> Checkpoint:
         weights=weights,
         ignored=ignored,
         unknown=tuple(unknown),
-        sections=_sections(found),
+        sections=_sections(probe),
     )
 
 
-def _sections(found: Found) -> dict[str, Any]:
+def _sections(probe: PathProbe) -> dict[str, Any]:
     """config.yaml, with the image processor's settings beside the image encoder's."""
-    sections = dict(found.config or {})
+    sections = dict(probe.config or {})
     if isinstance(sections.get("conditioner"), dict):
-        params = found.params("conditioner") | {"image_processor": found.params("image_processor")}
+        params = probe.params("conditioner") | {"image_processor": probe.params("image_processor")}
         sections["conditioner"] = sections["conditioner"] | {"params": params}
     return sections
 
@@ -240,6 +236,12 @@ def conditioner(
     settings = settings if isinstance(settings, dict) else None
     part = encoder_part(source, dtype, device, bits, settings, pixels=pixels)
     return ImageConditioner(part, prepare, views=views)
+
+
+def condition_tokens(variant: str) -> int:
+    """CLS and a patch of 14 px each: of images of 1022 px in two variants, of 518 px in others."""
+    side = 1022 if variant in LARGE_IMAGES else 518
+    return 1 + (side // 14) ** 2
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
@@ -283,4 +285,7 @@ FAMILY = Family(
     looks_for="config.yaml with model.target ...Hunyuan3DDiT beside model.fp16.safetensors",
     recognises=recognises,
     read=read,
+    conditioner=conditioner,
+    shape_decoder=shape_decoder,
+    condition_tokens=condition_tokens,
 )

@@ -4,7 +4,7 @@
     checkpoint.variant, checkpoint.config, checkpoint.sampler
     checkpoint.tensor("double_blocks.0.img_attn.qkv.weight")
 
-A new family is one more file beside these, and one more entry in FAMILIES.
+A new family is one file here and one entry in FAMILIES (docs/adding.md).
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
-from vitapack.runtime.families.checkpoint import Checkpoint, Family, Found
+from vitapack.runtime.families.checkpoint import Checkpoint
+from vitapack.runtime.families.family import Family
 from vitapack.runtime.families.furniture import family as furniture
+from vitapack.runtime.families.probe import PathProbe
 from vitapack.runtime.loading.checkpoint_files import is_packed, some
 
-__all__ = ["BUNDLED", "FAMILIES", "Checkpoint", "Family", "open_checkpoint"]
-
-FAMILIES: tuple[Family, ...] = (
-    step1x3d.FAMILY,
-    trellis.FAMILY,
-    hunyuan3d.FAMILY,
-    furniture.FAMILY,
-)
+# By name, in the order in which they are tried on a path.
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (step1x3d.FAMILY, trellis.FAMILY, hunyuan3d.FAMILY, furniture.FAMILY)
+}
 
 log = logging.getLogger("vitapack.families")
 
@@ -56,32 +55,39 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Names and shapes of all tensors are checked against the configuration; none is loaded. Raises
     UserError or FormatError with one line that says what was looked for and what was found.
     """
-    found = Found(resolve(path))
-    if is_packed(found.path):
+    probe = PathProbe(resolve(path))
+    if is_packed(probe.path):
         raise UserError(
-            f"{found.path} is a packed file of vitapack; expected an original checkpoint"
+            f"{probe.path} is a packed file of vitapack; expected an original checkpoint"
         )
-    for family in FAMILIES:
-        if family.recognises(found):
-            checkpoint = family.read(found)
+    for family in FAMILIES.values():
+        if family.recognises(probe):
+            checkpoint = family.read(probe)
             for setting in checkpoint.unknown:
                 log.warning("%s is not known here; the tensors fit without it", setting)
             if checkpoint.ignored:
                 log.info("not needed, on purpose: %s", some(checkpoint.ignored))
             return checkpoint
-    raise UserError(f"{found.path} is no model that is known here: {_what_is_there(found)}")
+    raise UserError(f"{probe.path} is no model that is known here: {_contents(probe)}")
 
 
-def _what_is_there(found: Found) -> str:
-    wanted = "; or ".join(family.looks_for for family in FAMILIES)
-    inside = [] if found.path.is_file() else sorted(found.path.glob("*/config.yaml"))
-    if found.config is not None:
-        what = found.target() or (found.config.get("target") or "no model.target")
-        return f"config.yaml says {what}; looked for {wanted}"
+def family_of(name: str, path: str | os.PathLike[str]) -> Family:
+    """The family of a name that the file at `path` holds. Raises: UserError: if there is none."""
+    if name not in FAMILIES:
+        raise UserError(f"{path}: no family {name!r} here; known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _contents(probe: PathProbe) -> str:
+    wanted = "; or ".join(family.looks_for for family in FAMILIES.values())
+    inside = [] if probe.path.is_file() else sorted(probe.path.glob("*/config.yaml"))
+    if probe.config is not None:
+        target = probe.target() or (probe.config.get("target") or "no model.target")
+        return f"config.yaml says {target}; looked for {wanted}"
     if inside:
         names = ", ".join(str(path.parent) for path in inside[:4])
         return f"it has no config.yaml itself, but these folders have: {names}"
-    if found.path.is_file():
-        names = ", ".join(sorted(found.weights)[:3])
-        return f"no config.yaml beside it, and its tensors are {names}, ...; looked for {wanted}"
-    return f"looked for {wanted}; found {found.listing()}"
+    if probe.path.is_file():
+        names = ", ".join(sorted(probe.weights)[:3])
+        return f"no config.yaml next to it, and its tensors are {names}, ...; looked for {wanted}"
+    return f"looked for {wanted}; found {probe.listing()}"

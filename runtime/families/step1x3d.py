@@ -21,17 +21,10 @@ from vitapack.runtime.condition.recipes import framed_picture
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
-from vitapack.runtime.families.checkpoint import (
-    Checkpoint,
-    Family,
-    Found,
-    Params,
-    check_part,
-    network_shapes,
-    read_json,
-    shapes_of,
-    weight_file,
-)
+from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
+from vitapack.runtime.families.family import Family
+from vitapack.runtime.families.params import Params
+from vitapack.runtime.families.probe import PathProbe, read_json, weight_file
 from vitapack.runtime.format.architecture import DiTConfig, TimeEmbedding
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import (
@@ -226,12 +219,12 @@ def sampler_defaults(folder: Path) -> SamplerDefaults:
     )
 
 
-def _transformer(found: Found) -> Path | None:
+def _transformer(probe: PathProbe) -> Path | None:
     """The transformer's own folder, where the path looks like this family's."""
-    folder = found.folder
+    folder = probe.folder
     for place in (folder / TRANSFORMER, folder):
         path = place / "config.json"
-        if not path.is_file() or (found.path.is_file() and place != folder):
+        if not path.is_file() or (probe.path.is_file() and place != folder):
             continue
         config = read_json(path)
         named = config.get("_class_name")
@@ -242,25 +235,25 @@ def _transformer(found: Found) -> Path | None:
     return None
 
 
-def recognises(found: Found) -> bool:
-    return found.config is None and _transformer(found) is not None
+def recognises(probe: PathProbe) -> bool:
+    return probe.config is None and _transformer(probe) is not None
 
 
-def read(found: Found) -> Checkpoint:
+def read(probe: PathProbe) -> Checkpoint:
     """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
-    place = _transformer(found)
+    place = _transformer(probe)
     assert place is not None
     unknown: list[str] = []
     settings = read_json(place / "config.json")
     config = dit_config(settings, str(place / "config.json"), unknown)
-    file = found.path if found.path.is_file() else weight_file(place)
+    file = probe.path if probe.path.is_file() else weight_file(place)
     raw = open_weights(file).renamed(lambda name: name.removeprefix("dit_model."))
     expected = original_shapes(config)
     check_part(merged({f"{TRANSFORMER}.": raw}), TRANSFORMER, expected, file)
     parts = {"model.": canonical(raw, config)}
     sections: dict[str, Any] = {"model": {"params": settings}}
-    whole = place.name == TRANSFORMER and place != found.folder
-    root = found.folder if whole else place
+    whole = place.name == TRANSFORMER and place != probe.folder
+    root = probe.folder if whole else place
     decoder = None
     if whole and (root / AUTOENCODER / "config.json").is_file():
         path = root / AUTOENCODER / "config.json"
@@ -288,7 +281,7 @@ def read(found: Found) -> Checkpoint:
     return Checkpoint(
         family=NAME,
         variant=_variant(config, labelled),
-        path=found.path,
+        path=probe.path,
         config=config,
         sampler=sampler_defaults(root),
         latents=None if decoder is None else (decoder.latents, decoder.channels),
@@ -336,6 +329,11 @@ def label_tokens(source: Source) -> Tensor:
     return torch.stack(rows)[None]
 
 
+def condition_tokens(variant: str) -> int:
+    """CLS, 37 x 37 patches and, with labels, three more."""
+    return 1370 + (len(LABEL_TABLES) if variant.endswith("-label") else 0)
+
+
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
     return volume_decoder(source, decoder_config(source.config, source.where), dtype, device)
 
@@ -351,4 +349,7 @@ FAMILY = Family(
     looks_for="a folder with transformer/config.json of class FluxDenoiser (Step1X-3D)",
     recognises=recognises,
     read=read,
+    conditioner=conditioner,
+    shape_decoder=shape_decoder,
+    condition_tokens=condition_tokens,
 )

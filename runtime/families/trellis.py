@@ -23,16 +23,10 @@ from vitapack.runtime.condition.recipes import trellis_picture
 from vitapack.runtime.decode.decoders import OccupancyGrid, occupancy_grid
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.errors import FormatError
-from vitapack.runtime.families.checkpoint import (
-    Checkpoint,
-    Family,
-    Found,
-    Params,
-    check_part,
-    network_shapes,
-    read_json,
-    shapes_of,
-)
+from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
+from vitapack.runtime.families.family import Family
+from vitapack.runtime.families.params import Params
+from vitapack.runtime.families.probe import PathProbe, read_json
 from vitapack.runtime.format.architecture import FlowConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import PICKLED, Weights, merged, open_weights
@@ -182,29 +176,29 @@ def sampler_defaults(args: Mapping[str, Any], where: str, slat: bool) -> Sampler
     )
 
 
-def _stem(found: Found) -> Path | None:
+def _stem(probe: PathProbe) -> Path | None:
     """Where the flow model's two files are, if the path looks like this family's."""
-    if found.path.is_file():
-        if found.path.suffix not in (".json", ".safetensors", *PICKLED):
+    if probe.path.is_file():
+        if probe.path.suffix not in (".json", ".safetensors", *PICKLED):
             return None
-        stem = found.path.with_suffix("")
+        stem = probe.path.with_suffix("")
         config = stem.with_name(f"{stem.name}.json")
         named = read_json(config).get("name") if config.is_file() else None
         return stem if named in (STRUCTURE, *SLAT) else None
-    return _model(found, "sparse_structure_flow_model") or _model(found, "slat_flow_model")
+    return _model(probe, "sparse_structure_flow_model") or _model(probe, "slat_flow_model")
 
 
-def _model(found: Found, which: str) -> Path | None:
+def _model(probe: PathProbe, which: str) -> Path | None:
     """Where the folder's pipeline.json says that one of its models is; None if it does not."""
-    models = (found.pipeline or {}).get("models")
+    models = (probe.pipeline or {}).get("models")
     name = models.get(which) if isinstance(models, dict) else None
     if not isinstance(name, str):
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise FormatError(
-            f"{found.path / 'pipeline.json'}: {name} points out of its folder; refused"
+            f"{probe.path / 'pipeline.json'}: {name} points out of its folder; refused"
         )
-    return found.path / name
+    return probe.path / name
 
 
 def image_encoder(folder: Path) -> Path | None:
@@ -233,16 +227,16 @@ def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device
     return occupancy_grid(source, config, dtype, device)
 
 
-def recognises(found: Found) -> bool:
-    return found.config is None and _stem(found) is not None
+def recognises(probe: PathProbe) -> bool:
+    return probe.config is None and _stem(probe) is not None
 
 
-def read(found: Found) -> Checkpoint:
+def read(probe: PathProbe) -> Checkpoint:
     """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
-    stem = _stem(found)
+    stem = _stem(probe)
     assert stem is not None
-    given = found.path.is_file() and found.path.suffix != ".json"
-    model = open_model(stem, found.path if given else None)
+    given = probe.path.is_file() and probe.path.suffix != ".json"
+    model = open_model(stem, probe.path if given else None)
     slat = model.kind in SLAT
     unknown: list[str] = []
     config = flow_config(model.args, str(model.config), unknown, slat)
@@ -258,8 +252,8 @@ def read(found: Found) -> Checkpoint:
     parts = {"model.": Weights(raw.files, stored | left)}
     sections: dict[str, Any] = {"model": {"params": model.args}}
     decoder = None
-    if found.path.is_dir() and not slat:
-        place = _model(found, "sparse_structure_decoder")
+    if probe.path.is_dir() and not slat:
+        place = _model(probe, "sparse_structure_decoder")
         if place is not None:
             part = open_model(place)
             if part.kind != DECODER:
@@ -273,7 +267,7 @@ def read(found: Found) -> Checkpoint:
                 shapes_of(lambda: OccupancyDecoder(decoder)),
                 part.weights,
             )
-        encoder = image_encoder(found.path)
+        encoder = image_encoder(probe.path)
         if encoder is not None:
             parts["conditioner."] = from_hub(open_weights(encoder))
             sections["conditioner"] = {"params": {"file": encoder.name}}
@@ -282,9 +276,9 @@ def read(found: Found) -> Checkpoint:
     return Checkpoint(
         family=NAME,
         variant=RELEASED.get((kind, depth), f"trellis-{'slat' if slat else 'ss'}-{depth}"),
-        path=found.path,
+        path=probe.path,
         config=config,
-        sampler=sampler_defaults(found.pipeline or {}, str(found.path / "pipeline.json"), slat),
+        sampler=sampler_defaults(probe.pipeline or {}, str(probe.path / "pipeline.json"), slat),
         latents=None if slat else (config.in_channels, *(3 * [config.resolution])),
         decoder=decoder,
         scale_factor=None if decoder is None else 1.0,
@@ -300,4 +294,9 @@ FAMILY = Family(
     looks_for="pipeline.json naming a sparse_structure_flow_model, or one flow's .json (TRELLIS)",
     recognises=recognises,
     read=read,
+    conditioner=conditioner,
+    shape_decoder=shape_decoder,
+    condition_tokens=lambda variant: 1374,  # CLS, four registers, 37 x 37 patches
+    blocks_only="TRELLIS' flow of structured latents, of which only the transformer blocks are "
+    "read: they can be compressed and timed, but give no mesh; the sparse-structure flow gives one",
 )

@@ -31,10 +31,8 @@ from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
 from vitapack.runtime.engines.choose import Execution, choose, form_of
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
-from vitapack.runtime.families.furniture import family as furniture
-from vitapack.runtime.families.open import BUNDLED, open_checkpoint
-from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.families.family import Family
+from vitapack.runtime.families.open import BUNDLED, family_of, open_checkpoint
 from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.reader import VERIFY_BELOW, verify
@@ -50,8 +48,6 @@ from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
 from vitapack.runtime.pipeline.predict import base_bytes, imported_bytes
 from vitapack.runtime.sampling.guidance import denoise
 
-# How each family sees a picture and what its latents become.
-FAMILIES = {module.NAME: module for module in (furniture, hunyuan3d, step1x3d, trellis)}
 PHASES = ("condition", "denoise", "decode")
 
 
@@ -77,7 +73,7 @@ class Pipeline:
         """A `dit` passed as a Part, like the conditioner's and the decoder's component, is loaded
         when its phase starts (on GPUs one phase earlier where memory allows) and freed after it if
         `memory` is "lean". `step_bytes` predicts the working memory of a call of the DiT from the
-        count of condition tokens and the batch size. `cuda_graphs`: its calls are captured and
+        count of views and the batch size. `cuda_graphs`: its calls are captured and
         replayed as long as it is loaded; UserError unless `device` is a GPU."""
         if cuda_graphs:
             expect_gpu(device)
@@ -195,7 +191,13 @@ class Pipeline:
             sha256=header.sha256,
             variant=header.variant,
             memory=memory,
-            step_bytes=partial(_run_bytes, config, decoder.latent_shape, execution),
+            step_bytes=partial(
+                _run_bytes,
+                config,
+                decoder.latent_shape,
+                execution,
+                family.condition_tokens(header.variant),
+            ),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -232,7 +234,13 @@ class Pipeline:
             sha256=checkpoint.source(hashed=True)["sha256"],
             variant=checkpoint.variant,
             memory=memory,
-            step_bytes=partial(_run_bytes, checkpoint.config, decoder.latent_shape, execution),
+            step_bytes=partial(
+                _run_bytes,
+                checkpoint.config,
+                decoder.latent_shape,
+                execution,
+                family.condition_tokens(checkpoint.variant),
+            ),
             device=where,
             cuda_graphs=cuda_graphs,
         )
@@ -270,8 +278,7 @@ class Pipeline:
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
             return 0
-        tokens = views * SPECIAL_TOKENS.get(self.variant, COND_TOKENS)
-        return self._step_bytes(tokens, 2 if one_batch else 1)
+        return self._step_bytes(views, 2 if one_batch else 1)
 
     def free(self, phase: str) -> None:
         """Lets a phase's network go where `memory` is "lean"; elsewhere nothing happens."""
@@ -443,22 +450,18 @@ def _run_bytes(
     config: Architecture,
     latents: tuple[int, ...],
     execution: Execution,
-    cond_tokens: int,
+    tokens: int,
+    views: int,
     batch: int,
 ) -> int:
-    """Predicted working memory of denoising."""
-    call = execution.call(latents, cond_tokens, batch)
+    """Predicted working memory of denoising, with `tokens` condition tokens per view."""
+    call = execution.call(latents, tokens * views, batch)
     return form_of(config, execution).run_bytes(config, call)
 
 
-def _family(name: str, config: Architecture, source: str) -> Any:
-    """What makes pictures and shapes of a network. UserError where nothing does."""
-    if name not in FAMILIES:
-        raise UserError(f"{source}: no family {name!r} here; known are {', '.join(FAMILIES)}")
+def _family(name: str, config: Architecture, source: str) -> Family:
+    """The model's family. Raises: UserError: if it is unknown, or the network gives no mesh."""
+    family = family_of(name, source)
     if not config.has_edges:
-        raise UserError(
-            f"{source} is TRELLIS' flow of structured latents, of which only the transformer "
-            "blocks are here: they can be compressed and timed, but no mesh comes of them; the "
-            "sparse-structure flow gives one"
-        )
-    return FAMILIES[name]
+        raise UserError(f"{source} is {family.blocks_only}")
+    return family

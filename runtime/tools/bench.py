@@ -30,8 +30,7 @@ from vitapack.runtime.engines.choose import Execution, choose
 from vitapack.runtime.engines.cuda_graph import GraphedNetwork, expect_gpu
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
-from vitapack.runtime.families.open import open_checkpoint, resolve
-from vitapack.runtime.families.tokens import COND_TOKENS, SPECIAL_TOKENS
+from vitapack.runtime.families.open import family_of, open_checkpoint, resolve
 from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
@@ -104,17 +103,18 @@ def bench(
             plain = choose(where, dtype=dtype, packed=False)
             name = str(dtype).removeprefix("torch.")
             rows.append(Row(name, load, size, size, checkpoint.sampler, plain))
-    variant = header.variant if is_file else checkpoint.variant  # type: ignore[union-attr]
+    model = header if is_file else checkpoint
+    assert model is not None
     config = header.network if is_file else checkpoint.config  # type: ignore[union-attr]
     latents = _latents(config, place if is_file else None, checkpoint, where)
-    tokens = cond_tokens or SPECIAL_TOKENS.get(variant, COND_TOKENS)
+    tokens = cond_tokens or family_of(model.family, path).condition_tokens(model.variant)
     count = sampling_steps or rows[0].sampler.steps  # the tables of a packed file serve no other
     passes = [(f"packed {compute}", path, original, compute)] if is_file else []
     if checkpoint is not None:
         passes.append(("float32" if where == "cpu" else "float16", original or path, None, "a16"))
     phases = [
-        _phases(name, model, parts, computes, where, resolution, count, cuda_graphs, note)
-        for name, model, parts, computes in (passes if whole_pass else ())
+        _phases(name, source, parts, computes, where, resolution, count, cuda_graphs, note)
+        for name, source, parts, computes in (passes if whole_pass else ())
     ]
     keep_holes()  # which the lean passes have none of
     steps = [
@@ -122,7 +122,7 @@ def bench(
     ]
     return {
         "model": str(path),
-        "variant": variant,
+        "variant": model.variant,
         "device": torch.cuda.get_device_name(where) if where != "cpu" else "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -22,15 +22,8 @@ from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.condition.images import recentre, separate
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.families.checkpoint import (
-    Checkpoint,
-    Family,
-    Found,
-    Params,
-    check_part,
-    network_shapes,
-    shapes_of,
-)
+from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
+from vitapack.runtime.families.family import Family
 from vitapack.runtime.families.furniture.networks import (
     ANCHOR_CHANNELS,
     GRID,
@@ -43,6 +36,8 @@ from vitapack.runtime.families.furniture.networks import (
     anchors,
 )
 from vitapack.runtime.families.hunyuan3d import dit_config
+from vitapack.runtime.families.params import Params
+from vitapack.runtime.families.probe import PathProbe
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.loading.source import Source
@@ -169,24 +164,24 @@ def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
     return config
 
 
-def read(found: Found) -> Checkpoint:
+def read(probe: PathProbe) -> Checkpoint:
     """Names, numbers and shapes of the three parts; no tensor is loaded."""
-    where = str(found.folder / "config.yaml")
-    config = dit_config(found.params("model"), f"{where}: model.params")
-    decoder = decoder_config(found.params("vae"), f"{where}: vae.params")
-    encoder = encoder_config(found.params("conditioner"), f"{where}: conditioner.params")
+    where = str(probe.folder / "config.yaml")
+    config = dit_config(probe.params("model"), f"{where}: model.params")
+    decoder = decoder_config(probe.params("vae"), f"{where}: vae.params")
+    encoder = encoder_config(probe.params("conditioner"), f"{where}: conditioner.params")
     if config.in_channels != decoder.latent_channels + ANCHOR_CHANNELS:
         raise FormatError(
             f"{where}: in_channels is {config.in_channels}; expected latent_channels "
             f"{decoder.latent_channels} + {ANCHOR_CHANNELS} anchors"
         )
-    check_part(found.weights, "model", network_shapes(config), found.path)
+    check_part(probe.weights, "model", network_shapes(config), probe.path)
     for part, network in (
         ("vae", lambda: FurnitureDecoder(decoder)),
         ("conditioner", lambda: FurnitureEncoder(encoder)),
     ):
-        check_part(found.weights, part, shapes_of(network), found.path)
-    defaults = Params((found.config or {}).get("pipeline") or {}, f"{where}: pipeline")
+        check_part(probe.weights, part, shapes_of(network), probe.path)
+    defaults = Params((probe.config or {}).get("pipeline") or {}, f"{where}: pipeline")
     sampler = SamplerDefaults(
         defaults.take("sampler", str, "euler"),
         steps=defaults.size("num_inference_steps", 20),
@@ -196,20 +191,23 @@ def read(found: Found) -> Checkpoint:
     return Checkpoint(
         family=NAME,
         variant=NAME,
-        path=found.path,
+        path=probe.path,
         config=config,
         sampler=sampler,
         latents=(LATENT_TOKENS, decoder.latent_channels + ANCHOR_CHANNELS),
         decoder=decoder,
         scale_factor=decoder.scale_factor,
-        weights=found.weights,
-        sections=found.config or {},
+        weights=probe.weights,
+        sections=probe.config or {},
     )
 
 
 FAMILY = Family(
     name=NAME,
     looks_for="config.yaml with model.target ...FurnitureDiT beside model.fp16.safetensors",
-    recognises=lambda found: found.target() == "FurnitureDiT",
+    recognises=lambda probe: probe.target() == "FurnitureDiT",
     read=read,
+    conditioner=conditioner,
+    shape_decoder=shape_decoder,
+    condition_tokens=lambda variant: 50,  # a summary token and 7 x 7 patches
 )

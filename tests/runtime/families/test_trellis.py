@@ -12,7 +12,7 @@ from vitapack.compressor.planning.files import resolve_plan
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.engines.choose import network_of
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.families import checkpoint as checkpoint_module
+from vitapack.runtime.families import probe as probe_module
 from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.families.trellis import flow_config
@@ -233,9 +233,9 @@ def test_other_places(tmp_path):
 
 
 def test_pipeline_json_is_read_once(monkeypatch, tmp_path):
-    read, names = checkpoint_module.read_json, []
+    read, names = probe_module.read_json, []
     monkeypatch.setattr(
-        checkpoint_module, "read_json", lambda path: names.append(path.name) or read(path)
+        probe_module, "read_json", lambda path: names.append(path.name) or read(path)
     )
     open_checkpoint(Trellis().save(tmp_path / "model"))
     assert names.count("pipeline.json") == 1

@@ -111,7 +111,7 @@ def test_structured_latents_by_their_blocks(tmp_path, monkeypatch):
             == guided_flops(checkpoint.config, (40, 64), 10, one_batch=False).to_json()
         )
         for row in found["phases"]:
-            assert "only the transformer blocks are here" in row["skipped"]
+            assert "only the transformer blocks are read" in row["skipped"]
     with pytest.raises(UserError, match="no mesh comes of them"):
         Pipeline.from_packed(out, "cpu", parts=folder)
     with pytest.raises(UserError, match="no mesh comes of them"):
