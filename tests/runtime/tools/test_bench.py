@@ -112,7 +112,7 @@ def test_structured_latents_by_their_blocks(tmp_path, monkeypatch):
         )
         for row in found["phases"]:
             assert "only the transformer blocks are read" in row["skipped"]
-    with pytest.raises(UserError, match="no mesh comes of them"):
+    with pytest.raises(UserError, match="compressed and timed, but give no mesh"):
         Pipeline.from_packed(out, "cpu", parts=folder)
-    with pytest.raises(UserError, match="no mesh comes of them"):
+    with pytest.raises(UserError, match="compressed and timed, but give no mesh"):
         Pipeline.from_model(folder, "cpu")
