@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vitapack.runtime.choices import VIEWS
 from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_linear, load
-from vitapack.runtime.condition.predict import encoder_bytes
 from vitapack.runtime.condition.recipes import Prepare
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.fill import Q8, filled_bytes
@@ -150,8 +149,7 @@ def encoder_part(
         return network
 
     packed = bits == 8 or any(name.endswith(Q8) for name in inner.shapes)
-    working = encoder_bytes(
-        config,
+    working = config.working_bytes(
         pixels or config.places * config.patch,
         dtype,
         expands=packed and torch.device(device).type == "cuda",

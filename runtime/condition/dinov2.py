@@ -64,6 +64,18 @@ class Dinov2Config:
         wide = self.hidden * self.mlp_ratio
         return (int(wide * 2 / 3) + 7) // 8 * 8 if self.swiglu else wide
 
+    def working_bytes(self, pixels: int, dtype: torch.dtype, *, expands: bool = False) -> int:
+        """Peak memory of one square image, excluding weights: the MLP of a layer, with the tokens
+        held three times around it.
+
+        A gated MLP's first two projections may be one or two tensors, after transformers' version.
+        `expands`: a packed weight is expanded to floats for its product, as on GPUs.
+        """
+        tokens = 1 + self.registers + (pixels // self.patch) ** 2
+        wide = (4 if self.swiglu else 2) * self.wide
+        weight = self.hidden * self.wide if expands else 0
+        return dtype.itemsize * (tokens * (3 * self.hidden + wide) + weight + 3 * pixels**2)
+
     def settings(self) -> dict[str, Any]:
         """Under the names of released config.json files, which are transformers'."""
         registers = {"num_register_tokens": self.registers} if self.registers else {}

@@ -13,14 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitapack.runtime.decode.grid import CHUNKS, coarse_to_fine, dense
+from vitapack.runtime.decode.grid import CHUNKS, coarse_to_fine, dense, refine_bytes
+from vitapack.runtime.decode.mesh import surface_bytes
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
-from vitapack.runtime.decode.predict import (
-    occupancy_bytes,
-    refine_bytes,
-    surface_bytes,
-    volume_bytes,
-)
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.loading.fill import Net, fill, filled_bytes
 from vitapack.runtime.loading.lazy import Part
@@ -140,7 +135,7 @@ class OccupancyGrid(Decoder):
 def volume_decoder(
     source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
 ) -> VolumeDecoder:
-    working = volume_bytes(config, CHUNKS[torch.device(device).type], dtype)
+    working = config.working_bytes(CHUNKS[torch.device(device).type], dtype)
     part = _part(lambda: ShapeDecoder(config), source, dtype, device, working)
     return VolumeDecoder(part, config, torch.device(device).type)
 
@@ -148,8 +143,9 @@ def volume_decoder(
 def occupancy_grid(
     source: Source, config: OccupancyConfig, dtype: torch.dtype, device: str | torch.device
 ) -> OccupancyGrid:
-    working = occupancy_bytes(config, dtype)
-    part = _part(lambda: OccupancyDecoder(config), source, dtype, device, working)
+    part = _part(
+        lambda: OccupancyDecoder(config), source, dtype, device, config.working_bytes(dtype)
+    )
     return OccupancyGrid(part, config, torch.device(device).type)
 
 

@@ -228,6 +228,13 @@ class _Asker:
                 self.progress(self.queries, total)
 
 
+def refine_bytes(resolution: int) -> int:
+    """Peak memory of `coarse_to_fine`: a grid's values, their interpolation and masks, 10 bytes per
+    node; and the nodes around the surface of an object that fills the cube: 2000 R^2, at most
+    100 MB since they are visited in chunks (measured from R = 96 to 384)."""
+    return 10 * (resolution + 1) ** 3 + min(2000 * resolution**2, 100_000_000)
+
+
 def _check(resolution: int, bounds: float) -> None:
     choices.resolution(resolution, "grid resolution")
     if not bounds > 0:

@@ -189,6 +189,13 @@ def clean(mesh: Mesh, *, floater_area: float = 0.005, max_faces: int | None = No
     return mesh
 
 
+def surface_bytes(resolution: int) -> int:
+    """Peak memory of `surface_from_grid` and `clean`: marching cubes on two or three grids, or the
+    mesh of 6 R^2 faces as it is cleaned."""
+    nodes = (resolution + 3) ** 3
+    return max(9 * nodes, 4 * nodes + 2200 * resolution**2)
+
+
 def report(mesh: Mesh) -> MeshReport:
     """Topology and size of a mesh; an empty one reports zeros and is not watertight."""
     if not len(mesh.faces):

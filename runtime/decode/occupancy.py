@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,13 @@ class OccupancyConfig:
     def side(self) -> int:
         """Voxels a side of the output: 64."""
         return self.resolution * 2 ** (len(self.channels) - 1)
+
+    def working_bytes(self, dtype: torch.dtype) -> int:
+        """Peak memory of decoding, excluding weights: four times the largest level's activations,
+        and their channels-last normalisation."""
+        levels = enumerate(self.channels)
+        largest = max(channels * (self.resolution * 2**level) ** 3 for level, channels in levels)
+        return int(4.25 * largest) * dtype.itemsize
 
 
 class ChannelNorm(nn.LayerNorm):

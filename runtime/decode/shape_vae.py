@@ -47,6 +47,14 @@ class ShapeDecoderConfig:
     def geo_heads(self) -> int:
         return self.heads // self.geo_downsample
 
+    def working_bytes(self, points: int, dtype: torch.dtype) -> int:
+        """Peak memory of decoding, excluding weights: the transformer on all latents, or the
+        cross-attention of `points` query points."""
+        geo = self.geo_width
+        tokens = self.latents * (3 + 2 * 4) * self.width
+        point = (3 + 2 * self.geo_mlp_expand) * geo + 3 + 6 * self.num_freqs
+        return dtype.itemsize * max(tokens, points * point + 2 * self.latents * geo)
+
 
 class QKNorm(nn.Module):
     """LayerNorm with affine over the head dimension, eps 1e-6 in every variant."""

@@ -45,7 +45,7 @@ from vitapack.runtime.loading.source import packed_part
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
-from vitapack.runtime.pipeline.predict import base_bytes, imported_bytes
+from vitapack.runtime.pipeline.predict import base_bytes, imported_bytes, late_imported_bytes
 from vitapack.runtime.sampling.guidance import denoise
 
 PHASES = ("condition", "denoise", "decode")
@@ -263,8 +263,9 @@ class Pipeline:
             "denoise": self._denoise_bytes(views, one_batch),
             "decode": self.decoder.working_bytes,
         }
-        lean = self.memory == "lean"
-        found, early = peaks(self._base, weights, working, lean=lean, ahead=self._ahead)
+        lean, imports = self.memory == "lean", self.conditioner.imports
+        late = late_imported_bytes(imports) if self.device == "cpu" else 0
+        found, early = peaks(self._base - late, weights, working, lean=lean, ahead=self._ahead)
         kept = 0 if lean else sum(weights.values())
         surface = self._base + kept + self.decoder.surface_bytes
         return found | {"decode": max(found["decode"], surface)}, early

@@ -21,9 +21,10 @@ from torch import Tensor
 from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.condition.images import recentre, separate
 from vitapack.runtime.decode.decoders import Decoder
+from vitapack.runtime.decode.mesh import surface_bytes
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
-from vitapack.runtime.families.family import Family
+from vitapack.runtime.families.family import Device, Family
 from vitapack.runtime.families.furniture.networks import (
     ANCHOR_CHANNELS,
     GRID,
@@ -106,11 +107,20 @@ class FurnitureGrid(Decoder):
 
     bounds = BOUNDS
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, device: Device) -> None:
         config = decoder_config(source.config, f"{source.where}: shape decoder")
+        self.config, self.on_cpu = config, torch.device(device).type == "cpu"
         self.network = fill(lambda: FurnitureDecoder(config), source, torch.float32, "cpu")
         self.latent_shape = (LATENT_TOKENS, config.latent_channels)
         self.anchors = anchors()
+
+    @property
+    def working_bytes(self) -> int:
+        return self.config.working_bytes if self.on_cpu else 0
+
+    @property
+    def surface_bytes(self) -> int:
+        return surface_bytes(GRID) if self.on_cpu else 0
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> np.ndarray:
@@ -126,7 +136,7 @@ def conditioner(
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> FurnitureGrid:
-    return FurnitureGrid(source)
+    return FurnitureGrid(source, device)
 
 
 def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:

@@ -1,19 +1,18 @@
 """Predicted activations against the tensors that are really alive in running networks."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from alive_tensors import peak
 from torch import nn
 
 from vitapack.runtime.condition.dinov2 import Dinov2Config, _network
-from vitapack.runtime.condition.predict import encoder_bytes
+from vitapack.runtime.decode.grid import refine_bytes
+from vitapack.runtime.decode.mesh import surface_bytes
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
-from vitapack.runtime.decode.predict import (
-    occupancy_bytes,
-    refine_bytes,
-    surface_bytes,
-    volume_bytes,
-)
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.engines.cpu_dit import CpuDiT
 from vitapack.runtime.engines.cpu_flow import CpuFlow
@@ -25,13 +24,20 @@ from vitapack.runtime.networks.flow import FlowTransformer, trellis_time
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import CallShape
+from vitapack.runtime.pipeline.predict import (
+    IMPORTED,
+    LIBRARIES,
+    MESHING,
+    imported_bytes,
+    late_imported_bytes,
+)
 
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_image_encoder(swiglu):
     config = Dinov2Config(128, 2, 2, 14, 10, 4, 4, swiglu=swiglu)
     measured = peak(_network(config).eval(), torch.randn(1, 3, 140, 140))
-    assert measured == pytest.approx(encoder_bytes(config, 140, torch.float32), rel=0.2)
+    assert measured == pytest.approx(config.working_bytes(140, torch.float32), rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +128,14 @@ def test_shape_decoder(latents, chunk, turbo):
     def ask():
         network.field(latent)(points)
 
-    predicted = volume_bytes(config, chunk, torch.float32)
+    predicted = config.working_bytes(chunk, torch.float32)
     assert peak(ask) == pytest.approx(predicted, rel=0.25)
 
 
 def test_occupancy_decoder():
     config = OccupancyConfig(4, (32, 16, 8), 2, 2, resolution=4)
     measured = peak(OccupancyDecoder(config).eval(), torch.randn(1, 4, 4, 4, 4))
-    assert measured == pytest.approx(occupancy_bytes(config, torch.float32), rel=0.15)
+    assert measured == pytest.approx(config.working_bytes(torch.float32), rel=0.15)
 
 
 def test_the_grid_grows_with_its_nodes():
@@ -169,3 +175,42 @@ def packed(network, compute):
             )
             setattr(network.get_submodule(owner), leaf, layer)
     return network
+
+
+BUNDLED = """
+import json, sys
+from PIL import Image
+from vitapack.runtime.families.furniture import held_out
+from vitapack.runtime.pipeline.pipeline import Pipeline
+
+pipeline = Pipeline.open("furniture", "cpu", memory=sys.argv[1])
+assert not {"torch._dynamo", "transformers", "scipy"} & sys.modules.keys()
+rows = []
+for sample in list(held_out())[:2]:
+    pipeline(Image.open(sample.image_path), steps=2)
+    rows.append(pipeline.bytes)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of the process are read from /proc")
+@pytest.mark.parametrize("memory", ["lean", "resident"])
+def test_the_bundled_model_in_a_fresh_process(memory):
+    """First and second image: the first imports what meshes need in its last phase."""
+    out = subprocess.run(
+        [sys.executable, "-c", BUNDLED, memory], capture_output=True, text=True, check=True
+    )
+    for row in json.loads(out.stdout):
+        for phase, found in row.items():
+            assert found["predicted"] == pytest.approx(found["peak"], rel=0.2), phase
+
+
+def test_packages_that_surfaces_need_are_counted_once(monkeypatch):
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    assert imported_bytes(["transformers"]) == IMPORTED["transformers"]
+    assert late_imported_bytes(["transformers"]) == 0  # it imports scipy itself
+    assert late_imported_bytes([]) == MESHING < LIBRARIES
+    monkeypatch.setitem(sys.modules, "scipy", sys)
+    monkeypatch.setitem(sys.modules, "transformers", sys)
+    assert imported_bytes(["transformers"]) == late_imported_bytes([]) == 0
