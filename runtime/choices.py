@@ -26,7 +26,7 @@ MESH_FORMATS = ("glb", "obj", "ply", "stl")
 METRICS = ("emd", "chamfer")  # of vitality
 MODULATIONS = ("table", "int8", "both", "kept")  # kept: as in the original, fp16
 FLOATS = ("F16", "F32")  # dtypes of unquantized tensors in a packed file
-QUANTIZERS = ("search", "rtn")
+QUANTIZERS = ("rtn", "search")
 ENCODER_BITS = (8, 16)  # of the linears of an image encoder
 TRAINED_BLOCKS = ("min-vital", "max-vital", "all")  # of each kind
 ALIGNMENTS = ("rigid", "similarity", "none")
@@ -69,15 +69,35 @@ def resolution(value: int | str, name: str = "") -> int:
     return _within(_read(value), 1, MAX_RESOLUTION, value, name)
 
 
+def is_whole(value: Any, low: int, high: int = MAX_COUNT) -> bool:
+    """Whether it is a whole number from `low` to `high`; texts are none."""
+    number = _integer(value)
+    return number is not None and low <= number <= high
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def flag(value: Any, name: str) -> bool:
+    """A boolean; "false" in quotes is none. UserError."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} {value!r}: expected true or false")
+    return value
 
 
 def guidance(value: float, name: str = "") -> float:
     """A guidance scale: finite, at least 0. UserError."""
     if not (is_number(value) and value >= 0):
         raise UserError(f"{name} {value!r}: expected a number of at least 0".lstrip())
+    return value
+
+
+def distance(value: float, name: str = "") -> float:
+    """A distance between shapes: finite, at least 0. UserError."""
+    if not (is_number(value) and value >= 0):
+        raise UserError(f"{name} {value!r}: expected a distance of at least 0".lstrip())
     return value
 
 

@@ -57,6 +57,10 @@ class Control:
     def cancelled(self) -> bool:
         return self._flag.is_set()
 
+    def quiet(self) -> Control:
+        """Cancelled together with this one, without progress: for work inside a step."""
+        return Control(flag=self._flag)
+
     def check(self) -> None:
         """Raises Cancelled after `cancel`."""
         if self.cancelled:

@@ -15,7 +15,7 @@ FLOORS = {
     "runtime": [
         {"errors", "progress"},
         {"choices", "files"},
-        {"format"},
+        {"format", "options"},
         {"networks"},
         {"engines"},
         {"loading", "sampling"},
@@ -25,6 +25,7 @@ FLOORS = {
         {"integrations", "tools"},
     ],
     "compressor": [
+        {"options"},
         {"evaluate", "tools"},
         {"vitality"},
         {"planning"},

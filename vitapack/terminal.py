@@ -9,14 +9,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vitapack.runtime import choices
+from vitapack.runtime import choices, progress
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path
 
-Report = Callable[[int, int, str], None]  # done, total, phase
 T = TypeVar("T")
 
 
@@ -38,9 +38,17 @@ SEED = checked(choices.seed)
 SIZE = checked(choices.size_bytes)
 
 
+def filled(kind: type[T], options: argparse.Namespace) -> T:
+    """An option object from the options of a command line that are called as its fields; those
+    that were not given have its defaults. UserError."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: given[name] for name in names if name in given})
+
+
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Report]:
-    """A bar with ETA on stderr; each new phase starts its own bar."""
+def watched(quiet: bool = False) -> Iterator[progress.Control]:
+    """A control whose progress is bars with ETA on stderr, one for each phase."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -59,12 +67,12 @@ def progress(quiet: bool = False) -> Iterator[Report]:
     with Progress(*columns, console=console, disable=quiet) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(done: int, total: int, phase: str) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)
+        def report(at: progress.Progress) -> None:
+            if at.phase not in tasks:
+                tasks[at.phase] = bars.add_task(at.phase, total=at.total)
+            bars.update(tasks[at.phase], completed=at.done, total=at.total)
 
-        yield report
+        yield progress.Control(report)
 
 
 def say(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:

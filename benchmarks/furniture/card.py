@@ -46,6 +46,7 @@ from vitapack.runtime.families.furniture.family import BOUNDS, FOLDER, HeldOut, 
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Control
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM_DRAWS = 3
@@ -112,7 +113,7 @@ def compression(pipeline: Pipeline, work: Path, images: int, jobs: int) -> dict:
         curve_images=4,
         resume=True,
         jobs=jobs,
-        progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
+        control=Control(lambda at: print(f"{at.phase} {at.done}/{at.total}", flush=True)),
     )
     auto = plan_auto(vitality)
     eight = replace(auto, blocks=tuple(replace(b, bits=8) for b in auto.blocks), how="auto, int8")
@@ -211,7 +212,7 @@ def stability(pipeline: Pipeline, work: Path, jobs: int) -> dict:
         curve=False,
         resume=True,
         jobs=jobs,
-        progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
+        control=Control(lambda at: print(f"{at.phase} {at.done}/{at.total}", flush=True)),
     )
     return {
         "images": len(views),

@@ -32,6 +32,7 @@ from vitapack.runtime.choices import TRAINED_BLOCKS
 from vitapack.runtime.families.furniture.family import FOLDER, held_out
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Control, Progress
 
 
 def training_images(archives: Path, out: Path, count: int, jobs: int) -> list[Path]:
@@ -116,7 +117,7 @@ def main() -> None:
         out = options.work / f"{blocks}.safetensors"
         note = finetune(
             "furniture", packed, images, out, blocks=blocks, iterations=options.iterations,
-            batch=options.batch, lr=options.lr, progress=say,
+            batch=options.batch, lr=options.lr, control=Control(say),
         )  # fmt: skip
         row = {key: note[key] for key in ("blocks", "loss_before", "loss_after")}
         after, tuned = judge(out, full)
@@ -128,9 +129,9 @@ def main() -> None:
     write_page()
 
 
-def say(done: int, total: int, what: str) -> None:
-    if done % 100 == 0:
-        print(f"{what} {done}/{total}", flush=True)
+def say(at: Progress) -> None:
+    if at.done % 100 == 0:
+        print(f"{at.phase} {at.done}/{at.total}", flush=True)
 
 
 if __name__ == "__main__":

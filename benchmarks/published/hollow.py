@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitapack.compressor.packing.compress import family_schedules, make_plan
+from vitapack.compressor.options import CompressOptions
+from vitapack.compressor.packing.compress import make_plan
 from vitapack.compressor.planning.files import resolve_plan
 from vitapack.compressor.tools.random_checkpoint import files_of
 from vitapack.runtime.families.checkpoint import Checkpoint
@@ -46,11 +47,8 @@ def checkpoint(work: Path, name: str, parts: Sequence[str]) -> Iterator[Checkpoi
 
 def packed(original: Checkpoint, out: Path) -> None:
     """The file that `compress --plan paper --no-embed` would write, with zeros as its data."""
-    plan = make_plan(
-        original, resolve_plan("paper", original), quantizer="search", modulation="table",
-        schedules=family_schedules(original.sampler, None, None), table_dtype="F16", rest="F16",
-        embed=False, encoder_bits=8, hashed=False,
-    )  # fmt: skip
+    options = CompressOptions(embed=False)
+    plan = make_plan(original, resolve_plan("paper", original), options, hashed=False)
     _write(out, plan.layout)
     _, digest = content_digest(out)
     with out.open("r+b") as file:

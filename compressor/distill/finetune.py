@@ -32,13 +32,13 @@ import vitapack
 from vitapack.compressor.distill.state import State
 from vitapack.compressor.distill.trainer import (
     Block,
-    Report,
     Run,
     Settings,
     Spoilt,
     Trained,
 )
 from vitapack.compressor.distill.trajectories import Paths
+from vitapack.compressor.options import FinetuneOptions
 from vitapack.compressor.packing.compress import as_bytes
 from vitapack.runtime.condition.images import load_image
 from vitapack.runtime.errors import UserError
@@ -50,7 +50,9 @@ from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap
 from vitapack.runtime.format.reader import TensorReader
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.options import merged
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling.guidance import velocity_of
 
 HELD_OUT = 8  # one picture in so many judges the result and is not trained on, at most as many
@@ -61,24 +63,16 @@ def finetune(
     packed: str | Path,
     images: Sequence[Path],
     out: str | Path,
+    options: FinetuneOptions | None = None,
     *,
-    blocks: str = "min-vital",
-    iterations: int = 1000,
-    batch: int = 16,
-    lr: float = 3e-4,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    device: str = "cpu",
-    progress: Report | None = None,
+    control: Control | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Writes the fine-tuned file `out` and returns what its header says of it.
 
-    `model` is the original that `packed` was made from; images: files. blocks: of each kind the
-    least or most vital kept one, or all of them. `batch`: points of a step, and pictures that the
-    original walks with at a time. steps, guidance: of the walks; default: the packed file's, whose
-    modulation tables must serve them. One picture in eight (at most 8; of a single picture another
-    noise) is held out: on their paths the loss is measured before and after.
+    `model` is the original that `packed` was made from; images: files; `changes`: fields of the
+    options. One picture in eight (at most 8; of a single picture another noise) is held out: on
+    their paths the loss is measured before and after.
 
     A folder `out`.finetune beside `out` keeps the pictures' conditions, the original's paths and
     the state of the training while it lasts: the same call goes on after an interruption, from the
@@ -89,19 +83,22 @@ def finetune(
     other settings, a loss that is no number, and where the result is no nearer to the original on
     the held-out paths; then nothing is written.
     """
-    report = progress or (lambda done, total, what: None)
+    options = merged(FinetuneOptions, options, changes)
+    control = control or Control()
     out = destination(out)
     header = read_header(packed)
     if out == header.path.resolve():
         raise UserError(f"{out} is the file to start from: name another one for the result")
-    sampler = SamplerDefaults.from_json(header.sampler)
-    asked: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    sampler = replace(sampler, **{key: value for key, value in asked.items() if value is not None})
-    settings = Settings(blocks, iterations, batch, lr, seed, sampler)
-    chosen = blocks_to_train(header, blocks)
+    sampler = SamplerDefaults.from_json(header.sampler).with_values(
+        steps=options.steps, guidance=options.guidance
+    )
+    settings = Settings(
+        options.blocks, options.iterations, options.batch, options.lr, options.seed, sampler
+    )
+    chosen = blocks_to_train(header, options.blocks)
     if not images:
         raise UserError("no pictures to train on: give a folder with at least one")
-    pipeline = Pipeline.from_model(model, device, memory="lean")
+    pipeline = Pipeline.from_model(model, options.device, memory="lean")
     if pipeline.source_sha256 != header.source["sha256"]:
         raise UserError(
             f"{packed} was not made from {model}: its source is {header.source['name']} with "
@@ -119,13 +116,13 @@ def finetune(
     state = State(folder / "state.safetensors", identity)
     student = load_packed_dit(packed, dtype=torch.float32).to(pipeline.device)
     velocity_of(student, sampler, torch.zeros(1, 1, 1))  # MissingTime now, not after the recording
-    conditions = condition_all(pipeline, images, digests, folder, report)
+    conditions = condition_all(pipeline, images, digests, folder, control)
     trained = Trained(student, pipeline.dit, header, chosen)
-    seen, held = record(pipeline, conditions, settings, folder, report)
+    seen, held = record(pipeline, conditions, settings, folder, control)
     pipeline.free("denoise")
     run = Run(student, trained, seen, held, settings, state, pipeline.device)
     try:
-        note = run.note(chosen, report)
+        note = run.note(chosen, control)
     except Spoilt as error:
         shutil.rmtree(folder)
         raise UserError(str(error)) from None
@@ -160,20 +157,20 @@ def condition_all(
     images: Sequence[Path],
     digests: Sequence[str],
     folder: Path,
-    report: Report,
+    control: Control,
 ) -> list[Path]:
     """The condition tokens of every picture, (1, N, D) in a .npy each, made once."""
     folder.mkdir(parents=True, exist_ok=True)
     places = []
     for number, (path, digest) in enumerate(zip(images, digests, strict=True)):
-        report(number, len(images), "conditions")
+        control.step("conditions", number, len(images))
         key = hashlib.sha256(f"{pipeline.source_sha256} {pipeline.device} {digest}".encode())
         places.append(folder / f"{key.hexdigest()[:32]}.npy")
         if not places[-1].exists():
             cond = pipeline.condition(load_image(path), str(path))
             with atomic_path(places[-1]) as part:
                 np.save(part, cond.cpu().numpy())
-    report(len(images), len(images), "conditions")
+    control.report("conditions", len(images), len(images))
     pipeline.free("condition")
     return places
 
@@ -183,7 +180,7 @@ def record(
     conditions: Sequence[Path],
     settings: Settings,
     folder: Path,
-    report: Report,
+    control: Control,
 ) -> tuple[Paths, Paths]:
     """The original's paths to train on, and those held out: of other pictures, or, where there is
     only one, from another noise."""
@@ -197,7 +194,7 @@ def record(
     def part(some: slice) -> Paths:
         return Paths.record(
             pipeline, rows[some], seeds[some], settings.sampler, folder, settings.batch,
-            lambda done: report((some.start or 0) + done, len(rows), "paths"),
+            lambda done: control.step("paths", (some.start or 0) + done, len(rows)),
         )  # fmt: skip
 
     return part(slice(0, count)), part(slice(count, None))

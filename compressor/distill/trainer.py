@@ -4,7 +4,7 @@ trajectories."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from vitapack.compressor.distill.state import State
 from vitapack.compressor.distill.trained_linear import TrainedLinear
 from vitapack.compressor.distill.trajectories import Paths
-from vitapack.runtime.choices import TRAINED_BLOCKS, check_choice
-from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.format.layermap import BLOCK_FIELDS
 from vitapack.runtime.format.reader import torch_dtype
@@ -25,8 +23,8 @@ from vitapack.runtime.loading.packed import replace_module
 from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.network import Network
+from vitapack.runtime.progress import Control
 
-Report = Callable[[int, int, str], None]  # done, total, what
 Block = tuple[str, int]  # kind, original index
 
 SAVE_SECONDS = 30.0  # between two states on the disk
@@ -35,7 +33,7 @@ WARM_UP = 20  # iterations until the learning rate is reached; then it falls lin
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on, beside its files."""
+    """Everything that a training depends on, its files aside: checked options and the sampler."""
 
     blocks: str
     iterations: int
@@ -43,13 +41,6 @@ class Settings:
     lr: float
     seed: int
     sampler: SamplerDefaults
-
-    def __post_init__(self) -> None:
-        check_choice("blocks", self.blocks, TRAINED_BLOCKS)
-        if self.iterations < 1 or self.batch < 1:
-            raise UserError("iterations and batch must be at least 1")
-        if not 0 < self.lr < 1:
-            raise UserError(f"learning rate {self.lr}: expected a number between 0 and 1")
 
     def rate(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.iterations)
@@ -123,12 +114,12 @@ class Run:
         self.seen, self.held, self.device = seen, held, device
         self.optimizer = torch.optim.Adam(trained.parameters.values(), lr=settings.lr)
 
-    def note(self, chosen: Sequence[Block], report: Report) -> dict[str, Any]:
+    def note(self, chosen: Sequence[Block], control: Control) -> dict[str, Any]:
         """Trains, and returns what the file will say of it. Spoilt if there is no use in it."""
         step, before = self.state.load(self.trained.parameters, self.optimizer)
         if before is None:
             before = self.judge()
-        self.train(step, before, report)
+        self.train(step, before, control)
         self.trained.round()
         after = self.judge()
         if not after < before:
@@ -148,10 +139,11 @@ class Run:
             "loss_after": float(f"{after:.6g}"),
         }
 
-    def train(self, step: int, before: float, report: Report) -> None:
+    def train(self, step: int, before: float, control: Control) -> None:
         settings, saved = self.settings, time.monotonic()
         size = min(settings.batch, len(self.seen))
         while step < settings.iterations:
+            control.check()
             rng = np.random.default_rng([settings.seed, step])
             loss = self.loss(self.seen, rng.choice(len(self.seen), size, replace=False).tolist())
             if not torch.isfinite(loss):
@@ -165,7 +157,7 @@ class Run:
                 group["lr"] = settings.rate(step)
             self.optimizer.step()
             step += 1
-            report(step, settings.iterations, "fine-tune")
+            control.report("fine-tune", step, settings.iterations)
             if time.monotonic() - saved >= SAVE_SECONDS and step < settings.iterations:
                 self.state.save(step, before, self.trained.parameters, self.optimizer)
                 saved = time.monotonic()

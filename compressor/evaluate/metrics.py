@@ -11,7 +11,7 @@ what each number means; distances are in units of that frame.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import numpy as np
 from vitapack.compressor.evaluate.alignment import Alignment, align
 from vitapack.compressor.evaluate.statistics import mean_interval
 from vitapack.compressor.evaluate.voxels import dilate, lattice_around, surface_voxels, voxelise
-from vitapack.runtime.choices import ALIGNMENTS, check_choice
+from vitapack.compressor.options import EvaluateSettings
 from vitapack.runtime.decode.mesh import READABLE, Mesh, load, report
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.progress import Control
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,6 @@ METRICS = {
     ),
     "watertight": Metric("watertight", True, "Share of candidates whose every edge has two faces."),
 }
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """How pairs are compared; written into every result."""
-
-    resolution: int = 64  # voxels along the reference's longest side
-    points: int = 10_000  # surface samples of each mesh for Chamfer and F-score
-    emd_points: int = 4096  # 0: no EMD
-    tau: float = 0.05  # for the F-score, in the frame where the reference is 2 long
-    align: str = "rigid"  # or "similarity" (one scale too), or "none"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("alignment", self.align, ALIGNMENTS)
-        if self.resolution < 8 or self.points < 100 or self.emd_points < 0 or not self.tau > 0:
-            raise UserError(
-                f"resolution {self.resolution}, points {self.points}, emd_points "
-                f"{self.emd_points}, tau {self.tau}; expected >= 8, >= 100, >= 0 and > 0"
-            )
 
 
 def grid_iou(a: Any, b: Any, level: float = 0.0) -> Any:
@@ -278,18 +259,19 @@ def evaluate_folders(
     candidate_dir: str | Path,
     settings: EvaluateSettings | None = None,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    control: Control | None = None,
 ) -> dict[str, Any]:
     """Compares the meshes of two folders that have the same name, whatever their formats.
 
     Returns a dict for JSON: "settings", "definitions", "pairs" (rows of `compare` with "name" and
     both files), "summary" (as `summarise`), "only_in_reference" and "only_in_candidate".
-    progress(done, total, what) is called before each pair and at the end.
+    `control` reports the "pairs" and can cancel between them.
 
     Raises UserError for a folder that is missing or has no meshes, two meshes of one name in a
     folder, no common names, and for a mesh that cannot be read (naming the file).
     """
     settings = settings or EvaluateSettings()
+    control = control or Control()
     references, candidates = _meshes_in(reference_dir), _meshes_in(candidate_dir)
     names = sorted(references.keys() & candidates.keys())
     if not names:
@@ -299,8 +281,7 @@ def evaluate_folders(
         )
     rows = []
     for number, name in enumerate(names):
-        if progress:
-            progress(number, len(names), "pairs")
+        control.step("pairs", number, len(names))
         files = {"reference_file": str(references[name]), "candidate_file": str(candidates[name])}
         try:
             row = compare(load(references[name]), load(candidates[name]), settings)
@@ -313,8 +294,7 @@ def evaluate_folders(
             )
             raise UserError(f"{where}{error}") from error
         rows.append({"name": name, **files, **row})
-    if progress:
-        progress(len(names), len(names), "pairs")
+    control.report("pairs", len(names), len(names))
     return {
         "settings": dataclasses.asdict(settings),
         "definitions": {name: metric.definition for name, metric in METRICS.items()},

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import vitapack
+from vitapack.compressor.options import CompressOptions
 from vitapack.compressor.packing.modulation_tables import ModulationTables, stored
 from vitapack.compressor.packing.quantizers import (
     QUANTIZERS,
@@ -28,7 +29,6 @@ from vitapack.compressor.packing.quantizers import (
     one_thread_each,
 )
 from vitapack.compressor.packing.resumable import partial_file
-from vitapack.runtime.choices import FLOATS, MODULATIONS, check_choice
 from vitapack.runtime.condition.dinov2 import is_linear
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
@@ -49,12 +49,12 @@ from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.format.sizes import SizeTable, size_table
 from vitapack.runtime.format.tensors import model_tensors, plan_linears
+from vitapack.runtime.options import merged
+from vitapack.runtime.progress import Control
 
 # Decoder and conditioner travel inside the file up to this size together: all of the furniture
 # model's do, while DINOv2-giant (2.2 GB) stays where it is.
 EMBED_BELOW = 64 << 20
-
-Report = Callable[[int, int, str], None]  # weights done, weights in all, what
 
 
 @dataclass(frozen=True)
@@ -78,63 +78,39 @@ def compress(
     checkpoint: Checkpoint,
     layer_map: LayerMap,
     out: str | Path,
+    options: CompressOptions | None = None,
     *,
-    quantizer: str = "search",
-    modulation: str = "table",
-    steps: Sequence[int] | None = None,
-    samplers: Sequence[str] | None = None,
-    schedules: Sequence[SamplerDefaults] | None = None,
-    table_dtype: str = "F16",
-    rest: str = "F16",
-    embed: bool | None = None,
-    encoder_bits: int = 8,
     dry_run: bool = False,
-    progress: Report | None = None,
+    control: Control | None = None,
+    **changes: Any,
 ) -> SizeTable:
-    """Writes the packed file and returns its bytes by part.
+    """Writes the packed file and returns its bytes by part. `changes` are fields of the options.
 
-    modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
-    (as in the source). schedules: what the tables serve; default: each of `samplers` (else the
-    family's own) with each count of `steps` (else its own). embed: decoder and conditioner inside
-    the file; default: if they take at most 64 MiB together. encoder_bits: of the linears of an
-    embedded DINOv2, 8 or 16. rest: dtype of what is not quantized,
-    "F16" or "F32".
+    `dry_run`: nothing is written. Cancelled like interrupted, it continues where it was.
     Raises UserError for a layer map of another network, broken weights, a full disk.
     """
-    for what, value, known in (
-        ("quantizer", quantizer, tuple(QUANTIZERS)),
-        ("modulation", modulation, MODULATIONS),
-        ("rest", rest, FLOATS),
-        ("table dtype", table_dtype, FLOATS),
-    ):
-        check_choice(what, value, known)
+    options = merged(CompressOptions, options, changes)
     out = Path(out)
     if out.is_dir():
         raise UserError(
             f"{out} is a folder: name the file to write, such as {out}/model.safetensors"
         )
-    if schedules is None:
-        schedules = family_schedules(checkpoint.sampler, steps, samplers)
-    plan = make_plan(
-        checkpoint, layer_map, quantizer=quantizer, modulation=modulation, schedules=schedules,
-        table_dtype=table_dtype, rest=rest, embed=embed, encoder_bits=encoder_bits,
-        hashed=not dry_run,
-    )  # fmt: skip
+    plan = make_plan(checkpoint, layer_map, options, hashed=not dry_run)
     if dry_run:
         return plan.sizes()
-    report = progress or (lambda done, total, what: None)
-    jobs = list(_jobs(checkpoint, plan, QUANTIZERS[quantizer]))
+    control = control or Control()
+    jobs = list(_jobs(checkpoint, plan, QUANTIZERS[options.quantizer]))
     total, done = sum(job.weights for job in jobs), 0
     with one_thread_each(), partial_file(out, plan.layout) as file:
         for job in jobs:
-            report(done, total, "compress")
+            control.step("compress", done, total)
             if not file.kept.issuperset(job.names):
                 for name, tensor in job.make().items():
                     if name not in file.kept:
                         file.put(name, as_bytes(tensor, plan.layout.tensors[name].dtype, name))
             done += job.weights
         file.publish()
-    report(total, total, "compress")
+    control.report("compress", total, total)
     return plan.sizes()
 
 
@@ -152,17 +128,16 @@ def family_schedules(
 def make_plan(
     checkpoint: Checkpoint,
     layer_map: LayerMap,
+    options: CompressOptions | None = None,
     *,
-    quantizer: str,
-    modulation: str,
-    schedules: Sequence[SamplerDefaults],
-    table_dtype: str,
-    rest: str,
-    embed: bool | None,
-    encoder_bits: int,
-    hashed: bool,
+    hashed: bool = True,
 ) -> Plan:
     """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
+    options = options or CompressOptions()
+    modulation, rest, embed = options.modulation, options.rest, options.embed
+    schedules = options.schedules
+    if schedules is None:
+        schedules = family_schedules(checkpoint.sampler, options.steps, options.samplers)
     network = pruned_config(checkpoint, layer_map)
     linears = plan_linears(network, layer_map, modulation)
     tables = modulation in ("table", "both")
@@ -174,7 +149,7 @@ def make_plan(
         sampler = schedules[0]  # the file's default must be one that its tables can serve
     modulation_json = {
         "kind": modulation,
-        "dtype": table_dtype,
+        "dtype": options.table_dtype,
         "guidance": checkpoint.sampler.guidance
         if checkpoint.config.embeds_guidance and tables
         else None,
@@ -182,7 +157,7 @@ def make_plan(
         "schedules": [schedule.to_json() for schedule in schedules] if tables else [],
     }
     tensors = model_tensors(network, linears, rest, modulation_json)
-    parts = {part: _part_specs(checkpoint, part, encoder_bits) for part in PARTS}
+    parts = {part: _part_specs(checkpoint, part, options.encoder_bits) for part in PARTS}
     if embed is None:
         sizes = (_nbytes(spec) for specs in parts.values() for spec in specs.values())
         embed = sum(sizes) <= EMBED_BELOW
@@ -207,7 +182,7 @@ def make_plan(
         layer_map=layer_map,
         linears=linears,
         rest=rest,
-        quantizer=quantizer,
+        quantizer=options.quantizer,
         modulation=modulation_json,
         sampler=sampler.to_json(),
         shape_decoder=references["shape_decoder"],

@@ -18,6 +18,7 @@ from typing import Any
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import destination
 from vitapack.runtime.format.container import Layout, Writer
+from vitapack.runtime.progress import Cancelled
 
 try:
     import fcntl
@@ -84,7 +85,8 @@ class PartialFile:
 @contextlib.contextmanager
 def partial_file(final: Path, layout: Layout) -> Iterator[PartialFile]:
     """The file to fill. Its folder goes when the job succeeds or fails; a job that was interrupted
-    (Ctrl-C, a killed process) leaves it for the next run. UserError where nothing can be written.
+    (Ctrl-C, cancelled, a killed process) leaves it for the next run. UserError where nothing can be
+    written.
     """
     final = destination(final)
     folder = final.with_name(f".{final.name}.partial")
@@ -95,7 +97,7 @@ def partial_file(final: Path, layout: Layout) -> Iterator[PartialFile]:
         raise UserError(f"cannot write {final}: {error.strerror}; choose another place") from error
     try:
         yield partial
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         partial.close()
         raise
     except OSError as error:

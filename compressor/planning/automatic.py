@@ -11,13 +11,12 @@ implementation, so `plan_auto` finds them in the model's own curve. No torch nee
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from vitapack.compressor.planning.layer_maps import _floor_blocks, _layer_map, _vital_group
 from vitapack.compressor.planning.thresholds import DIGITS, _thresholds
 from vitapack.compressor.vitality.table import FLOOR_SIGMAS, CurvePoint, Vitality
-from vitapack.runtime.errors import UserError
+from vitapack.runtime import choices
 from vitapack.runtime.format.layermap import LayerMap
 
 # In units of the distance between two unrelated outputs of the model (Vitality.scale).
@@ -50,8 +49,8 @@ def plan_auto(
     (Otsu); the vital group gets 8. All get 8 where the largest is less than 1.5 times the smallest:
     then there are no two groups.
     """
-    if max_distance is not None and not (math.isfinite(max_distance) and max_distance >= 0):
-        raise UserError(f"max distance {max_distance}: expected a distance of at least 0")
+    if max_distance is not None:
+        choices.distance(max_distance, "--max-distance")
     curve = vitality.curves.get("balanced") or vitality.curves.get(vitality.kinds[0], ())
     measured: CurvePoint | None = None
     if curve:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vitapack.compressor.options import PlanOptions
 from vitapack.compressor.planning.automatic import plan_auto
 from vitapack.compressor.planning.layer_maps import Checkpoint
 from vitapack.compressor.planning.paper import paper_variant, plan_paper
@@ -17,6 +18,7 @@ from vitapack.compressor.vitality.table import Vitality
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import one_line, parse_json
 from vitapack.runtime.format.layermap import LayerMap
+from vitapack.runtime.options import merged
 
 
 def describe(layer_map: LayerMap) -> str:
@@ -66,33 +68,20 @@ def load_plan(path: str | Path) -> LayerMap:
         raise FormatError(f"{path}: not a plan ({one_line(error)}); run `plan` again") from error
 
 
-def from_options(
-    path: str | Path,
-    *,
-    target_size: int | None = None,
-    paper: bool = False,
-    max_distance: float | None = None,
-    taus: Mapping[str, float] | None = None,
-) -> LayerMap:
-    """What `vitapack plan` does: at most one of the ways, the automatic one by default."""
-    ways = {
-        "--target-size": target_size is not None,
-        "--paper": paper,
-        "--max-distance": max_distance is not None,
-        "thresholds": bool(taus),
-    }
-    if len(asked := [name for name, used in ways.items() if used]) > 1:
-        raise UserError(f"{' and '.join(asked)} exclude each other; choose one")
+def from_options(path: str | Path, options: PlanOptions | None = None, **changes: Any) -> LayerMap:
+    """The plan that `vitapack plan` makes of a vitality table. `changes` are fields of the
+    options."""
+    options = merged(PlanOptions, options, changes)
     vitality = Vitality.load(path)
-    if paper:
+    if options.target_size is not None:
+        return plan_target_size(vitality, options.target_size)
+    if options.paper:
         variant = paper_variant(vitality.family, vitality.totals)
         layer_map = plan_paper(variant, family=vitality.family)
-    elif target_size is not None:
-        return plan_target_size(vitality, target_size)
-    elif taus:
-        layer_map = plan_thresholds(vitality, **dict[str, Any](taus))
+    elif options.tau or options.tau8:
+        layer_map = plan_thresholds(vitality, options.tau, options.tau8)
     else:
-        layer_map = plan_auto(vitality, max_distance=max_distance)
+        layer_map = plan_auto(vitality, max_distance=options.max_distance)
     predicted = predict_size(vitality, layer_map).total
     return replace(layer_map, notes=layer_map.notes | {"predicted bytes": predicted})
 

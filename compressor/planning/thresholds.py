@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from vitapack.compressor.planning.layer_maps import _layer_map
 from vitapack.compressor.vitality.table import BlockVitality, Vitality
+from vitapack.runtime import choices
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.layermap import LayerMap
 
@@ -15,48 +15,40 @@ DIGITS = 6  # of figures in notes
 
 def plan_thresholds(
     vitality: Vitality,
+    tau: Mapping[str, float] | None = None,
+    tau8: Mapping[str, float] | None = None,
     *,
-    tau_double: float | None = None,
-    tau_single: float | None = None,
-    tau8_double: float | None = None,
-    tau8_single: float | None = None,
-    tau_block: float | None = None,
-    tau8_block: float | None = None,
     group: int = 32,
 ) -> LayerMap:
-    """The paper's rule by hand: blocks with V below `tau_*` go, those above `tau8_*` get 8 bits.
+    """The paper's rule by hand: blocks with V below `tau` of their kind are pruned, those above
+    `tau8` of their kind get 8 bits.
 
-    V is the mean distance as `analyze` shows it, sampling floor included. A tau left out prunes
-    nothing, a tau8 left out gives 8 bits to all. UserError if a kind would lose all its blocks.
+    V is the mean distance as `analyze` shows it, sampling floor included. A kind without a `tau`
+    keeps all its blocks, one without a `tau8` has 8 bits in all of them. UserError for a kind that
+    this network does not have, and if a kind would lose all its blocks.
     """
-    taus = {"double": tau_double, "single": tau_single, "block": tau_block}
-    taus8 = {"double": tau8_double, "single": tau8_single, "block": tau8_block}
-    for prefix, values in (("tau", taus), ("tau8", taus8)):
-        for kind, tau in values.items():
-            if tau is None:
-                continue
-            if not (math.isfinite(tau) and tau >= 0):
-                raise UserError(f"{prefix}_{kind} {tau}: expected a distance of at least 0")
+    tau, tau8 = dict(tau or {}), dict(tau8 or {})
+    for name, values in (("tau", tau), ("tau8", tau8)):
+        for kind, value in values.items():
+            choices.distance(value, f"--{name}-{kind}")
             if kind not in vitality.kinds:
-                raise UserError(
-                    f"{prefix}_{kind}: this network has no {kind} blocks, only "
-                    f"{' and '.join(vitality.kinds)}"
-                )
+                known = " and ".join(f"--{name}-{kind}" for kind in vitality.kinds)
+                raise UserError(f"--{name}-{kind}: this network has no {kind} blocks; use {known}")
     bits = {}
     for block in vitality.blocks:
-        tau, tau8 = taus[block.kind], taus8[block.kind]
-        if tau is None or block.mean >= tau:
-            bits[block.kind, block.index] = 8 if tau8 is None or block.mean > tau8 else 4
+        if block.mean >= tau.get(block.kind, 0.0):
+            eight = block.kind not in tau8 or block.mean > tau8[block.kind]
+            bits[block.kind, block.index] = 8 if eight else 4
     for kind in vitality.kinds:
         if not any(key[0] == kind for key in bits):
             most = max(block.mean for block in vitality.blocks if block.kind == kind)
             raise UserError(
-                f"tau_{kind} {taus[kind]:g} prunes all {vitality.totals[kind]} {kind} blocks; the "
-                f"most vital one has {most:.4g}, choose at most that"
+                f"--tau-{kind} {tau[kind]:g} prunes all {vitality.totals[kind]} {kind} blocks; "
+                f"the most vital one has {most:.4g}, choose at most that"
             )
     notes = {
         "thresholds": {
-            kind: {"prune below": taus[kind] or 0.0, "8 bits above": taus8[kind] or 0.0}
+            kind: {"prune below": tau.get(kind, 0.0), "8 bits above": tau8.get(kind, 0.0)}
             for kind in vitality.kinds
         }
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,7 @@ from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.sizes import SizeTable
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
-
-Report = Callable[[int, int, str], None]
+from vitapack.runtime.progress import Control
 
 # Half the model's steps and under half of `analyze`'s points keep the demo within minutes on two
 # cores; the model card measures vitality with 10,000 points on more pictures.
@@ -85,29 +84,31 @@ def grid_of(
     return pipeline.grid(pipeline.latents(cond, pipeline.noise(seed), dit=dit))
 
 
-def make_all(pipeline: Pipeline, pictures: list[HeldOut], report: Report, what: str) -> list[Made]:
+def make_all(
+    pipeline: Pipeline, pictures: list[HeldOut], control: Control, phase: str
+) -> list[Made]:
     """Grids and meshes of all pictures, the noise of each fixed by its number."""
     made = []
     for number, picture in enumerate(pictures):
-        report(number, len(pictures), what)
+        control.step(phase, number, len(pictures))
         grid = grid_of(pipeline, picture, number)
         try:
             mesh = pipeline.surface(grid)
         except UserError:
             mesh = None
         made.append(Made(picture.name, grid, mesh))
-    report(len(pictures), len(pictures), what)
+    control.report(phase, len(pictures), len(pictures))
     return made
 
 
 def run_demo(
-    out: Path, *, images: int = 8, model: str = "furniture", progress: Report | None = None
+    out: Path, *, images: int = 8, model: str = "furniture", control: Control | None = None
 ) -> Figures:
     """Writes OUT/report.html, meshes, pictures, packed files and figures.json; returns the figures.
 
     Started again after an interruption it goes on with the analysis where that stopped.
     """
-    report = progress or (lambda done, total, what: None)
+    control = control or Control()
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     out = Path(out)
@@ -130,7 +131,7 @@ def run_demo(
         vitality = analyze(
             original, [(p.name, Image.open(p.image_path)) for p in studied], table,
             points=ANALYSIS_POINTS, steps=ANALYSIS_STEPS, resume=True,
-            jobs=os.cpu_count() or 1, curve_images=4, progress=report,
+            jobs=os.cpu_count() or 1, curve_images=4, control=control,
         )  # fmt: skip
     auto = plan_auto(vitality)
     with atomic_path(out / "plan.json") as part:
@@ -141,16 +142,16 @@ def run_demo(
     with timed("compress"):
         for name, plan in plans.items():
             sizes[name] = compress(
-                checkpoint, plan, out / f"furniture-{name}.safetensors", progress=report
+                checkpoint, plan, out / f"furniture-{name}.safetensors", control=control
             )
 
     made: dict[str, list[Made]] = {}
     with timed("generate"):
-        made["original"] = make_all(original, shown, report, "original")
+        made["original"] = make_all(original, shown, control, "original")
         for name in plans:
             packed = Pipeline.from_packed(out / f"furniture-{name}.safetensors", device="cpu")
-            made[name] = make_all(packed, shown, report, TITLES[name])
-    draws = random_pruning(original, auto, shown, made["original"], report)
+            made[name] = make_all(packed, shown, control, TITLES[name])
+    draws = random_pruning(original, auto, shown, made["original"], control)
 
     truth = [
         Made(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown
@@ -160,7 +161,7 @@ def run_demo(
             write_meshes(out / "meshes" / name, results)
         tables = {
             name: evaluate_folders(
-                out / "meshes" / reference, out / "meshes" / candidate, progress=report
+                out / "meshes" / reference, out / "meshes" / candidate, control=control
             )["summary"]
             for name, (candidate, reference) in {
                 "int8, unpruned, to the original": ("int8", "original"),
@@ -212,19 +213,20 @@ def one_thread() -> Iterator[None]:
 
 
 def random_pruning(
-    pipeline: Pipeline, plan: LayerMap, pictures: list[HeldOut], full: list[Made], report: Report
+    pipeline: Pipeline, plan: LayerMap, pictures: list[HeldOut], full: list[Made], control: Control
 ) -> list[dict[str, Any]]:
     """Mean grid IoU to the full model with as many blocks pruned at random, and with the plan's own
     blocks pruned, all in float32: what the choice of blocks alone is worth."""
     everything = {(kind, i) for kind, n in plan.totals.items() for i in range(n)}
     maps = [plan] + [plan_random(seed, plan) for seed in range(RANDOM_DRAWS)]
+    total = len(maps) * len(pictures)
     found = []
     for number, layer_map in enumerate(maps):
         kept = {(block.kind, block.index) for block in layer_map.blocks}
         network = pipeline.dit.without(*sorted(everything - kept))
         scores = []
         for index, picture in enumerate(pictures):
-            report(number * len(pictures) + index, len(maps) * len(pictures), "pruned at random")
+            control.step("pruned at random", number * len(pictures) + index, total)
             grid = grid_of(pipeline, picture, index, dit=network)
             scores.append(float(grid_iou(full[index].grid, grid)))
         found.append(
@@ -234,7 +236,7 @@ def random_pruning(
                 "grid_iou": float(np.mean(scores)),
             }
         )
-    report(len(maps) * len(pictures), len(maps) * len(pictures), "pruned at random")
+    control.report("pruned at random", total, total)
     return found
 
 

@@ -31,9 +31,9 @@ from vitapack.runtime.families import hunyuan3d, step1x3d, trellis
 from vitapack.runtime.families.checkpoint import network_shapes, shapes_of
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.container import lay_out, write_container
+from vitapack.runtime.progress import Control
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> safetensors dtype, shape
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -355,11 +355,11 @@ def write(
     parts: Sequence[str] = NETWORKS,
     seed: int = 0,
     sizes: Sizes | None = None,
-    progress: Report | None = None,
+    control: Control | None = None,
 ) -> Files:
     """Writes the checkpoint into the folder `out`; existing files of these names are replaced."""
     files = files_of(name, parts, sizes)
-    done, report = 0, progress or (lambda done, total, what: None)
+    done, control = 0, control or Control()
     for place, specs in files.tensors.items():
         target = out / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -367,7 +367,7 @@ def write(
         def drawn(specs: Specs = specs) -> Iterator[tuple[str, memoryview]]:
             nonlocal done
             for tensor, (dtype, shape) in specs.items():
-                report(done, files.nbytes, name)
+                control.step(name, done, files.nbytes)
                 made = draw(tensor, shape, seed)
                 half = made.half() if dtype == "F16" else made
                 done += half.nbytes
@@ -378,7 +378,7 @@ def write(
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out / place) as part:
             part.write_text(text + "\n")
-    report(files.nbytes, files.nbytes, name)
+    control.report(name, files.nbytes, files.nbytes)
     return files
 
 

@@ -28,6 +28,7 @@ from vitapack.compressor.vitality.table import debias
 from vitapack.runtime.decode.mesh import Mesh
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path
+from vitapack.runtime.progress import Control, Flag
 
 if TYPE_CHECKING:
     from vitapack.runtime.networks.network import Network
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Block = tuple[str, int]  # kind and original index
 # Three more clouds of the full mesh an image: 24 images then pool 48 degrees of freedom.
 FLOOR_DRAWS = 3
+POLL_SECONDS = 0.2  # between two looks at whether a run with worker processes was cancelled
 # EMD(Y, Y') is measured only where the distance is below this many floors. Beyond it, a floor that
 # is wrong by 20 % moves the debiased distance by less than 4 %.
 FLOOR_MATTERS = 2.0
@@ -69,8 +71,12 @@ class Full:
 class Measure:
     """Runs generations and compares them. Its results depend on the task alone."""
 
-    def __init__(self, pipeline: Pipeline, settings: Settings, cache: Path) -> None:
+    def __init__(
+        self, pipeline: Pipeline, settings: Settings, cache: Path, control: Control
+    ) -> None:
+        """`control` cancels a task at work; its progress is not reported."""
         self.pipeline, self.settings, self.cache = pipeline, settings, cache
+        self.control = control
         # Tasks come image by image; a second one is for the pair distances.
         self._load = functools.lru_cache(maxsize=2)(self._read)
 
@@ -222,48 +228,61 @@ Run = Callable[[Sequence[Task]], Iterator[tuple[int, dict[str, Any]]]]
 _worker: Measure | None = None
 
 
-def _start(pipeline: Pipeline, settings: Settings, cache: Path, threads: int) -> None:
+def _start(pipeline: Pipeline, settings: Settings, cache: Path, flag: Flag, threads: int) -> None:
     global _worker
     # Ctrl-C reaches every process of a terminal: the parent alone acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    _worker = Measure(pipeline, settings, cache)
+    _worker = Measure(pipeline, settings, cache, Control(flag=flag))
 
 
 def _do(task: Task) -> dict[str, Any]:
     assert _worker is not None
+    _worker.control.check()
     return getattr(_worker, task[0])(*task[1])
 
 
 @contextlib.contextmanager
-def runner(pipeline: Pipeline, settings: Settings, cache: Path, jobs: int) -> Iterator[Run]:
-    """Yields a function from tasks to (position, record) in the order in which they finish."""
+def runner(
+    pipeline: Pipeline, settings: Settings, cache: Path, jobs: int, control: Control
+) -> Iterator[Run]:
+    """Yields a function from tasks to (position, record) in the order in which they finish.
+
+    That function raises Cancelled after `control.cancel()`, and tasks at work end early.
+    """
     if jobs == 1:
-        measure = Measure(pipeline, settings, cache)
+        measure = Measure(pipeline, settings, cache, control.quiet())
 
         def here(tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
             for position, (method, arguments) in enumerate(tasks):
+                control.check()
                 yield position, getattr(measure, method)(*arguments)
 
         yield here
         return
 
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
     # "spawn": a fork after torch has started its threads can hang.
+    context = multiprocessing.get_context("spawn")
+    flag = context.Event()
     pool = ProcessPoolExecutor(
         jobs,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=context,
         initializer=_start,
-        initargs=(pipeline, settings, cache, torch.get_num_threads()),
+        initargs=(pipeline, settings, cache, flag, torch.get_num_threads()),
     )
 
     def there(tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
         position = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
-        for future in as_completed(position):
-            yield position[future], future.result()
+        waiting = set(position)
+        while waiting:
+            control.check()
+            done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+            for future in done:
+                yield position[future], future.result()
 
     try:
         yield there
@@ -273,4 +292,6 @@ def runner(pipeline: Pipeline, settings: Settings, cache: Path, jobs: int) -> It
             "fewer jobs"
         ) from error
     finally:
+        if control.cancelled:
+            flag.set()
         pool.shutdown(wait=True, cancel_futures=True)

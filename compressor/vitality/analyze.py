@@ -15,14 +15,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from vitapack.compressor.options import AnalyzeOptions
 from vitapack.compressor.vitality.ablation import Block, Run, Settings, Task, chamfer, runner
 from vitapack.compressor.vitality.journal import Journal
 from vitapack.compressor.vitality.table import (
@@ -38,17 +39,16 @@ from vitapack.compressor.vitality.table import (
     split_halves,
     summarize,
 )
-from vitapack.runtime.choices import METRICS, check_choice
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.layermap import KIND_OF
+from vitapack.runtime.options import merged
+from vitapack.runtime.progress import Control
 
 if TYPE_CHECKING:
     from vitapack.runtime.networks.network import Network
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
 __all__ = ["Vitality", "analyze", "chamfer", "describe"]
-
-Progress = Callable[[int, int, str], None]  # generations done, in all, and of which phase
 
 # The curves end here: half the way to an unrelated shape, or a tenth of the volume in common.
 BROKEN_REACH = 0.5
@@ -59,20 +59,13 @@ def analyze(
     pipeline: Pipeline,
     images: Sequence[tuple[str, Image.Image]],
     out: Path,
+    options: AnalyzeOptions | None = None,
     *,
-    metric: str = "emd",
-    points: int = 10_000,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    gap: float = 1e-2,
-    resume: bool = False,
-    progress: Progress | None = None,
-    curve: bool = True,
-    curve_images: int = 8,
-    jobs: int = 1,
+    control: Control | None = None,
+    **changes: Any,
 ) -> Vitality:
-    """Measures every block, writes `out` (atomically) and returns the table.
+    """Measures every block, writes `out` (atomically) and returns the table. `changes` are fields
+    of the options.
 
     The full model's surface is sampled once an image, and all clouds of an image are compared in
     its frame: its bounding box centred, the longest half side 1. A network that without a block
@@ -87,57 +80,45 @@ def analyze(
     Records go to OUT's .journal.jsonl as they are made, the full model's outputs to its .cache
     folder while the run lasts; `resume` takes both up again and ends in the same bytes.
     `jobs` worker processes give the same result as one, if they have as many torch threads
-    (workers take over the caller's torch.get_num_threads()).
+    (workers take over the caller's torch.get_num_threads()). Cancelled within a step, it leaves
+    what an interruption leaves.
 
     Raises UserError for no (usable) images, repeated names or pictures, an already pruned model,
     bad settings, a journal of other settings.
     """
+    options = merged(AnalyzeOptions, options, changes)
+    control = control or Control()
     out = Path(out)
-    sampler = pipeline.settings(steps, guidance, None)
-    settings = Settings(metric, points, sampler.to_json(), seed, gap)
-    _check(pipeline, images, settings, jobs, curve_images)
+    sampler = pipeline.settings(options.steps, options.guidance, None).to_json()
+    settings = Settings(options.metric, options.points, sampler, options.seed, options.gap)
+    _check(pipeline, images, options.jobs)
     blocks, totals = _blocks_of(pipeline.dit)
     identity = {"family": pipeline.family, "model": pipeline.source_sha256, **asdict(settings)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     cache = out.with_name(f"{out.stem}.cache")
-    if not resume:
+    if not options.resume:
         shutil.rmtree(cache, ignore_errors=True)
     with contextlib.ExitStack() as stack:
-        journal = Journal(out.with_name(f"{out.stem}.journal.jsonl"), key, resume=resume)
+        place = out.with_name(f"{out.stem}.journal.jsonl")
+        journal = Journal(place, key, resume=options.resume)
         stack.callback(journal.close)
-        run = stack.enter_context(runner(pipeline, settings, cache, jobs))
-        work = _Work(journal, run, cache, images, progress)
+        run = stack.enter_context(runner(pipeline, settings, cache, options.jobs, control))
+        work = _Work(journal, run, cache, images, control)
         names = work.full_outputs()
         work.phase("one block left out", len(names) * len(blocks))
         rows = work.without([(name, (block,)) for name in names for block in blocks])
-        scale = work.scale(names)
-        vitality = _tabulate(pipeline, settings, blocks, totals, work, names, rows, scale)
-        if curve:
-            chosen = names[:curve_images]
-            curves, more = _curves(vitality, work, chosen, metric)
-            rows = rows | more
-            vitality = _tabulate(
-                pipeline, settings, blocks, totals, work, names, rows, scale, curves, curve_images
-            )
+        found = _Found(names, blocks, totals, rows, work.scale(names))
+        vitality = _tabulate(pipeline, settings, work, found)
+        if options.curve:
+            curves, more = _curves(vitality, work, names[: options.curve_images], options.metric)
+            found = replace(found, rows=rows | more)
+            vitality = _tabulate(pipeline, settings, work, found, curves, options.curve_images)
         vitality.save(out)
     shutil.rmtree(cache, ignore_errors=True)
     return vitality
 
 
-def _check(
-    pipeline: Pipeline,
-    images: Sequence[tuple[str, Image.Image]],
-    settings: Settings,
-    jobs: int,
-    curve_images: int,
-) -> None:
-    check_choice("metric", settings.metric, METRICS)
-    if not 16 <= settings.points <= 1_000_000:
-        raise UserError(f"{settings.points} points: choose 16 to 1000000 (10000 is the paper's)")
-    if not 0 < settings.gap <= 0.1:
-        raise UserError(f"gap {settings.gap}: choose a relative gap above 0 and at most 0.1")
-    if jobs < 1 or curve_images < 1:
-        raise UserError("jobs and curve images must be at least 1")
+def _check(pipeline: Pipeline, images: Sequence[tuple[str, Image.Image]], jobs: int) -> None:
     if jobs > 1 and next(pipeline.dit.parameters()).device.type != "cpu":
         raise UserError("several jobs share one GPU badly: use one job on a GPU")
     if not images:
@@ -191,10 +172,9 @@ class _Work:
         run: Run,
         cache: Path,
         images: Sequence[tuple[str, Image.Image]],
-        progress: Progress | None,
+        control: Control,
     ) -> None:
-        self.journal, self.run, self.cache = journal, run, cache
-        self.progress = progress or (lambda done, total, what: None)
+        self.journal, self.run, self.cache, self.control = journal, run, cache, control
         self.images = dict(images)
         self.digests = {name: _digest(image) for name, image in images}
         seen: dict[str, str] = {}
@@ -205,7 +185,7 @@ class _Work:
 
     def phase(self, what: str, total: int) -> None:
         self.what, self.done, self.total = what, 0, total
-        self.progress(0, total, what)
+        self.control.step(what, 0, total)
 
     def full_outputs(self) -> list[str]:
         """Runs the full model on all images; returns the names of those that gave a shape."""
@@ -272,12 +252,23 @@ class _Work:
 
     def _tick(self, count: int = 1) -> None:
         self.done += count
-        self.progress(self.done, max(self.done, self.total), self.what)
+        self.control.report(self.what, self.done, max(self.done, self.total))
 
 
 # --- Curves and the table ----------------------------------------------------------------------
 
 Rows = dict[tuple[str, tuple[Block, ...]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Everything that the table is made from."""
+
+    names: list[str]  # of the images that gave a shape
+    blocks: list[Block]
+    totals: dict[str, int]
+    rows: Rows  # by image and removed blocks
+    scale: float  # see `_Work.scale`
 
 
 def _curves(
@@ -327,7 +318,7 @@ def _curves(
             ]
         curves["balanced"] = walk([(kind, index) for _, _, kind, index in sorted(steps)])
     work.total = work.done
-    work.progress(work.done, work.total, work.what)
+    work.control.report(work.what, work.done, work.total)
     return curves, rows
 
 
@@ -360,29 +351,25 @@ def _broken(point: CurvePoint, images: int) -> bool:
 def _tabulate(
     pipeline: Pipeline,
     settings: Settings,
-    blocks: Sequence[Block],
-    totals: dict[str, int],
     work: _Work,
-    names: Sequence[str],
-    rows: Rows,
-    scale: float,
+    found: _Found,
     curves: dict[str, tuple[CurvePoint, ...]] | None = None,
     curve_images: int = 0,
 ) -> Vitality:
-    sizes = _fp16_bytes(pipeline.dit, totals)
-    floors = [work.record(name)["floors"] for name in names]
-    per_block = [[rows[name, (block,)] for name in names] for block in blocks]
+    sizes = _fp16_bytes(pipeline.dit, found.totals)
+    floors = [work.record(name)["floors"] for name in found.names]
+    per_block = [[found.rows[name, (block,)] for name in found.names] for block in found.blocks]
     table = tuple(
         summarize(
             *block,
-            found,
+            rows,
             floors,
             metric=settings.metric,
             nbytes=sizes[block[0]],
         )
-        for block, found in zip(blocks, per_block, strict=True)
+        for block, rows in zip(found.blocks, per_block, strict=True)
     )
-    distances = np.array([[row["distance"] for row in found] for found in per_block]).T
+    distances = np.array([[row["distance"] for row in rows] for rows in per_block]).T
     means = [block.mean for block in table]
     checks = {
         "1 - iou": [1 - block.iou for block in table],
@@ -394,21 +381,21 @@ def _tabulate(
     ]
     flat = [
         {"image": name, "removed": [list(block) for block in removed], **record}
-        for (name, removed), record in rows.items()
+        for (name, removed), record in found.rows.items()
     ]
     return Vitality(
         family=pipeline.family,
         variant=getattr(pipeline, "variant", ""),
         model=Path(pipeline.source).name,
         source_sha256=pipeline.source_sha256,
-        settings=asdict(settings) | {"curve_images": min(curve_images, len(names))},
-        totals=totals,
+        settings=asdict(settings) | {"curve_images": min(curve_images, len(found.names))},
+        totals=found.totals,
         network=pipeline.dit.config,
         rest_bytes=sizes["rest"],
         blocks=table,
-        stability=by_kind(blocks, lambda columns: split_halves(distances[:, columns])),
+        stability=by_kind(found.blocks, lambda columns: split_halves(distances[:, columns])),
         agreement={name: rho for name, rho in agreement.items() if rho is not None},
-        scale=scale,
+        scale=found.scale,
         curves=curves or {},
         images=tuple(images),
         rows=tuple(sorted(flat, key=lambda row: (len(row["removed"]), row["image"], str(row)))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,18 @@ class SamplerDefaults:
             if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1):
                 raise UserError(f"guidance_interval {self.guidance_interval}: expected 0 <= a <= b")
             object.__setattr__(self, "guidance_interval", (float(low), float(high)))
+
+    def with_values(
+        self,
+        *,
+        name: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> SamplerDefaults:
+        """These settings with the given values; None keeps a value. UserError."""
+        given = {"name": name, "steps": steps, "guidance": guidance}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

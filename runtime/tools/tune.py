@@ -7,7 +7,6 @@ model with the same sizes finds it. Without it the shipped tables serve.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from vitapack.kernels.linear import support
@@ -15,8 +14,7 @@ from vitapack.runtime.engines.device import chosen_device
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.layouts import GROUP_OF, W16
-
-Report = Callable[[int, int, str], None]
+from vitapack.runtime.progress import Control
 
 
 def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, int]]:
@@ -42,7 +40,7 @@ def tune_packed(
     *,
     device: str = "cuda:0",
     again: bool = False,
-    progress: Report = lambda done, total, what: None,
+    control: Control | None = None,
 ) -> dict[str, Any]:
     """Tunes a file's linears for latents and condition of these lengths, see `rows_of`.
 
@@ -50,6 +48,7 @@ def tune_packed(
     """
     import torch
 
+    control = control or Control()
     found = shapes_of(path)
     if not found:
         raise UserError(f"{path}: no linear is packed, so there is nothing to tune")
@@ -69,9 +68,13 @@ def tune_packed(
         if not ready:
             raise UserError(f"nothing to tune: {why}")
     shapes = [Shape(*shape) for shape in found]
+
+    def report(done: int, total: int, phase: str) -> None:
+        control.step(phase, done, total)
+
     try:
         with torch.inference_mode():
-            choices = tune(where, shapes, rows_of(tokens), again=again, report=progress)
+            choices = tune(where, shapes, rows_of(tokens), again=again, report=report)
     except ValueError as error:
         raise UserError(str(error)) from error
     arch, name = gemm_table._properties(where.index)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from vitapack.compressor.options import AnalyzeOptions
 from vitapack.runtime.choices import METRICS
 from vitapack.runtime.files import destination
-from vitapack.terminal import COUNT, SEED, progress, say
+from vitapack.terminal import COUNT, SEED, filled, say, watched
 
 HELP = "measure how vital each block is to the geometry"
 EXAMPLE = "analyze furniture --images photos -o vitality.json"
@@ -18,13 +19,13 @@ def add_options(parser: ArgumentParser) -> None:
     add("model", help="original checkpoint: a folder or file in released layout, or `furniture`")
     add("--images", type=Path, required=True, metavar="DIR")
     add("-o", "--out", type=Path, required=True)
-    add("--metric", choices=METRICS, default="emd")
-    add("--points", type=COUNT, default=10_000)
+    add("--metric", choices=METRICS)
+    add("--points", type=COUNT)
     add("--steps", type=COUNT)
     add("--guidance", type=float)
-    add("--seed", type=SEED, default=0)
+    add("--seed", type=SEED)
     add("--limit", type=COUNT, help="use only the first so many images")
-    add("--jobs", type=COUNT, default=1, help="worker processes; on a GPU 1")
+    add("--jobs", type=COUNT, help="worker processes; on a GPU 1")
     add("--resume", action="store_true", help="continue an interrupted analysis from its journal")
     add("--device", default="cpu")
 
@@ -35,14 +36,11 @@ def run(options: Namespace) -> None:
     from vitapack.runtime.condition.images import find_images, load_image
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
+    settings = filled(AnalyzeOptions, options)
     destination(options.out)
     places = find_images([options.images])[: options.limit]
     images = [(path.stem, load_image(path)) for path in places]
     pipeline = Pipeline.from_model(options.model, device=options.device)
-    with progress(options.quiet) as report:
-        result = analyze(
-            pipeline, images, options.out, metric=options.metric, points=options.points,
-            steps=options.steps, guidance=options.guidance, seed=options.seed,
-            resume=options.resume, jobs=options.jobs, progress=report,
-        )  # fmt: skip
+    with watched(options.quiet) as control:
+        result = analyze(pipeline, images, options.out, settings, control=control)
     say(options, result.to_json(), describe(result))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from vitapack.terminal import COUNT, progress, say
+from vitapack.terminal import COUNT, say, watched
 
 HELP = "analyze, compress, generate and compare with the bundled furniture model"
 EXAMPLE = "demo --out demo-out"
@@ -20,6 +20,6 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from vitapack.compressor.report.demo import run_demo
 
-    with progress(options.quiet) as report:
-        figures = run_demo(options.out, images=options.images, progress=report)
+    with watched(options.quiet) as control:
+        figures = run_demo(options.out, images=options.images, control=control)
     say(options, figures.data, figures.text)

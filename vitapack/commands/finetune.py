@@ -5,8 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from vitapack.compressor.options import FinetuneOptions
 from vitapack.runtime.choices import TRAINED_BLOCKS
-from vitapack.terminal import COUNT, SEED, progress, say
+from vitapack.terminal import COUNT, SEED, filled, say, watched
 
 HELP = "train the least vital kept blocks to follow the original"
 EXAMPLE = "finetune furniture model.safetensors --images photos -o tuned.safetensors"
@@ -21,24 +22,22 @@ def add_options(parser: ArgumentParser) -> None:
     add(
         "--blocks",
         choices=TRAINED_BLOCKS,
-        default="min-vital",
         help="the least or most vital kept block of each kind, or all",
     )
     add(
         "--iterations",
         type=COUNT,
-        default=1000,
         help="optimizer steps; the paper takes 20,000 to 30,000 (default 1000)",
     )
-    add("--batch", type=COUNT, default=16, help="trajectory points per step (default 16)")
-    add("--lr", type=float, default=3e-4, help="learning rate of Adam, decayed linearly to 0")
-    add("--seed", type=SEED, default=0)
+    add("--batch", type=COUNT, help="trajectory points per step (default 16)")
+    add("--lr", type=float, help="learning rate of Adam, decayed linearly to 0")
+    add("--seed", type=SEED)
     add(
         "--steps", type=COUNT, help="sampling steps of the teacher (default: as in the packed file)"
     )
     add("--guidance", type=float)
     add("--limit", type=COUNT, help="use only the first so many images")
-    add("--device", default="cpu")
+    add("--device")
 
 
 def run(options: Namespace) -> None:
@@ -46,11 +45,10 @@ def run(options: Namespace) -> None:
     from vitapack.runtime.condition.images import find_images
     from vitapack.runtime.format.describe import describe_finetuning
 
+    settings = filled(FinetuneOptions, options)
     images = find_images([options.images])[: options.limit]
-    with progress(options.quiet) as report:
+    with watched(options.quiet) as control:
         note = finetune(
-            options.model, options.packed, images, options.out, blocks=options.blocks,
-            iterations=options.iterations, batch=options.batch, lr=options.lr, seed=options.seed,
-            steps=options.steps, guidance=options.guidance, device=options.device, progress=report,
-        )  # fmt: skip
+            options.model, options.packed, images, options.out, settings, control=control
+        )
     say(options, {"written": str(options.out), **note}, describe_finetuning(note))

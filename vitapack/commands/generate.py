@@ -11,7 +11,7 @@ from typing import Any
 from vitapack.runtime.choices import COMPUTES, MEMORY_MODES, MESH_FORMATS, SAMPLERS, VIEWS
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import destination
-from vitapack.terminal import COUNT, SEED, progress, say
+from vitapack.terminal import COUNT, SEED, say, watched
 
 HELP = "turn images into meshes"
 EXAMPLE = "generate model.safetensors chair.png -o meshes --seed 1"
@@ -76,10 +76,10 @@ def run(options: Namespace) -> None:
     if not options.quiet:
         predicted = pipeline.predicted_bytes(views=views, one_batch=options.one_batch)
         print(f"memory: {predicted_line(predicted)}", file=sys.stderr)
-    with progress(options.quiet) as report:
+    with watched(options.quiet) as control:
         for number, places in enumerate(objects):
             path = next(iter(places.values()))
-            report(number, len(objects), "meshes")
+            control.step("meshes", number, len(objects))
             target = target_of(options, places)
             try:
                 images = {view: load_image(place) for view, place in places.items()}
@@ -87,7 +87,7 @@ def run(options: Namespace) -> None:
                     images.get("", images), name=str(path), seed=options.seed,
                     steps=options.steps, guidance=options.guidance, sampler=options.sampler,
                     one_batch=options.one_batch,
-                    progress=lambda done, total: report(done, total, "steps"),
+                    progress=lambda done, total: control.report("steps", done, total),
                 )  # fmt: skip
             except UserError as error:
                 # One bad picture must not cost the folder its other meshes.
@@ -106,7 +106,7 @@ def run(options: Namespace) -> None:
                     "queries": pipeline.decoder.queries,
                 }
             )
-        report(len(objects), len(objects), "meshes")
+        control.report("meshes", len(objects), len(objects))
     lines = [mesh_line(row) for row in written]
     say(options, {"written": written, "failed": failed}, "\n".join(lines))
     if failed:

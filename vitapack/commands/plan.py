@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 
-from vitapack.terminal import SIZE, say, write_json
+from vitapack.compressor.options import PlanOptions
+from vitapack.runtime.format.layermap import KINDS
+from vitapack.terminal import SIZE, filled, say, write_json
 
 HELP = "choose which blocks to keep, and in how many bits"
 EXAMPLE = "plan vitality.json -o plan.json --target-size 6MB"
-THRESHOLDS = ("tau-double", "tau-single", "tau8-double", "tau8-single")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -29,20 +31,23 @@ def add_options(parser: ArgumentParser) -> None:
         help="size of network, tables and header; embedded components are added to it",
     )
     add("--paper", action="store_true", help="the family's published layer map")
-    for name in THRESHOLDS:
-        add(f"--{name}", type=float)
+    for kind in KINDS:
+        add(f"--tau-{kind}", type=float, help=f"prune {kind} blocks below this vitality")
+        add(f"--tau8-{kind}", type=float, help=f"8 bits for {kind} blocks above this vitality")
 
 
 def run(options: Namespace) -> None:
     from vitapack.compressor.planning.files import describe, from_options
 
-    names = [name.replace("-", "_") for name in THRESHOLDS]
-    layer_map = from_options(
-        options.vitality,
-        target_size=options.target_size,
-        paper=options.paper,
-        max_distance=options.max_distance,
-        taus={n: value for n in names if (value := getattr(options, n)) is not None},
+    settings = replace(
+        filled(PlanOptions, options), tau=by_kind(options, "tau"), tau8=by_kind(options, "tau8")
     )
+    layer_map = from_options(options.vitality, settings)
     write_json(options.out, layer_map.to_json())
     say(options, layer_map.to_json(), describe(layer_map))
+
+
+def by_kind(options: Namespace, name: str) -> dict[str, float]:
+    """The thresholds that were given."""
+    values = {kind: getattr(options, f"{name}_{kind}") for kind in KINDS}
+    return {kind: value for kind, value in values.items() if value is not None}

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from vitapack.runtime.choices import NETWORKS, names
-from vitapack.terminal import SEED, progress, say
+from vitapack.terminal import SEED, say, watched
 
 HELP = "write full-size random weights in a released layout, for tests and benchmarks"
 EXAMPLE = "random-checkpoint hunyuan3d-2mini -o mini"
@@ -28,9 +28,9 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from vitapack.compressor.tools.random_checkpoint import write
 
-    with progress(options.quiet) as report:
+    with watched(options.quiet) as control:
         files = write(
-            options.name, options.out, parts=options.parts, seed=options.seed, progress=report
+            options.name, options.out, parts=options.parts, seed=options.seed, control=control
         )
     written = [str(options.out / place) for place in (*files.texts, *files.tensors)]
     say(options, {"written": written, "bytes": files.nbytes}, "\n".join(written))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from vitapack.terminal import COUNTS, progress, say
+from vitapack.terminal import COUNTS, say, watched
 
 HELP = "measure a file's GEMMs on this GPU once and keep the fastest configurations"
 EXAMPLE = "tune model.safetensors --tokens 512,1370"
@@ -27,9 +27,9 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from vitapack.runtime.tools.tune import describe, tune_packed
 
-    with progress(options.quiet) as report:
+    with watched(options.quiet) as control:
         result = tune_packed(
             options.packed, options.tokens, device=options.device, again=options.again,
-            progress=report,
+            control=control,
         )  # fmt: skip
     say(options, result, describe(result))

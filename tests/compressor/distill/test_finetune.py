@@ -27,6 +27,7 @@ from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.loading.packed import load_packed_dit
 from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.progress import Cancelled, Control, Progress
 from vitapack.runtime.sampling.guidance import denoise
 
 PICTURES = [picture.image_path for picture in held_out("validation-views")][:3]
@@ -132,30 +133,30 @@ def test_what_was_judged_is_what_was_written(packed: Path, tmp_path: Path, monke
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("how", "first"), [(KeyboardInterrupt, 5), (Cancelled, 6)])
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
-    packed: Path, tmp_path: Path, monkeypatch, capsys
+    packed: Path, tmp_path: Path, monkeypatch, how: type, first: int
 ) -> None:
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     tuned(packed, whole, iterations=7)
 
-    def stop(done: int, total: int, what: str) -> None:
-        seen.append(done)
-        if what == "fine-tune" and done == 5:
-            raise KeyboardInterrupt
+    def stop(at: Progress) -> None:
+        if at == Progress("fine-tune", 5, 7):
+            if how is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            control.cancel()
 
-    seen: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        tuned(packed, parts, iterations=7, progress=stop)
+    control = Control(stop)
+    with pytest.raises(how):
+        tuned(packed, parts, iterations=7, control=control)
     assert not parts.exists()
     with pytest.raises(UserError, match="other files or settings"):
         tuned(packed, parts, iterations=7, seed=1)
     steps: list[int] = []
-    tuned(
-        packed, parts, iterations=7,
-        progress=lambda done, total, what: what == "fine-tune" and steps.append(done),
-    )  # fmt: skip
-    assert steps[0] == 5  # the state after the fourth was saved before the interruption
+    watch = Control(lambda at: at.phase == "fine-tune" and steps.append(at.done))
+    tuned(packed, parts, iterations=7, control=watch)
+    assert steps[0] == first  # the last state that was saved is not the last one reported
     assert parts.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.safetensors", whole.name]
 

@@ -10,7 +10,6 @@ from scipy.spatial.transform import Rotation
 from vitapack.compressor.evaluate.alignment import align
 from vitapack.compressor.evaluate.metrics import (
     METRICS,
-    EvaluateSettings,
     compare,
     describe,
     evaluate_folders,
@@ -19,8 +18,10 @@ from vitapack.compressor.evaluate.metrics import (
     summarise,
 )
 from vitapack.compressor.evaluate.voxels import lattice_around, surface_voxels, voxelise
+from vitapack.compressor.options import EvaluateSettings
 from vitapack.runtime.decode.mesh import Mesh, save, surface_from_grid
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.progress import Cancelled, Control, Progress
 
 FAST = EvaluateSettings(points=2000, emd_points=0)
 STILL = EvaluateSettings(points=2000, emd_points=0, align="none")
@@ -298,9 +299,13 @@ def test_folders_of_mixed_formats(tmp_path):
     (tmp_path / "b" / "notes.txt").write_text("not a mesh")
     calls = []
     result = evaluate_folders(
-        tmp_path / "a", str(tmp_path / "b"), FAST, progress=lambda *call: calls.append(call)
+        tmp_path / "a", str(tmp_path / "b"), FAST, control=Control(calls.append)
     )
-    assert calls == [(0, 2, "pairs"), (1, 2, "pairs"), (2, 2, "pairs")]
+    assert calls == [Progress("pairs", done, 2) for done in range(3)]
+    cancelled = Control()
+    cancelled.cancel()
+    with pytest.raises(Cancelled):
+        evaluate_folders(tmp_path / "a", tmp_path / "b", FAST, control=cancelled)
     assert [row["name"] for row in result["pairs"]] == ["ball", "chair"]
     assert result["only_in_reference"] == ["alone"]
     assert result["only_in_candidate"] == ["extra"]

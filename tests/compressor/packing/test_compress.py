@@ -29,6 +29,7 @@ from vitapack.runtime.format.tensors import plan_linears
 from vitapack.runtime.loading.packed import load_packed_dit
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.modulation import MissingTime, ModulationTable
+from vitapack.runtime.progress import Cancelled, Control
 from vitapack.runtime.sampling.solvers import sample
 
 MAPS = {"int8": tiny_map(8), "int4": tiny_map(4), "mixed": PRUNED}
@@ -159,7 +160,7 @@ def test_a8_stays_near_a16(original, tmp_path):
         t = torch.tensor([0.4])
         error = (a8(x, t, cond) - a16(x, t, cond)).norm() / a16(x, t, cond).norm()
         assert 0 < error < 0.03
-    with pytest.raises(UserError, match="compute mode 'a4'"):
+    with pytest.raises(UserError, match="no compute mode 'a4': choose one of a16, a8"):
         load_packed_dit(out, compute="a4")
 
 
@@ -203,13 +204,12 @@ def test_bytes_per_weight(original, tmp_path):
 def test_progress_reaches_its_end(original, tmp_path):
     checkpoint, _ = original
     seen = []
-    compress(
-        checkpoint, PRUNED, tmp_path / "m.safetensors", progress=lambda *report: seen.append(report)
-    )
-    done = [report[0] for report in seen]
+    compress(checkpoint, PRUNED, tmp_path / "m.safetensors", control=Control(seen.append))
+    assert {at.phase for at in seen} == {"compress"}
+    done = [at.done for at in seen]
     assert done == sorted(done)
-    assert seen[0][0] == 0
-    assert seen[-1][0] == seen[-1][1] > 0
+    assert seen[0].done == 0
+    assert seen[-1].done == seen[-1].total > 0
 
 
 class Stop(KeyboardInterrupt):
@@ -217,19 +217,23 @@ class Stop(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("after", [1, 9, 30])
-def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after):
+@pytest.mark.parametrize("how", [Stop, Cancelled])
+def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after, how):
     checkpoint, _ = original
     whole, out = tmp_path / "whole.safetensors", tmp_path / "m.safetensors"
     compress(checkpoint, PRUNED, whole)
     calls = []
 
-    def interrupt(done, total, what):
-        calls.append(done)
+    def interrupt(at):
+        calls.append(at.done)
         if len(calls) == after + 1:
-            raise Stop
+            if how is Stop:
+                raise Stop
+            control.cancel()
 
-    with pytest.raises(Stop):
-        compress(checkpoint, PRUNED, out, progress=interrupt)
+    control = Control(interrupt)
+    with pytest.raises(how):
+        compress(checkpoint, PRUNED, out, control=control)
     assert not out.exists()
     made = []
     real = module.pack
@@ -253,12 +257,13 @@ def test_another_plan_or_damaged_work_starts_afresh(original, tmp_path):
     out = tmp_path / "m.safetensors"
 
     def interrupted(layer_map):
-        def stop(done, total, what):
-            if done > total // 2:
-                raise Stop
+        def stop(at):
+            if at.done > at.total // 2:
+                control.cancel()
 
-        with pytest.raises(Stop):
-            compress(checkpoint, layer_map, out, progress=stop)
+        control = Control(stop)
+        with pytest.raises(Cancelled):
+            compress(checkpoint, layer_map, out, control=control)
         return tmp_path / ".m.safetensors.partial" / "file"
 
     interrupted(tiny_map(8))
@@ -278,11 +283,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [{root!r}, {tests!r}]
 from tiny_model import tiny_map
 from vitapack.compressor.packing.compress import compress
+from vitapack.runtime.progress import Control
 from vitapack.runtime.families.open import open_checkpoint
-def kill(done, total, what):
-    if done > total // 2:
+def kill(at):
+    if at.done > at.total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
-compress(open_checkpoint({model!r}), tiny_map(4), {out!r}, progress=kill)
+compress(open_checkpoint({model!r}), tiny_map(4), {out!r}, control=Control(kill))
 """
 
 
@@ -308,12 +314,12 @@ def test_two_runs_onto_one_name(original, tmp_path):
     checkpoint, _ = original
     out = tmp_path / "m.safetensors"
 
-    def meanwhile(done, total, what):
-        if done == 0:
+    def meanwhile(at):
+        if at.done == 0:
             with pytest.raises(UserError, match="another compression is writing it"):
                 compress(checkpoint, PRUNED, out)
 
-    compress(checkpoint, PRUNED, out, progress=meanwhile)
+    compress(checkpoint, PRUNED, out, control=Control(meanwhile))
     verify(out)
 
 

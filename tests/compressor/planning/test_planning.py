@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_checkpoint
 
+from vitapack.cli import main
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning import automatic as plan
 from vitapack.compressor.planning.files import describe as describe_plan
@@ -120,7 +122,7 @@ def test_table_a_gives_the_papers_choice() -> None:
     for layer_map in (
         plan.plan_auto(vitality),
         plan_thresholds(
-            vitality, tau_double=0.2, tau_single=0.17, tau8_double=0.25, tau8_single=0.25
+            vitality, {"double": 0.2, "single": 0.17}, {"double": 0.25, "single": 0.25}
         ),
     ):
         check(layer_map, vitality)
@@ -209,7 +211,7 @@ def test_equal_vitalities_all_get_8_bits() -> None:
 @settings(max_examples=40, deadline=None)
 @given(tables, distances, distances, distances, distances)
 def test_thresholds(vitality: Vitality, a: float, b: float, c: float, d: float) -> None:
-    taus = {"tau_double": a, "tau_single": b, "tau8_double": c, "tau8_single": d}
+    taus = {"tau": {"double": a, "single": b}, "tau8": {"double": c, "single": d}}
     most = {kind: vitality.ranked(kind)[-1].mean for kind in vitality.kinds}
     if a > most["double"] or b > most["single"]:
         with pytest.raises(UserError, match="prunes all"):
@@ -219,10 +221,10 @@ def test_thresholds(vitality: Vitality, a: float, b: float, c: float, d: float) 
     check(layer_map, vitality)
     for block in vitality.blocks:
         kept = block.index in layer_map.kept(block.kind)
-        assert kept == (block.mean >= taus[f"tau_{block.kind}"])
+        assert kept == (block.mean >= taus["tau"][block.kind])
         if kept:
             eight = layer_map.bits(block.kind, block.index) == 8
-            assert eight == (block.mean > taus[f"tau8_{block.kind}"])
+            assert eight == (block.mean > taus["tau8"][block.kind])
 
 
 @settings(max_examples=12, deadline=None)
@@ -263,9 +265,8 @@ def test_target_size_gives_up_the_least_vital_first() -> None:
 @settings(max_examples=40, deadline=None)
 @given(tables, st.integers(0, 2**32 - 1), st.integers(0, 100))
 def test_random(vitality: Vitality, seed: int, share: int) -> None:
-    tau = {f"tau_{k}": vitality.ranked(k)[len(vitality.ranked(k)) // 2].mean
-           for k in vitality.kinds}  # fmt: skip
-    like = plan_thresholds(vitality, tau8_single=share / 100, **tau)
+    tau = {k: vitality.ranked(k)[len(vitality.ranked(k)) // 2].mean for k in vitality.kinds}
+    like = plan_thresholds(vitality, tau, {"single": share / 100})
     layer_map = plan_random(seed, like)
     assert LayerMap.from_json(json.loads(layer_map.dumps())) == layer_map
     assert plan_random(seed, like) == layer_map
@@ -328,7 +329,7 @@ def test_predicted_network_is_the_compressors(tmp_path: Path, modulation: str) -
     checkpoint, _ = tiny_checkpoint(tmp_path / "model")
     vitality = table({"double": [0.2, 0.4], "single": [0.3, 0.2, 0.4]})
     vitality = replace(vitality, network=checkpoint.config)
-    layer_map = plan_thresholds(vitality, tau_double=0.3, tau8_single=0.25)
+    layer_map = plan_thresholds(vitality, {"double": 0.3}, {"single": 0.25})
     schedules = [replace(checkpoint.sampler, steps=steps) for steps in (4, 9)]
     predicted = predict_size(vitality, layer_map, schedules=schedules, modulation=modulation)
     made = compress(
@@ -364,7 +365,7 @@ def test_options(tmp_path: Path) -> None:
     auto = from_options(file)
     assert auto.blocks == plan.plan_auto(vitality).blocks
     assert auto.notes["predicted bytes"] == predict_size(vitality, auto).total
-    taus = from_options(file, taus={"tau_double": 0.2})
+    taus = from_options(file, tau={"double": 0.2})
     assert taus.pruned("double") == (7, 8, 9, 10, 11)
     size = auto.notes["predicted bytes"]
     assert from_options(file, target_size=size).notes["predicted bytes"] <= size
@@ -380,15 +381,54 @@ def test_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("taus", "words"),
     [
-        ({"tau_double": -1.0}, "at least 0"),
-        ({"tau8_single": float("nan")}, "at least 0"),
-        ({"tau_block": 0.1}, "has no block blocks"),
-        ({"tau_single": 0.9}, "prunes all 24 single blocks; the most vital one has 0.33"),
+        ({"tau": {"double": -1.0}}, "--tau-double -1.0: expected a distance of at least 0"),
+        (
+            {"tau8": {"single": float("nan")}},
+            "--tau8-single nan: expected a distance of at least 0",
+        ),
+        (
+            {"tau": {"block": 0.1}},
+            "--tau-block: this network has no block blocks; use --tau-double and --tau-single",
+        ),
+        (
+            {"tau8": {"block": 0.1}},
+            "--tau8-block: this network has no block blocks; use --tau8-double and --tau8-single",
+        ),
+        (
+            {"tau": {"single": 0.9}},
+            "--tau-single 0.9 prunes all 24 single blocks; the most vital one has 0.33",
+        ),
     ],
 )
-def test_bad_thresholds(taus: dict[str, float], words: str) -> None:
+def test_bad_thresholds(taus: dict[str, dict[str, float]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan_thresholds(step1x(), **taus)
+
+
+def trellis() -> Vitality:
+    """A network of one block kind."""
+    values = table({"block": [0.5, 0.12, 0.31, 0.22]})
+    network = {
+        "kind": "flow-transformer", "resolution": 4, "in_channels": 8, "patch": 1,
+        "cond_channels": 32, "hidden": 32, "heads": 4, "blocks": [0, 1, 2, 3], "mlp_ratio": 4.0,
+        "time": {"channels": 256, "hidden": 32, "scale": 1.0, "max_period": 10_000.0,
+                 "cos_first": True, "activation": "silu"},
+    }  # fmt: skip
+    return replace(values, family="trellis", network=architecture_from_json(network))
+
+
+def test_thresholds_of_a_network_of_one_block_kind(tmp_path: Path, capsys) -> None:
+    file, out = tmp_path / "vitality.json", tmp_path / "plan.json"
+    trellis().save(file)
+    main(["plan", str(file), "-o", str(out), "--tau-block", "0.2", "--tau8-block", "0.3"])
+    assert "pruned   1" in capsys.readouterr().out
+    layer_map = load_plan(out)
+    assert {block.index: block.bits for block in layer_map.blocks} == {0: 8, 2: 8, 3: 4}
+    assert layer_map.notes["thresholds"] == {"block": {"prune below": 0.2, "8 bits above": 0.3}}
+    line = complaint(capsys, "plan", file, "-o", out, "--tau8-double", "0.3")
+    assert line == "vitapack: --tau8-double: this network has no double blocks; use --tau8-block"
+    line = complaint(capsys, "plan", file, "-o", out, "--tau-block", "0.2", "--target-size", "1MB")
+    assert line == "vitapack: --target-size and thresholds exclude each other; choose one"
 
 
 def test_bad_max_distance() -> None:

@@ -25,6 +25,7 @@ from vitapack.compressor.vitality.table import (
 )
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Cancelled, Control, Progress
 
 BLOCKS = 7
 POINTS = 200
@@ -55,10 +56,8 @@ def reference_journal(undisturbed: Path) -> bytes:
 
 def test_known_blocks(pipeline: Pipeline, tmp_path: Path) -> None:
     out = tmp_path / "vitality.json"
-    seen: list[tuple[int, int, str]] = []
-    vitality = analyze(
-        pipeline, pictures(5), out, points=400, progress=lambda *where: seen.append(where)
-    )
+    seen: list[Progress] = []
+    vitality = analyze(pipeline, pictures(5), out, points=400, control=Control(seen.append))
     assert Vitality.load(out) == vitality
     for block in vitality.blocks:
         idle = (block.kind, block.index) in IDLE
@@ -89,13 +88,13 @@ def test_known_blocks(pipeline: Pipeline, tmp_path: Path) -> None:
     assert vitality.of("double", 0).mean == pytest.approx(
         np.mean([row["distance"] for row in rows])
     )
-    phases = [what for _, _, what in seen]
+    phases = [at.phase for at in seen]
     assert list(dict.fromkeys(phases)) == [
         "full model", "one block left out", "blocks removed in turn"
     ]  # fmt: skip
     for phase in set(phases):
-        done, total, _ = [where for where in seen if where[2] == phase][-1]
-        assert done == total
+        last = [at for at in seen if at.phase == phase][-1]
+        assert last.done == last.total
     text = describe(vitality)
     assert "at the sampling floor" in text
     assert "Spearman" in text
@@ -126,23 +125,25 @@ class Counting(Pipeline):
 
 
 @pytest.mark.parametrize("stop", [2, 17, 40])
-def test_resumed_is_identical(reference: bytes, tmp_path: Path, stop: int) -> None:
-    """Interrupted in each phase, with half a line left in the journal: the same bytes, and at most
-    the generation in flight done twice."""
+@pytest.mark.parametrize("how", [Stopped, Cancelled])
+def test_resumed_is_identical(reference: bytes, tmp_path: Path, stop: int, how: type) -> None:
+    """Interrupted or cancelled in each phase, with half a line left in the journal: the same bytes,
+    and at most the generation in flight done twice."""
     pipeline = tiny_pipeline()
     pipeline.__class__ = Counting
     out = tmp_path / "vitality.json"
     journal = tmp_path / "vitality.journal.jsonl"
 
-    def until(done: int, total: int, what: str) -> None:
+    def until(at: Progress) -> None:
         if Counting.runs >= stop:
-            raise Stopped
+            if how is Stopped:
+                raise Stopped
+            control.cancel()
 
     Counting.runs = 0
-    with pytest.raises(Stopped):
-        analyze(
-            pipeline, pictures(4), out, points=POINTS, curve_images=2, progress=until, resume=True
-        )
+    control, few = Control(until), {"points": POINTS, "curve_images": 2}
+    with pytest.raises(how):
+        analyze(pipeline, pictures(4), out, control=control, resume=True, **few)
     assert not out.exists()
     with journal.open("ab") as file:
         file.write(b'{"task": "full 1')
@@ -185,6 +186,19 @@ def test_more_images_reuse_the_journal(pipeline: Pipeline, tmp_path: Path) -> No
 def test_jobs_give_the_same_file(pipeline: Pipeline, reference: bytes, tmp_path: Path) -> None:
     out = tmp_path / "vitality.json"
     analyze(pipeline, pictures(4), out, points=POINTS, curve_images=2, jobs=2)
+    assert out.read_bytes() == reference
+
+
+def test_worker_processes_are_cancelled(
+    pipeline: Pipeline, reference: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "vitality.json"
+    few = {"points": POINTS, "curve_images": 2, "jobs": 2, "resume": True}
+    control = Control(lambda at: at.phase == "one block left out" and control.cancel())
+    with pytest.raises(Cancelled):
+        analyze(pipeline, pictures(4), out, control=control, **few)
+    assert not out.exists()
+    analyze(pipeline, pictures(4), out, **few)
     assert out.read_bytes() == reference
 
 
