@@ -25,8 +25,8 @@ FLOORS = {
         {"integrations", "tools"},
     ],
     "compressor": [
-        {"options"},
-        {"evaluate", "tools"},
+        {"options", "tools"},
+        {"evaluate"},
         {"vitality"},
         {"planning"},
         {"packing"},
