@@ -1,8 +1,5 @@
-// The AVX-512 row kernels with AMX tiles (Sapphire Rapids and later): COMPILED, NEVER RUN. Nothing
-// chooses it by itself; VITAPACK_ISA=amx-int8 does, where the processor and Linux have it.
-//
-// The panels are the same: 16 steps of 16 channels are a tile register of B (rows of 64 bytes,
-// 256 apart), 16 rows of A a register of 64 inputs each.
+// The AVX-512 row kernels with AMX tiles for int8 (Sapphire Rapids and later, on Linux), from the same
+// panels. Float products stay AVX-512's.
 
 #include "engine.h"
 
@@ -36,29 +33,12 @@ bool tiles_allowed() {
   return has_tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-// 8 tiles of 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-const TileConfig kTiles;
-
-// Before every tile, since other libraries configure and release the same registers on the same
-// threads (oneDNN does, and so torch): a tile that relied on an earlier call was an illegal
-// instruction. The barrier makes the compiler write what the tile loads will read: GCC's intrinsics
-// declare no memory.
-void configure_tiles() {
-  __asm__ volatile("" ::: "memory");
-  _tile_loadconfig(&kTiles);
-}
-
 }  // namespace
 
 #define VP_NAME "amx-int8"
 #define VP_LEVEL 512
 #define VP_AMX 1
-#define VP_BF16 false
+#define VP_BF16 true
 #define VP_STEPS(dim) (((dim) + 63) / 64 * 16)
 #define VP_TABLE amx_table
 #include "kernels.h"

@@ -92,6 +92,28 @@ inline void scores(std::int32_t* sums, const float* q_scale, const float* k_scal
   }
 }
 
+// Contributions of rows as u8, relative to the largest score `top` of each in this step, and the sums
+// of the probabilities, relative to it too.
+template <int rows>
+inline void powers(const float* s, const float* top, const float* weight, std::int64_t keys,
+                   std::uint8_t* p, float* total) {
+  F sum_of[rows];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) sum_of[r] = all(0.0f);
+  for (std::int64_t i = 0; i < keys; i += kPanel)
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      const F shift = all(top[r] - kRaise);
+      Powers one;
+      one.begin(s + r * kKeys + i, shift);
+      one.end<0>(weight + i, sum_of[r]);
+      one.begin(s + r * kKeys + i + 32, shift);
+      one.end<1>(weight + i + 32, sum_of[r]);
+      one.give(p + r * kKeys + i);
+    }
+  reduce_rows<true, rows>(sum_of, total);
+}
+
 // A tile whose contributions p are still to be multiplied with v.
 struct Pending {
   const std::uint8_t* p = nullptr;  // (tile, kKeys)
@@ -101,7 +123,9 @@ struct Pending {
   alignas(64) float add[16];   // and by what the product is multiplied
 };
 
-#if VP_LEVEL == 512 && !defined(VP_AMX)
+#ifdef VP_AMX
+#include "amx_attention.h"
+#elif VP_LEVEL == 512
 // c (6 rows x 32 columns) += a (6 rows, `stride` bytes apart) * b for step `step` of 4.
 template <int step, int stride> inline void dots(__m512i (&c)[12], const std::uint8_t* a, const std::int8_t* b) {
 #define VP_PAIR(row, low, high)                                         \
@@ -206,30 +230,6 @@ inline void values_and_powers(const Pending&, std::int32_t*, const float*, const
 constexpr bool kInterleaved = false;
 #endif
 
-// Contributions of a tile's rows as u8, relative to the largest score `top` of the row in this
-// step, and the sums of the probabilities, relative to it too.
-inline void powers(const float* s, const float* top, const float* weight, std::int64_t keys,
-                   std::uint8_t* p, float* total) {
-  for (int first = 0; first < kTile; first += kRowsAtOnce) {
-    F sum_of[kRowsAtOnce];
-#pragma GCC unroll 6
-    for (int r = 0; r < kRowsAtOnce; ++r) sum_of[r] = all(0.0f);
-    for (std::int64_t i = 0; i < keys; i += kPanel)
-#pragma GCC unroll 6
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        const std::int64_t at = (first + r) * kKeys + i;
-        const F shift = all(top[first + r] - kRaise);
-        Powers one;
-        one.begin(s + at, shift);
-        one.end<0>(weight + i, sum_of[r]);
-        one.begin(s + at + 32, shift);
-        one.end<1>(weight + i + 32, sum_of[r]);
-        one.give(p + at);
-      }
-    reduce_rows<true, kRowsAtOnce>(sum_of, total + first);
-  }
-}
-
 // The rows' output, d of 64 values, with the product of a tile.
 inline void add_values(const Pending& tile, const std::int32_t* product, std::int64_t stride,
                        float* o) {
@@ -267,6 +267,7 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
   std::uint8_t* other_p = p + kMaxTile * kKeys;
   static_assert(kMaxTile == 16, "the state of a tile's rows is one vector");
   alignas(64) float top[16] = {}, total[16] = {};
+  [[maybe_unused]] const Tiles tiles;
   for (std::int64_t r = 0; r < rows; ++r) m[r] = -3e38f, l[r] = 0;
   std::memset(o, 0, std::size_t(rows * dp) * 4);
   Pending before;
@@ -290,7 +291,9 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
         add_values(before, product, dp, o);
         done = 1;
       } else {
-        powers(s, top, h.v_inverse + at, keys, p, total);
+        for (int i = 0; i < kTile; i += kRowsAtOnce)
+          powers<kRowsAtOnce>(s + i * kKeys, top + i, h.v_inverse + at, keys, p + i * kKeys,
+                              total + i);
       }
       multiply_values(before, done, parts, h.keys, product, dp, o);
       // All rows of the tile at once: by what the old and the new sums are multiplied.

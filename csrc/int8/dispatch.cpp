@@ -44,14 +44,14 @@ std::vector<const Kernels*> available() {
     if (kernels) found.push_back(kernels);
   };
 #ifdef VITAPACK_X86
+  // Processors with AMX multiply bf16 with AVX-512 too; a virtual machine could hide that.
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) add(kernels_amx());
   if (has_avx512()) add(with_bf16_if_here(kernels_avx512()));
   if (has_avxvnni()) add(kernels_avxvnni());
   if (has_avx512()) add(kernels_vnni256());
   if (has_avx2()) add(kernels_avx2());
 #endif
   add(kernels_portable());
-  // Last: it has never run, so it is taken only by those who ask for it.
-  add(kernels_amx());
   return found;
 }
 

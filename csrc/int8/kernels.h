@@ -1,8 +1,10 @@
 // The row kernels: everything that runs hot, compiled once per instruction set.
 //
-// A file int8_<set>.cpp switches the set on for all functions that follow, defines
+// A file named after the set (avx512.cpp) switches it on for all functions that follow, defines
 //   VP_NAME   the name under which users know it       VP_LEVEL  512, 256 or 0: see vec.h
 //   VP_VNNI   whether VP_DOT exists (level 256)        VP_TABLE  the name of its table
+//   VP_BF16   whether it multiplies bf16               VP_STEPS  steps of a tile over so many inputs
+//   VP_AMX    if its int8 tiles are AMX's (level 512)
 // and includes this file. Everything is in an unnamed namespace and uses no templates of the
 // standard library: a std function compiled here for AVX-512 could otherwise be the copy that the
 // linker picks for the whole program.
@@ -199,6 +201,9 @@ inline void finish_tile(const std::int32_t* acc, const Linear& w, std::int64_t p
   }
 }
 
+#ifdef VP_AMX
+#include "amx_linear.h"
+#else
 // What a tile will be added to, while it multiplies: rows lie pages apart, and no hardware guesses.
 inline void fetch_rows(const Epilogue& e, std::int64_t row, std::int64_t rows,
                        std::int64_t column) {
@@ -231,6 +236,7 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
     }
   }
 }
+#endif
 
 void widen(const void* x, Type type, std::int64_t x_stride, std::int64_t rows, std::int64_t k,
            bool bf16, void* out, std::int64_t stride) {
@@ -264,18 +270,18 @@ inline void widen_panel(const std::int8_t* panel, std::int64_t kp, bool bf16, vo
   }
 }
 
-// acc (kTile, 64) in float32: a sum per 128 inputs and the sum of those, since one chain's error grows
-// with K (beyond twice torch's at 600 inputs).
+// acc (kFloatTile, 64) in float32: a sum per 128 inputs and the sum of those, since one chain's error
+// grows with K (beyond twice torch's at 600 inputs).
 inline void tile_f32_by_parts(const char* a, std::int64_t stride, const char* panel, std::int64_t k,
                               float* acc) {
   constexpr std::int64_t kPart = 128;
-  alignas(64) float part[kTile * kPanel];
+  alignas(64) float part[kFloatTile * kPanel];
   tile_f32(a, stride, panel, k < kPart ? k : kPart, acc, kPanel);
   for (std::int64_t done = kPart; done < k; done += kPart) {
     const std::int64_t left = k - done;
     tile_f32(a + 4 * done, stride, panel + 4 * kPanel * done, left < kPart ? left : kPart, part,
              kPanel);
-    for (int i = 0; i < kTile * kPanel; i += 16) store(acc + i, load(acc + i) + load(part + i));
+    for (int i = 0; i < kFloatTile * kPanel; i += 16) store(acc + i, load(acc + i) + load(part + i));
   }
 }
 
@@ -301,15 +307,15 @@ inline void finish_wide(const float* acc, const Channels& to, std::int64_t row, 
 inline void multiply_wide(const void* a, std::int64_t stride, bool bf16, std::int64_t rows,
                           const void* panel, std::int64_t k, const Channels& to,
                           const Epilogue& e) {
-  alignas(64) float acc[kTile * kPanel];
+  alignas(64) float acc[kFloatTile * kPanel];
   const std::int64_t step = stride * (bf16 ? 2 : 4);
   const char* from = static_cast<const char*>(a);
-  for (std::int64_t r = 0; r < rows; r += kTile, from += kTile * step) {
+  for (std::int64_t r = 0; r < rows; r += kFloatTile, from += kFloatTile * step) {
     if (bf16)
       tile_bf16(from, step, static_cast<const char*>(panel), k / 2, acc, kPanel);
     else
       tile_f32_by_parts(from, step, static_cast<const char*>(panel), k, acc);
-    finish_wide(acc, to, r, rows - r < kTile ? rows - r : kTile, e);
+    finish_wide(acc, to, r, rows - r < kFloatTile ? rows - r : kFloatTile, e);
   }
 }
 
@@ -358,6 +364,7 @@ void expand(const Linear& w, std::int64_t panel, std::int8_t* out) { expand_pane
 
 void tile(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel, std::int64_t steps,
           const std::int32_t* start, std::int32_t* acc, std::int64_t acc_stride) {
+  [[maybe_unused]] const Tiles tiles;
   tile_i8(a, stride, panel, steps, start, acc, acc_stride);
 }
 

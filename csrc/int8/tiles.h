@@ -1,4 +1,5 @@
-// GEMM tiles: a few rows of A times a panel of 64 channels, once per instruction set.
+// GEMM tiles: a few rows of A times a panel of 64 channels, once per instruction set (amx_tiles.h
+// has AMX's int8 tiles).
 //
 // Included by kernels.h; see there for the macros. All tiles read A row by row, 4 bytes (4 u8,
 // 2 bf16 or 1 float) a step, and the panel in steps of 256 bytes. The integer tiles are exact:
@@ -14,11 +15,7 @@ struct Ahead {
 #if VP_LEVEL == 512
 // 24 accumulators, 4 panel registers, 2 for A. In assembly because gcc 12 spills accumulators of
 // the same loop written with intrinsics (838 instead of 1565 GOP/s on Zen 5).
-#ifdef VP_AMX
-constexpr int kTile = 16;
-#else
-constexpr int kTile = 6;
-#endif
+constexpr int kFloatTile = 6;
 
 #define VP_DOTS(op, r0, r1, r2, r3, a)      \
   op " %%zmm24, " a ", %%zmm" #r0 "\n\t"    \
@@ -78,36 +75,10 @@ constexpr int kTile = 6;
         "xmm26", "xmm27", "xmm28", "xmm29")
 
 #ifdef VP_AMX
-// acc (16, 64) = start (64) + A (16 rows) * panel; `steps` is a multiple of 16.
-inline void tile_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_t* b,
-                    std::int64_t steps, const std::int32_t* start, std::int32_t* acc,
-                    std::int64_t acc_stride, Ahead = {}) {
-  const std::size_t row = std::size_t(acc_stride) * 4;
-  for (int r = 0; r < kTile; ++r) std::memcpy(acc + r * acc_stride, start, kPanel * 4);
-  configure_tiles();  // after what the tiles read is written: it is a barrier for the compiler too
-  _tile_loadd(0, acc, row);
-  _tile_loadd(1, acc + 16, row);
-  _tile_loadd(2, acc + 32, row);
-  _tile_loadd(3, acc + 48, row);
-  for (std::int64_t i = 0; i < steps; i += 16, a += 64, b += 16 * 256) {
-    _tile_loadd(4, a, stride);
-    _tile_loadd(5, b, 256);
-    _tile_loadd(6, b + 64, 256);
-    _tile_dpbusd(0, 4, 5);
-    _tile_loadd(7, b + 128, 256);
-    _tile_dpbusd(1, 4, 6);
-    _tile_loadd(5, b + 192, 256);
-    _tile_dpbusd(2, 4, 7);
-    _tile_dpbusd(3, 4, 5);
-  }
-  _tile_stored(0, acc, row);
-  _tile_stored(1, acc + 16, row);
-  _tile_stored(2, acc + 32, row);
-  _tile_stored(3, acc + 48, row);
-}
-
-inline void tile_bf16(const char*, std::int64_t, const char*, std::int64_t, float*, std::int64_t) {}
+#include "amx_tiles.h"
 #else
+constexpr int kTile = 6;
+
 // acc (6, 64) = start (64) + A (6 rows, `stride` bytes apart) * panel.
 inline void tile_i8(const std::uint8_t* a0, std::int64_t stride, const std::int8_t* b,
                     std::int64_t steps, const std::int32_t* start, std::int32_t* acc,
@@ -117,6 +88,7 @@ inline void tile_i8(const std::uint8_t* a0, std::int64_t stride, const std::int8
   std::int64_t pairs = steps / 2;
   VP_TILE("vpdpbusd");
 }
+#endif
 
 inline void tile_bf16(const char* a0, std::int64_t stride, const char* b, std::int64_t steps,
                       float* acc, std::int64_t acc_stride) {
@@ -135,7 +107,6 @@ inline void tile_f32(const char* a0, std::int64_t stride, const char* b, std::in
   std::int64_t pairs = steps / 2;
   VP_TILE("vfmadd231ps");
 }
-#endif
 
 #undef VP_TILE
 #undef VP_SAVE
@@ -143,6 +114,7 @@ inline void tile_f32(const char* a0, std::int64_t stride, const char* b, std::in
 #undef VP_STEP
 #undef VP_DOTS
 
+#ifndef VP_AMX
 inline double peak(std::int64_t loops) {
   std::int64_t left = loops;
   asm volatile(
@@ -160,6 +132,7 @@ inline double peak(std::int64_t loops) {
         "xmm10", "xmm11");
   return double(loops) * 12 * 128;
 }
+#endif
 
 #elif VP_LEVEL == 256 && VP_VNNI
 // 6 rows x 16 channels in registers: 12 accumulators, since two dots start in a cycle and each takes
@@ -271,8 +244,7 @@ inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std:
 }
 #endif
 
-#if defined(VP_AMX) || VP_LEVEL == 256
-// With AMX too: its callers count in tiles of 16 rows, which the 6 of AVX-512 would not fit.
+#if VP_LEVEL == 256
 inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std::int64_t steps,
                      float* acc, std::int64_t acc_stride) {
   for (int column = 0; column < kPanel; column += 16) {
@@ -292,6 +264,8 @@ inline void tile_f32(const char* a, std::int64_t stride, const char* panel, std:
 #endif
 
 #if VP_LEVEL != 512
+constexpr int kFloatTile = kTile;
+
 // No bf16 arithmetic: never called, the table says so.
 inline void tile_bf16(const char*, std::int64_t, const char*, std::int64_t, float*, std::int64_t) {}
 
@@ -308,6 +282,12 @@ inline double peak(std::int64_t loops) {  // the tile itself, on data in L1
   }
   return double(tiles) * kTile * kPanel * kInputs * 2;
 }
+#endif
+
+#ifndef VP_AMX
+struct Tiles {  // no registers that have to be set up
+  Tiles() {}
+};
 #endif
 
 // A panel of 4-bit weights to (kp/4, 64, 4) s8: s * (q - z) = s * q - s * z, exact because
