@@ -42,7 +42,7 @@ def prepare(work: Path) -> Path:
     model = work / "trellis"
     if not model.exists():
         write("trellis-ss", model, parts=("dit",))
-    paper = plan_paper("trellis-ss", family="trellis")
+    paper = plan_paper("trellis-ss")
     eight = replace(paper, blocks=tuple(replace(block, bits=8) for block in paper.blocks))
     for plan, name in ((paper, "mixed"), (eight, "w8a8")):
         path = work / f"trellis-{name}.safetensors"

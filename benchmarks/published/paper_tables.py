@@ -110,9 +110,9 @@ NOTES = """\
   latents; memory is torch's peak of allocated bytes, weights included."""
 
 
-def layer_map(name: str, row: str, family: str) -> LayerMap:
+def layer_map(name: str, row: str) -> LayerMap:
     """The layer map of a row; "original" is not packed and has none."""
-    paper = plan_paper(name, family=family)
+    paper = plan_paper(name)
     if row == "adaptive":
         return paper
     blocks = tuple(BlockEntry(b.kind, b.index, BITS[row]) for b in paper.blocks)
@@ -134,7 +134,7 @@ def counted(name: str, checkpoint: Any, out: Path) -> dict[str, Any]:
         config, size = checkpoint.config, 2 * checkpoint.parameters()
         kept = LayerMap.uniform(checkpoint.family, plan_paper(name).totals, 16)
         if row != "original":
-            kept = layer_map(name, row, checkpoint.family)
+            kept = layer_map(name, row)
             config = replace(config, **{BLOCK_FIELDS[k]: kept.kept(k) for k in kept.totals})
             size = compress(
                 checkpoint, kept, out, steps=[model.steps], embed=False, dry_run=True
@@ -192,7 +192,7 @@ def measured(
             figures = run(folder, name, device, "a16", repeats, tiny)
             yield row, figures["dtype"], figures
             continue
-        kept, steps = layer_map(name, row, checkpoint.family), [MODELS[name].steps]
+        kept, steps = layer_map(name, row), [MODELS[name].steps]
         compress(checkpoint, kept, out, quantizer="rtn", steps=steps, embed=False)
         for compute in ("a16",) if BITS.get(row) == 16 else ("a16", "a8"):
             yield row, compute, run(out, name, device, compute, repeats, tiny)

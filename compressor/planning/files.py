@@ -77,7 +77,7 @@ def from_options(path: str | Path, options: PlanOptions | None = None, **changes
         return plan_target_size(vitality, options.target_size)
     if options.paper:
         variant = paper_variant(vitality.family, vitality.totals)
-        layer_map = plan_paper(variant, family=vitality.family)
+        layer_map = plan_paper(variant)
     elif options.tau or options.tau8:
         layer_map = plan_thresholds(vitality, options.tau, options.tau8)
     else:
@@ -100,7 +100,7 @@ def resolve_plan(plan: str | Path | LayerMap, checkpoint: Checkpoint) -> LayerMa
     if isinstance(plan, str) and plan in uniform:
         return LayerMap.uniform(checkpoint.family, totals, uniform[plan])
     if plan == "paper":
-        return plan_paper(paper_variant(checkpoint.family, totals), family=checkpoint.family)
+        return plan_paper(paper_variant(checkpoint.family, totals))
     if isinstance(plan, str) and not Path(plan).exists():
         raise UserError(f"no plan {plan!r}: name a plan file, or {', '.join(uniform)} or paper")
     layer_map = plan if isinstance(plan, LayerMap) else load_plan(plan)

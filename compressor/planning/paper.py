@@ -56,7 +56,7 @@ PAPER_MAPS = {
         ),
     ),
     "step1x-3d": PaperMap(
-        family="step1x",
+        family="step1x3d",
         totals={"double": 12, "single": 24},
         eight={"double": (0, 1, 2, 4, 6), "single": (0,)},
         four={"double": (3, 5), "single": _span(range(1, 7))},
@@ -78,7 +78,7 @@ PAPER_MAPS = {
 def paper_variant(family: str, totals: Mapping[str, int]) -> str:
     """The published model with this family and block counts; UserError if there is none."""
     for variant, paper in PAPER_MAPS.items():
-        if family.startswith(paper.family) and paper.totals == dict(totals):
+        if family == paper.family and paper.totals == dict(totals):
             return variant
     counts = " and ".join(f"{count} {kind}" for kind, count in totals.items())
     raise UserError(
@@ -87,8 +87,8 @@ def paper_variant(family: str, totals: Mapping[str, int]) -> str:
     )
 
 
-def plan_paper(variant: str, *, family: str | None = None) -> LayerMap:
-    """The published layer map of one of PAPER_MAPS; `family` as the checkpoint calls itself."""
+def plan_paper(variant: str) -> LayerMap:
+    """The published layer map of one of PAPER_MAPS."""
     if variant not in PAPER_MAPS:
         raise UserError(f"no published layer map {variant!r}: choose {', '.join(PAPER_MAPS)}")
     paper = PAPER_MAPS[variant]
@@ -105,4 +105,4 @@ def plan_paper(variant: str, *, family: str | None = None) -> LayerMap:
         if (kind, index) in bits
     )
     notes = {"variant": variant, "assumed": list(paper.assumed)}
-    return LayerMap(family or paper.family, dict(paper.totals), blocks, how="paper", notes=notes)
+    return LayerMap(paper.family, dict(paper.totals), blocks, how="paper", notes=notes)

@@ -23,10 +23,10 @@ TINY = Sizes(
 
 def test_rows_keep_the_paper_s_blocks_in_their_own_bits():
     for row, bits in paper_tables.BITS.items():
-        kept = paper_tables.layer_map("step1x-3d", row, "step1x-3d")
+        kept = paper_tables.layer_map("step1x-3d", row)
         assert kept.kept("double") == kept.kept("single") == tuple(range(7))
         assert {block.bits for block in kept.blocks} == {bits}
-    assert {b.bits for b in paper_tables.layer_map(MINI, "adaptive", "h").blocks} == {4, 8}
+    assert {b.bits for b in paper_tables.layer_map(MINI, "adaptive").blocks} == {4, 8}
 
 
 def test_the_page_is_made_from_the_record(tmp_path: Path, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_hollow_checkpoint_is_read_like_a_real_one(tmp_path: Path):
 def test_whole_loops_of_an_original_and_a_packed_network(tmp_path: Path):
     write(MINI, tmp_path, parts=("dit",), sizes=TINY)
     checkpoint, out = open_checkpoint(tmp_path), tmp_path / "packed.safetensors"
-    kept = paper_tables.layer_map(MINI, "adaptive", checkpoint.family)
+    kept = paper_tables.layer_map(MINI, "adaptive")
     compress(checkpoint, kept, out, quantizer="rtn", steps=[20], embed=False)
     for path, compute in ((tmp_path, "a16"), (out, "a16"), (out, "a8")):
         found = paper_tables.denoise_times(path, MINI, "cpu", compute, 1, (6, 64), 5)

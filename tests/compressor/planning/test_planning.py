@@ -26,6 +26,7 @@ from vitapack.compressor.planning.target_size import plan_target_size
 from vitapack.compressor.planning.thresholds import plan_thresholds
 from vitapack.compressor.vitality.table import BlockVitality, CurvePoint, Vitality, debias, reach
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.families.open import FAMILIES
 from vitapack.runtime.format.architecture import architecture_from_json
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
@@ -320,7 +321,11 @@ def test_paper_has_no_map_for_others() -> None:
         paper_variant("furniture", {"double": 8, "single": 16})
     with pytest.raises(UserError, match="no published layer map"):
         plan_paper("hunyuan3d-3.0")
+    with pytest.raises(UserError, match="no layer map for step1x3d-next with 12 double"):
+        paper_variant("step1x3d-next", {"double": 12, "single": 24})
+    assert paper_variant("step1x3d", {"double": 12, "single": 24}) == "step1x-3d"
     assert paper_variant("hunyuan3d", {"double": 8, "single": 16}) in PAPER_MAPS
+    assert {paper.family for paper in PAPER_MAPS.values()} < FAMILIES.keys()
 
 
 @pytest.mark.parametrize("modulation", ["table", "both", "int8"])
