@@ -11,17 +11,18 @@ what each number means; distances are in units of that frame.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitapack.compressor.evaluate.alignment import Alignment, align
+from vitapack.compressor.evaluate.pair import Pair
 from vitapack.compressor.evaluate.statistics import mean_interval
-from vitapack.compressor.evaluate.voxels import dilate, lattice_around, surface_voxels, voxelise
+from vitapack.compressor.evaluate.voxels import dilate
 from vitapack.compressor.options import EvaluateSettings
+from vitapack.kernels.emd import emd
 from vitapack.runtime.decode.mesh import READABLE, Mesh, load, report
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.progress import Control
@@ -29,11 +30,28 @@ from vitapack.runtime.progress import Control
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a comparison."""
+    """One number of a comparison; a new one is a row of METRICS and needs nothing else."""
 
     label: str
     higher_is_better: bool
     definition: str
+    compute: Callable[[Pair], float | None]  # None: not computed with these settings
+    column: bool = True  # of the report's table; JSON has every metric
+    floor: str = ""  # metric that says what no difference looks like, shown below this one
+
+
+def _emd(pair: Pair, other: Mesh, number: int) -> float | None:
+    """EMD from the reference's samples to those of `other`."""
+    points = pair.settings.emd_points
+    if not points:
+        return None
+    x, y = pair.sample(pair.reference, points, 0), pair.sample(other, points, number)
+    return float(emd(x, y).distance)
+
+
+def _f_score(pair: Pair) -> float:
+    precision, recall = pair.precision, pair.recall
+    return 2 * precision * recall / max(precision + recall, 1e-12)
 
 
 METRICS = {
@@ -44,48 +62,64 @@ METRICS = {
         "surface passes through or that a flood from outside cannot reach (6-connected; gaps of "
         "meshes that are not watertight are sealed up to 2 voxels). The reference's longest side "
         "has as many voxels as the stated resolution.",
+        lambda pair: grid_iou(pair.reference_voxels.solid, pair.candidate_voxels.solid),
     ),
     "s_iou": Metric(
         "S-IoU",
         True,
         "Surface overlap: voxels that both surfaces pass through over voxels that either passes "
         "through, on the same lattice.",
+        lambda pair: grid_iou(pair.reference_voxels.surface, pair.candidate_voxels.surface),
     ),
     "v_iou_tolerant": Metric(
         "V-IoU, 1 voxel",
         True,
         "Volume overlap in which a voxel also counts as shared when one of its 26 neighbours lies "
         "in the other solid: m / (m + misses of both), m the mean number of matches of the two.",
+        lambda pair: grid_iou_tolerant(pair.reference_voxels.solid, pair.candidate_voxels.solid),
     ),
     "chamfer": Metric(
         "Chamfer",
         False,
         "Mean distance from a sample of one surface to the nearest sample of the other, averaged "
         "over both directions.",
+        lambda pair: float(pair.nearest[0].mean() + pair.nearest[1].mean()) / 2,
     ),
     "chamfer_squared": Metric(
         "Chamfer²",
         False,
         "Mean squared distance to the nearest sample, summed over both directions: the paper's CD.",
+        lambda pair: float((pair.nearest[0] ** 2).mean() + (pair.nearest[1] ** 2).mean()),
+        column=False,
     ),
     "emd": Metric(
         "EMD",
         False,
         "Earth mover's distance: mean distance under the best one-to-one pairing of the samples of "
         "both surfaces. It never falls below the floor beside it.",
+        lambda pair: _emd(pair, pair.candidate, 1),
+        floor="emd_floor",
     ),
     "emd_floor": Metric(
         "EMD floor",
         False,
         "The same between two independent samples of the reference: what no difference looks like.",
+        lambda pair: _emd(pair, pair.reference, 2),
+        column=False,
     ),
     "f_score": Metric(
         "F-score",
         True,
         "Harmonic mean of precision and recall: the shares of the candidate's and the reference's "
         "samples that have a sample of the other within tau.",
+        _f_score,
     ),
-    "watertight": Metric("watertight", True, "Share of candidates whose every edge has two faces."),
+    "watertight": Metric(
+        "watertight",
+        True,
+        "Share of candidates whose every edge has two faces.",
+        lambda pair: pair.topology.watertight,
+    ),
 }
 
 
@@ -142,93 +176,22 @@ def compare(
 ) -> dict[str, Any]:
     """Every metric of one pair, with the alignment used and both meshes' topology, for JSON.
 
-    The alignment found is kept only if it makes S-IoU greater than no alignment does, so that it
-    can never be what separates two meshes. Raises UserError for a mesh without faces or size.
+    Raises UserError for a mesh without faces or size.
     """
-    settings = settings or EvaluateSettings()
-    for role, mesh in (("reference", reference), ("candidate", candidate)):
-        if not len(mesh.faces) or not np.ptp(mesh.vertices[mesh.faces], axis=(0, 1)).any():
-            raise UserError(
-                f"the {role} mesh has no faces, or no size; there is nothing to compare"
-            )
-    reference, candidate = _framed(reference, candidate)
-    found = Alignment.identity()
-    if settings.align != "none":
-        found = align(
-            candidate, reference, scale=settings.align == "similarity", seed=settings.seed
-        )
-        moved = found.apply(candidate)
-        lattice = lattice_around(reference, candidate, moved, resolution=settings.resolution)
-        still, after, there = (
-            surface_voxels(mesh, lattice) for mesh in (candidate, moved, reference)
-        )
-        if grid_iou(after, there) > grid_iou(still, there):
-            candidate = moved
-        else:
-            found = Alignment.identity()
-    row: dict[str, Any] = _overlap(reference, candidate, settings)
-    row.update(_distances(reference, candidate, settings))
-    topology = report(candidate)
-    row["watertight"] = topology.watertight
-    row["alignment"] = {
-        "degrees": found.degrees,
-        "shift": float(np.linalg.norm(found.translation)),
-        "scale": found.scale,
+    pair = Pair(reference, candidate, settings or EvaluateSettings())
+    values = {name: metric.compute(pair) for name, metric in METRICS.items()}
+    row: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    return row | {
+        "precision": pair.precision,
+        "recall": pair.recall,
+        "alignment": {
+            "degrees": pair.alignment.degrees,
+            "shift": float(np.linalg.norm(pair.alignment.translation)),
+            "scale": pair.alignment.scale,
+        },
+        "candidate": dataclasses.asdict(pair.topology),
+        "reference": dataclasses.asdict(report(pair.reference)),
     }
-    row["candidate"] = dataclasses.asdict(topology)
-    row["reference"] = dataclasses.asdict(report(reference))
-    return row
-
-
-def _framed(reference: Mesh, candidate: Mesh) -> tuple[Mesh, Mesh]:
-    """Both meshes moved and scaled as brings the reference's box to [-1, 1] on its longest side."""
-    used = reference.vertices[np.unique(reference.faces)].astype(np.float64)
-    low, high = used.min(axis=0), used.max(axis=0)
-    half = (high - low).max() / 2
-    frame = Alignment(np.eye(3), -(low + high) / 2 / half, 1 / half)
-    return frame.apply(reference), frame.apply(candidate)
-
-
-def _overlap(reference: Mesh, candidate: Mesh, settings: EvaluateSettings) -> dict[str, float]:
-    lattice = lattice_around(reference, candidate, resolution=settings.resolution)
-    surface_r, solid_r = voxelise(reference, lattice)
-    surface_c, solid_c = voxelise(candidate, lattice)
-    return {
-        "v_iou": grid_iou(solid_r, solid_c),
-        "s_iou": grid_iou(surface_r, surface_c),
-        "v_iou_tolerant": grid_iou_tolerant(solid_r, solid_c),
-    }
-
-
-def _distances(reference: Mesh, candidate: Mesh, settings: EvaluateSettings) -> dict[str, float]:
-    from scipy.spatial import cKDTree
-
-    from vitapack.kernels.emd.solve import emd, sample_surface
-
-    def sample(mesh: Mesh, number: int, seed: int) -> np.ndarray:
-        # Every sample its own seed: shared ones would make equal meshes look closer than they are
-        # to a mesh of the same surface with other triangles.
-        cloud = sample_surface(mesh.vertices, mesh.faces, number, seed=3 * settings.seed + seed)
-        return np.asarray(cloud, dtype=np.float64)
-
-    x, y = sample(reference, settings.points, 0), sample(candidate, settings.points, 1)
-    missed, strayed = cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
-    recall, precision = (
-        float((missed <= settings.tau).mean()),
-        float((strayed <= settings.tau).mean()),
-    )
-    row = {
-        "chamfer": float(missed.mean() + strayed.mean()) / 2,
-        "chamfer_squared": float((missed**2).mean() + (strayed**2).mean()),
-        "f_score": 2 * precision * recall / max(precision + recall, 1e-12),
-        "precision": precision,
-        "recall": recall,
-    }
-    if settings.emd_points:
-        x = sample(reference, settings.emd_points, 0)
-        row["emd"] = float(emd(x, sample(candidate, settings.emd_points, 1)).distance)
-        row["emd_floor"] = float(emd(x, sample(reference, settings.emd_points, 2)).distance)
-    return row
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, float]]:

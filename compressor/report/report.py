@@ -415,12 +415,10 @@ def _share(value: int | None, total: int) -> str:
 def _metrics(data: ReportData) -> str:
     if not data.metrics:
         return ""
-    # The floor stands below the EMD that it explains; the squared Chamfer distance is in the JSON.
     names = [
         name
-        for name in METRICS
-        if name not in ("emd_floor", "chamfer_squared")
-        and any(name in row.summary for row in data.metrics)
+        for name, metric in METRICS.items()
+        if metric.column and any(name in row.summary for row in data.metrics)
     ]
     head = "".join(
         f"<th>{_text(METRICS[name].label)} {'↑' if METRICS[name].higher_is_better else '↓'}</th>"
@@ -437,7 +435,7 @@ def _metrics(data: ReportData) -> str:
             interval = ""
             if entry.get("low") is not None and entry.get("high") is not None:
                 interval = f"<small>{_number(entry['low'])} to {_number(entry['high'])}</small>"
-            floor = row.summary.get("emd_floor") if name == "emd" else None
+            floor = row.summary.get(METRICS[name].floor)
             if floor is not None:
                 interval += f"<small>floor {_number(floor['mean'])}</small>"
             cells += f"<td>{_number(entry['mean'])}{interval}</td>"

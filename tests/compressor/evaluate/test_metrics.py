@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 from vitapack.compressor.evaluate.alignment import align
 from vitapack.compressor.evaluate.metrics import (
     METRICS,
+    Metric,
     compare,
     describe,
     evaluate_folders,
@@ -368,3 +369,14 @@ def test_unreadable_meshes_are_named(tmp_path, body, word):
         evaluate_folders(tmp_path / "a", tmp_path / "b", FAST)
     assert "ball.obj" in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_a_new_metric_is_a_row_of_the_table(monkeypatch, tmp_path):
+    faces = Metric("faces", True, "Faces of the candidate.", lambda pair: pair.topology.faces)
+    monkeypatch.setitem(METRICS, "faces", faces)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save(sphere(), tmp_path / folder / "ball.glb")
+    found = evaluate_folders(tmp_path / "a", tmp_path / "b", FAST)
+    assert found["summary"]["faces"]["mean"] == len(sphere().faces)
+    assert found["definitions"]["faces"] == "Faces of the candidate."
