@@ -224,12 +224,8 @@ def load(
 
 def _network(config: Dinov2Config) -> Any:
     try:
-        from transformers import (
-            Dinov2Config,
-            Dinov2Model,
-            Dinov2WithRegistersConfig,
-            Dinov2WithRegistersModel,
-        )
+        from transformers import Dinov2Config as PlainConfig
+        from transformers import Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise UserError(f"transformers lacks {error.name}; {NEEDED}") from error
@@ -239,7 +235,7 @@ def _network(config: Dinov2Config) -> Any:
     settings = config.settings() | {"attn_implementation": "sdpa"}
     if config.registers:
         return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings))
-    return Dinov2Model(Dinov2Config(**settings))
+    return Dinov2Model(PlainConfig(**settings))
 
 
 def as_installed(source: Source, wanted: Set[str]) -> Source:

@@ -22,6 +22,7 @@ import numpy as np
 from vitapack.runtime.choices import MESH_FORMATS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.files import atomic_path
+from vitapack.runtime.format.container import one_line
 
 FORMATS = tuple(f".{name}" for name in MESH_FORMATS)
 # What `load` accepts: every single-file format that trimesh reads, plus .gltf with its .bin.
@@ -270,14 +271,14 @@ def load(path: str | Path) -> Mesh:
     except Exception as error:
         raise FormatError(
             f"{path}: cannot be read as {suffix[1:].upper()} ({type(error).__name__}: "
-            f"{_one_line(error)}); write it again"
+            f"{one_line(error)}); write it again"
         ) from error
     if not len(faces):
         raise FormatError(f"{path}: holds no triangles; expected a surface mesh")
     try:
         mesh = Mesh(vertices, faces, read_metadata(path))
     except ValueError as error:
-        raise FormatError(f"{path}: {_one_line(error)}") from error
+        raise FormatError(f"{path}: {one_line(error)}") from error
     if not _face_areas(mesh).any():
         raise FormatError(f"{path}: its {len(faces)} triangles have no area; expected a surface")
     return _merged(mesh) if suffix == ".stl" else mesh
@@ -304,7 +305,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: its GLB header is damaged ({_one_line(error)})") from error
+        raise FormatError(f"{path}: its GLB header is damaged ({one_line(error)})") from error
     if suffix == ".stl":
         lines = [head[:_STL_HEADER].rstrip(b"\0 ")]
     elif suffix in (".ply", ".obj"):
@@ -318,7 +319,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
                 entry = json.loads(line[len(_TAG) :])
             except ValueError as error:
                 raise FormatError(
-                    f"{path}: its vitapack entry is damaged ({_one_line(error)})"
+                    f"{path}: its vitapack entry is damaged ({one_line(error)})"
                 ) from error
             return entry if isinstance(entry, dict) else {}
     return {}
@@ -411,7 +412,3 @@ def _components(mesh: Mesh) -> tuple[int, np.ndarray]:
 def _face_areas(mesh: Mesh) -> np.ndarray:
     a, b, c = mesh.vertices.astype(np.float64)[mesh.faces].transpose(1, 0, 2)
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or "no details"
