@@ -29,7 +29,7 @@ from vitapack.compressor.packing.quantizers import (
     one_thread_each,
 )
 from vitapack.compressor.packing.resumable import partial_file
-from vitapack.runtime.condition.dinov2 import is_linear
+from vitapack.runtime.condition.dinov2 import is_packable
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.format.architecture import (
@@ -326,7 +326,7 @@ def _part_specs(
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in checkpoint.part_shapes(part).items():
         full = f"{PARTS[part]}.{name}"
-        if encoder_bits == 8 and part == "conditioner" and is_linear(name, shape):
+        if encoder_bits == 8 and part == "conditioner" and is_packable(name, shape):
             specs |= {f"{full}.q8": ("I8", shape), f"{full}.scale": ("F32", shape[:1])}
         else:
             specs[full] = ("F16" if dtype in floats else dtype, shape)

@@ -165,7 +165,7 @@ def _step1x(sizes: Sizes, parts: Sequence[str], *, label: bool = False) -> Files
         "transformer": (
             "dit",
             transformer,
-            _prefixed("dit_model.", step1x3d.original_shapes(config)),
+            _prefixed("dit_model.", step1x3d.released_shapes(config)),
         ),
         "vae": ("decoder", vae, shapes_of(lambda: ShapeDecoder(decoder))),
         "visual_encoder": (
@@ -211,7 +211,7 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
     if slat:
         args |= {"num_io_res_blocks": 2, "io_block_channels": [128]}
     config = trellis.flow_config(args, "random", [], slat)
-    shapes = {trellis.original(name): shape for name, shape in network_shapes(config).items()}
+    shapes = {trellis.released_name(name): shape for name, shape in network_shapes(config).items()}
     shapes |= _slat_ends(s.hidden) if slat else {"pos_emb": (s.latents**3, s.hidden)}
     # As released: the linears of the blocks in fp16, all else in float32.
     flow: Specs = {}

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitapack.runtime.choices import VIEWS
-from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_linear, load
+from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_packable, load
 from vitapack.runtime.condition.recipes import Prepare
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.fill import Q8, filled_bytes
@@ -154,4 +154,4 @@ def encoder_part(
         dtype,
         expands=packed and torch.device(device).type == "cuda",
     )
-    return Part(loaded, filled_bytes(inner, dtype, bits, is_linear), working)
+    return Part(loaded, filled_bytes(inner, dtype, bits, is_packable), working)

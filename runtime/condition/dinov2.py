@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import one_line
-from vitapack.runtime.loading.checkpoint_files import Stored, Weights
+from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
 from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.loading.source import Source
 
@@ -203,7 +203,7 @@ def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
     return shapes | {"layernorm.weight": (h,), "layernorm.bias": (h,)}
 
 
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+def is_packable(name: str, shape: tuple[int, ...]) -> bool:
     """Is this released tensor, below any prefix, the weight of a linear that can be packed?"""
     return LAYER in name and name.endswith(".weight") and len(shape) == 2
 
@@ -272,7 +272,7 @@ def from_hub(weights: Weights) -> Weights:
         "mlp.w12": "mlp.weights_in",
         "mlp.w3": "mlp.weights_out",
     }
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for name, entry in weights.stored.items():
         start, inner = "", name
         if name.startswith("blocks."):
@@ -283,7 +283,7 @@ def from_hub(weights: Weights) -> Weights:
             shape = (entry.shape[0] // 3, *entry.shape[1:])
             for which, read in zip(("query", "key", "value"), in_parts(entry.read, 3), strict=True):
                 full = f"{start}attention.attention.{which}.{leaf}"
-                stored[full] = Stored(shape, entry.dtype, read, entry.file)
+                stored[full] = StoredTensor(shape, entry.dtype, read, entry.file)
         elif inner in names:
             stored[start + names[inner]] = entry
         else:

@@ -19,7 +19,7 @@ from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.container import NO_DIGEST
 from vitapack.runtime.format.header import PARTS
 from vitapack.runtime.format.schedules import SamplerDefaults
-from vitapack.runtime.loading.checkpoint_files import Weights, dtype_name, some
+from vitapack.runtime.loading.checkpoint_files import Weights, dtype_name, first_names
 from vitapack.runtime.loading.source import Source
 
 
@@ -150,7 +150,7 @@ def check_part(
     ]
     whole = [f for f in found.values() if not weights.dtype(f).is_floating_point]
     problems = [
-        f"{what}: {some(names)}"
+        f"{what}: {first_names(names)}"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),

@@ -19,7 +19,7 @@ from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.families.family import Family
 from vitapack.runtime.families.furniture import family as furniture
 from vitapack.runtime.families.probe import PathProbe
-from vitapack.runtime.loading.checkpoint_files import is_packed, some
+from vitapack.runtime.loading.checkpoint_files import first_names, is_packed
 
 # By name, in the order in which they are tried on a path.
 FAMILIES: dict[str, Family] = {
@@ -66,7 +66,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             for setting in checkpoint.unknown:
                 log.warning("%s is not known here; the tensors fit without it", setting)
             if checkpoint.ignored:
-                log.info("not needed, on purpose: %s", some(checkpoint.ignored))
+                log.info("not needed, on purpose: %s", first_names(checkpoint.ignored))
             return checkpoint
     raise UserError(f"{probe.path} is no model that is known here: {_contents(probe)}")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitapack.runtime.errors import FormatError
-from vitapack.runtime.loading.checkpoint_files import some
+from vitapack.runtime.loading.checkpoint_files import first_names
 
 
 class Params:
@@ -55,9 +55,8 @@ class Params:
         """
         unknown = sorted(str(key) for key in self._left() if self.values[key])
         if unknown:
-            raise FormatError(
-                f"{self.where}: unknown {some(unknown)}; known are {', '.join(sorted(self.taken))}"
-            )
+            known = ", ".join(sorted(self.taken))
+            raise FormatError(f"{self.where}: unknown {first_names(unknown)}; known are {known}")
 
     def left(self) -> tuple[str, ...]:
         """Values that nobody took, in words, where the tensors tell enough: for parts whose

@@ -16,8 +16,8 @@ from vitapack.runtime.loading.checkpoint_files import (
     MOST,
     PICKLED,
     Weights,
+    first_names,
     open_weights,
-    some,
 )
 
 # A released config.yaml has 3 KB. PyYAML takes a second for 100 KB.
@@ -116,7 +116,7 @@ def _expect_finite(found: Any) -> None:
 def listing(folder: Path) -> str:
     """A few of the names in a folder."""
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    return some(names, 6) if names else "nothing"
+    return first_names(names, 6) if names else "nothing"
 
 
 def weight_file(folder: Path) -> Path:

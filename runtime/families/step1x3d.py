@@ -28,11 +28,11 @@ from vitapack.runtime.families.probe import PathProbe, read_json, weight_file
 from vitapack.runtime.format.architecture import DiTConfig, TimeEmbedding
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import (
-    Stored,
+    StoredTensor,
     Weights,
+    first_names,
     merged,
     open_weights,
-    some,
     stacked,
 )
 from vitapack.runtime.loading.source import Source
@@ -80,7 +80,7 @@ _EDGES = {
 }
 
 
-def originals(name: str) -> tuple[str, ...]:
+def released_names(name: str) -> tuple[str, ...]:
     """The released tensors that, one below the other, are the canonical tensor `name`."""
     owner, _, leaf = name.rpartition(".")
     leaf = "weight" if leaf == "scale" else leaf
@@ -95,11 +95,11 @@ def originals(name: str) -> tuple[str, ...]:
     return tuple(f"{blocks}.{index}.{original}.{leaf}" for original in names[inner])
 
 
-def original_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def released_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the released transformer must hold."""
     shapes = {}
     for name, shape in network_shapes(config).items():
-        names = originals(name)
+        names = released_names(name)
         rows = [config.hidden] * len(names)
         rows[-1] = shape[0] - sum(rows[:-1])  # proj_mlp is wider than q, k and v
         for original, count in zip(names, rows, strict=True):
@@ -111,21 +111,21 @@ def canonical(weights: Weights, config: DiTConfig) -> Weights:
     """The transformer's tensors as the canonical DiT names and lays them out."""
     stored = {}
     for name in network_shapes(config):
-        entry = stacked([weights.stored[original] for original in originals(name)])
+        entry = stacked([weights.stored[original] for original in released_names(name)])
         if name.startswith("final_layer.adaLN_modulation"):
             entry = _swapped(entry)
         stored[name] = entry
     return Weights(weights.files, stored)
 
 
-def _swapped(entry: Stored) -> Stored:
+def _swapped(entry: StoredTensor) -> StoredTensor:
     """(scale, shift) to (shift, scale)."""
 
     def read() -> Tensor:
         scale, shift = entry.read().chunk(2)
         return torch.cat([shift, scale])
 
-    return Stored(entry.shape, entry.dtype, read, entry.file)
+    return StoredTensor(entry.shape, entry.dtype, read, entry.file)
 
 
 def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiTConfig:
@@ -248,7 +248,7 @@ def read(probe: PathProbe) -> Checkpoint:
     config = dit_config(settings, str(place / "config.json"), unknown)
     file = probe.path if probe.path.is_file() else weight_file(place)
     raw = open_weights(file).renamed(lambda name: name.removeprefix("dit_model."))
-    expected = original_shapes(config)
+    expected = released_shapes(config)
     check_part(merged({f"{TRANSFORMER}.": raw}), TRANSFORMER, expected, file)
     parts = {"model.": canonical(raw, config)}
     sections: dict[str, Any] = {"model": {"params": settings}}
@@ -318,7 +318,7 @@ def label_tokens(source: Source) -> Tensor:
         if len(names) != 1:
             raise FormatError(
                 f"{source.where}: its label encoder should hold the table {table} once, and has it "
-                f"{len(names)} times; it holds {some(sorted(source.shapes), 6)}"
+                f"{len(names)} times; it holds {first_names(sorted(source.shapes), 6)}"
             )
         rows.append(source.read(names[0])[0].float())
     if len({row.shape for row in rows}) != 1:

@@ -63,7 +63,7 @@ _EDGES = {
 }
 
 
-def original(name: str) -> str:
+def released_name(name: str) -> str:
     """The released name of a canonical tensor."""
     owner, _, leaf = name.rpartition(".")
     leaf = "gamma" if leaf == "scale" else leaf
@@ -244,10 +244,10 @@ def read(probe: PathProbe) -> Checkpoint:
     ignored = NOT_NEEDED + (SLAT_ENDS if slat else ())
     skipped = tuple(name for name in raw if name.startswith(ignored))
     shapes = network_shapes(config)
-    expected = {original(name): shape for name, shape in shapes.items()}
+    expected = {released_name(name): shape for name, shape in shapes.items()}
     flow = merged({"flow.": raw})
     check_part(flow, "flow", expected, model.weights, [f"flow.{name}" for name in skipped])
-    stored = {name: raw.stored[original(name)] for name in shapes}
+    stored = {name: raw.stored[released_name(name)] for name in shapes}
     left = {name: raw.stored[name] for name in skipped}
     parts = {"model.": Weights(raw.files, stored | left)}
     sections: dict[str, Any] = {"model": {"params": model.args}}

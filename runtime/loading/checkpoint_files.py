@@ -37,7 +37,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor on disk."""
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Weights:
     """All tensors of one checkpoint. Names are the file's own, or what `renamed` made of them."""
 
     files: tuple[Path, ...]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored
@@ -82,7 +82,7 @@ class Weights:
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
         """The same tensors under other names; FormatError where two would get the same one."""
-        stored: dict[str, Stored] = {}
+        stored: dict[str, StoredTensor] = {}
         for name, entry in self.stored.items():
             new = rename(name)
             if new in stored:
@@ -93,18 +93,18 @@ class Weights:
 
 def merged(parts: Mapping[str, Weights]) -> Weights:
     """Several checkpoints as one, each under its own prefix: {"vae.": ...}; names must differ."""
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for prefix, weights in parts.items():
         stored |= weights.renamed(f"{prefix}{{}}".format).stored
     files = dict.fromkeys(file for weights in parts.values() for file in weights.files)
     return Weights(tuple(files), stored)
 
 
-def stacked(rows: list[Stored]) -> Stored:
+def stacked(rows: list[StoredTensor]) -> StoredTensor:
     """Tensors that another layout keeps apart as one, along the first dimension."""
     shape = (sum(entry.shape[0] for entry in rows), *rows[0].shape[1:])
     read = rows[0].read if len(rows) == 1 else lambda: torch.cat([entry.read() for entry in rows])
-    return Stored(shape, rows[0].dtype, read, rows[0].file)
+    return StoredTensor(shape, rows[0].dtype, read, rows[0].file)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -152,7 +152,7 @@ def _safetensors(path: Path) -> Weights:
                 f"{path}: tensor {name} is stored as {info.dtype}, which no released model is"
             ) from None
         read = _reader(path, container.data_start + info.start, info.nbytes, info.shape, dtype)
-        stored[name] = Stored(info.shape, dtype, read, str(path))
+        stored[name] = StoredTensor(info.shape, dtype, read, str(path))
     return Weights((path,), stored)
 
 
@@ -183,11 +183,13 @@ def _sharded(path: Path) -> Weights:
     files = tuple(path.parent / file for file in sorted(set(names.values())))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FormatError(f"{path}: {some(missing)} of its {len(files)} shards are not there")
+        raise FormatError(
+            f"{path}: {first_names(missing)} of its {len(files)} shards are not there"
+        )
     shards = {file.name: _safetensors(file) for file in files}
     absent = [name for name, file in names.items() if name not in shards[file]]
     if absent:
-        raise FormatError(f"{path}: tensors {some(absent)} are not in the shards it names")
+        raise FormatError(f"{path}: tensors {first_names(absent)} are not in the shards it names")
     return Weights(files, {name: shards[file].stored[name] for name, file in names.items()})
 
 
@@ -223,7 +225,7 @@ def _pickled(path: Path) -> Weights:
     stored = _flattened(content, path)
     odd = [name for name, entry in stored.items() if entry.dtype not in _NAMES]
     if odd:
-        raise FormatError(f"{path}: {some(odd)} are of a dtype that no released model has")
+        raise FormatError(f"{path}: {first_names(odd)} are of a dtype that no released model has")
     if not stored:
         raise FormatError(f"{path} holds no tensors; expected a dict of them")
     return Weights((path,), stored)
@@ -236,10 +238,10 @@ def _expect_uncompressed(path: Path) -> None:
             raise FormatError(f"{path} is a compressed zip, which torch never writes; refused")
 
 
-def _flattened(content: Any, path: Path) -> dict[str, Stored]:
+def _flattened(content: Any, path: Path) -> dict[str, StoredTensor]:
     """The tensors in dicts of dicts, by their joined keys. FormatError for dicts that hold one
     another, or one another's copies, without end, and for tensors that are not plain memory."""
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     waiting, entries = [("", content)], 0
     while waiting:
         name, value = waiting.pop()
@@ -256,14 +258,14 @@ def _flattened(content: Any, path: Path) -> dict[str, Stored]:
                 )
             # Mapped from the file: the clone is what the caller keeps.
             tensor = value.detach()
-            stored[name] = Stored(tuple(tensor.shape), tensor.dtype, tensor.clone, str(path))
+            stored[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone, str(path))
         elif isinstance(value, dict):
             start = f"{name}." if name else ""
             waiting += [(f"{start}{key}", inner) for key, inner in reversed(value.items())]
     return stored
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
+def first_names(names: Iterable[str], count: int = 3) -> str:
     """The first few of a list, and how many there are."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > count else ""

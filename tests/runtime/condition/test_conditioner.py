@@ -24,12 +24,12 @@ from vitapack.runtime.condition.dinov2 import (
     config_of,
     from_hub,
     in_parts,
-    is_linear,
+    is_packable,
     released_shapes,
 )
 from vitapack.runtime.condition.recipes import framed_picture, hunyuan_picture, trellis_picture
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.loading.checkpoint_files import Stored, Weights
+from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
 from vitapack.runtime.loading.source import Source
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
@@ -64,7 +64,9 @@ def test_released_sizes():
     giant, large = (sum(np.prod(s) for s in _dinov2(c).values()) for c in (GIANT, LARGE))
     assert giant == 1_136_480_768  # transformers' own count
     assert large == sum(np.prod(s) for s in _hub(LARGE).values())
-    stored = {n: Stored(s, torch.float32, lambda: torch.empty(0)) for n, s in _hub(LARGE).items()}
+    stored = {
+        n: StoredTensor(s, torch.float32, lambda: torch.empty(0)) for n, s in _hub(LARGE).items()
+    }
     mapped = from_hub(Weights((), stored))
     assert {name: mapped.shape(name) for name in mapped} == _dinov2(LARGE)
 
@@ -95,7 +97,7 @@ def test_names_are_the_released_ones(name):
     whole = source(name)
     config = config_of(whole.shapes, {}, "x")
     assert {**released_shapes(config), MASK: (1, config.hidden)} == whole.shapes
-    linears = [n for n, shape in whole.shapes.items() if is_linear(f"any.prefix.{n}", shape)]
+    linears = [n for n, shape in whole.shapes.items() if is_packable(f"any.prefix.{n}", shape)]
     assert len(linears) == 6 * config.layers
     assert not [n for n in linears if "norm" in n or "layer_scale" in n]
 

@@ -19,7 +19,7 @@ from vitapack.runtime.families.step1x3d import (
     LABEL_TABLES,
     dit_config,
     label_tokens,
-    original_shapes,
+    released_shapes,
 )
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.loading.packed import load_packed_dit
@@ -87,7 +87,7 @@ def test_released_size():
     shapes = network_shapes(config)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert count == 1_316_287_808
-    assert sum(torch.Size(s).numel() for s in original_shapes(config).values()) == count
+    assert sum(torch.Size(s).numel() for s in released_shapes(config).values()) == count
     assert len(plan_paper("step1x-3d").blocks) == 14
 
 
