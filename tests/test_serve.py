@@ -183,8 +183,8 @@ def test_a_bad_parameter_is_one_plain_line(server: Served, query: str, words: st
     ("body", "status", "words"),
     [
         (b"", 400, "the body is empty"),
-        (BODY[:2000], 400, "picture: damaged picture"),
-        (b"no picture", 400, "picture: not a picture"),
+        (BODY[:2000], 400, "picture: damaged image"),
+        (b"no picture", 400, "picture: not an image"),
         (bytes(40_000_000), 413, "a body of 40000000 bytes; at most 20000000"),
         (iter([BODY]), 411, "no Content-Length"),  # http.client sends it in chunks
     ],

@@ -1,8 +1,8 @@
-"""From a picture file to an object on a known background.
+"""Reads image files and separates the object from its background.
 
-The published models all begin so: separate the object (its alpha channel, or a background remover),
-crop its box, put it in the middle of a square. What differs by family (border, background, size)
-are arguments. Pictures without alpha need `rembg` (an extra) or a plain background; anything else
+All published models start this way: separate the object (by alpha channel, or by a background
+remover), crop its bounding box, centre it on a square. Border, background and size differ by family
+and are arguments. An image without alpha needs `rembg` (an extra) or a plain background; any other
 is an explicit error rather than a mesh of somebody's living room.
 """
 
@@ -21,22 +21,22 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.container import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# What a file may be, whatever its name: not all that pillow knows, which runs Ghostscript on EPS.
+# Accepted formats, whatever the file's name. Pillow knows more, and runs Ghostscript on EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Larger pictures are refused before they are decoded. The families put the object on a square of
-# the longer side: 64 million pixels in one row would ask for a square of 10^16 bytes.
+# Larger images are refused before they are decoded. The families put the object on a square of the
+# longer side: 64 million pixels in one row would need a square of 10^16 bytes.
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 10_000
-_TOO_LARGE = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} a side are accepted, scale it down first"
-ROWS = 256  # put on their ground at a time: 64 million pixels at once took 4.9 GB
-LEAST_SIDE = 16  # an object of fewer pixels has no shape to see
-PLAIN = 12  # grey levels that a plain background may vary by (JPEG noise of a white ground: ~6)
+_TOO_LARGE = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} per side are accepted; scale it down"
+ROWS = 256  # composited at a time: 64 million pixels at once took 4.9 GB
+LEAST_SIDE = 16  # pixels; a smaller object shows no shape
+PLAIN = 12  # grey levels by which a plain background may vary (JPEG noise on white: ~6)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The picture files that the arguments name, folders expanded in name order.
+    """The image files among the arguments, folders expanded in name order.
 
-    Of a folder hidden files are left out: macOS puts a `._chair.png` beside each `chair.png`.
+    Hidden files in folders are left out: macOS puts a `._chair.png` next to each `chair.png`.
     """
     found: list[Path] = []
     for path in paths:
@@ -52,22 +52,24 @@ def find_images(paths: list[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder; expected a picture")
+            raise UserError(f"{path}: no such file or folder; expected an image")
     return found
 
 
 def load_image(path: Path) -> Image.Image:
-    """The decoded picture, the right way up; the first of a moving one. Raises UserError for
-    anything that is not a whole, sane picture."""
+    """The decoded image, turned upright; of an animation its first frame.
+
+    Raises: UserError: if the file is not a complete image within the limits.
+    """
     if not path.exists():
-        raise UserError(f"{path}: no such file; expected a picture")
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path}: a folder, device or pipe; expected a picture file")
+        raise UserError(f"{path}: no such file; expected an image")
+    if not path.is_file():  # opening a pipe would block for ever
+        raise UserError(f"{path}: a folder, device or pipe; expected an image file")
     return _decoded(path, str(path))
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
-    """As `load_image`, of a picture file's bytes; `name` is what the messages call it."""
+    """Like `load_image`, from the bytes of a file; `name` stands for it in messages."""
     return _decoded(io.BytesIO(data), name)
 
 
@@ -86,17 +88,18 @@ def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{name}: too many pixels; {_TOO_LARGE}") from None
     except UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture; expected a PNG, JPEG or WebP file") from None
-    except Exception as error:  # decoders meet hostile bytes with whatever they trip over
+        raise UserError(f"{name}: not an image; expected a PNG, JPEG or WebP file") from None
+    except Exception as error:  # decoders raise anything on hostile bytes
         raise UserError(
-            f"{name}: damaged picture ({one_line(error)}); save it again as PNG"
+            f"{name}: damaged image ({one_line(error)}); save it again as PNG"
         ) from None
 
 
 def upright(image: Any, name: str = "image") -> Image.Image:
-    """A picture of 8 bits a channel, turned as its camera says.
+    """An image of 8 bits per channel, turned upright by its EXIF orientation.
 
-    image: of pillow, a path, or an array uint8 (H, W) or (H, W, 3 or 4). UserError for others.
+    image: a pillow image, a path, or an array uint8 (H, W) or (H, W, 3 or 4). Raises: UserError:
+    for anything else.
     """
     if isinstance(image, (str, os.PathLike)):
         return upright(load_image(Path(image)), name)
@@ -109,24 +112,24 @@ def upright(image: Any, name: str = "image") -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"{name}: a {type(image).__name__}; expected a picture of pillow, its path or an array"
+            f"{name}: a {type(image).__name__}; expected a pillow image, a path or an array"
         )
     _expect_sane(image, name)
     try:
         image = _turned(image)
-    except Exception as error:  # it is decoded here where the caller only opened it
-        raise UserError(f"{name}: damaged picture ({one_line(error)})") from None
+    except Exception as error:  # an image that the caller only opened is decoded here
+        raise UserError(f"{name}: damaged image ({one_line(error)})") from None
     if image.mode.startswith(("I", "F")):
         # Pillow would clip 16 bits to 255 instead of scaling them: all white.
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{name}: 32 bits a pixel; expected 8 or 16, save it as PNG")
+            raise UserError(f"{name}: 32 bits per pixel; expected 8 or 16; save it as PNG")
         image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
     return image
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """As the camera was held. A copy only where that takes one: a picture may have 256 MB."""
+    """Turned by the EXIF orientation; copied only if needed, as an image may have 256 MB."""
     normal = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image if normal else ImageOps.exif_transpose(image)
 
@@ -137,11 +140,11 @@ def _expect_sane(image: Image.Image, name: str) -> None:
 
 
 def separate(image: Any, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """RGB (H, W, 3) and alpha (H, W), both uint8, of the object in a picture (see `upright`).
+    """RGB (H, W, 3) and alpha (H, W), both uint8, of the object in an image (see `upright`).
 
-    The alpha channel if it has one that is used; else a plain background is keyed out; else rembg,
-    if it is installed. Raises UserError if there is no object, or no way to tell it from the
-    background.
+    Uses the image's alpha channel if any pixel is transparent; else keys out a plain background;
+    else uses rembg, if it is installed. Raises: UserError: if there is no object, or no way to tell
+    it from the background.
     """
     image = upright(image, name)
     try:
@@ -153,7 +156,7 @@ def separate(image: Any, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
         alpha = _remove_background(image, rgb, name)
     rows, columns = np.where((alpha > 127).any(1))[0], np.where((alpha > 127).any(0))[0]
     if not len(rows):
-        raise UserError(f"{name}: no object in the picture (everything is background)")
+        raise UserError(f"{name}: no object in the image (everything is background)")
     if max(np.ptp(rows), np.ptp(columns)) + 1 < LEAST_SIDE:
         raise UserError(
             f"{name}: the object is only {np.ptp(columns) + 1} x {np.ptp(rows) + 1} pixels; "
@@ -164,18 +167,18 @@ def separate(image: Any, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
 
 def _remove_background(image: Image.Image, rgb: np.ndarray, name: str) -> np.ndarray:
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]).astype(int)
-    ground = np.median(border, axis=0)
-    if (np.abs(border - ground).max(axis=1) <= PLAIN).mean() >= 0.98:
+    background = np.median(border, axis=0)
+    if (np.abs(border - background).max(axis=1) <= PLAIN).mean() >= 0.98:
         alpha = np.zeros(rgb.shape[:2], np.uint8)
-        for channel, level in enumerate(ground):  # all at once take 2 GB for the largest picture
+        for channel, level in enumerate(background):  # all at once take 2 GB for the largest image
             alpha[np.abs(rgb[..., channel] - np.float32(level)) > PLAIN] = 255
         return alpha
     try:
         from rembg import remove
     except ImportError:
         raise UserError(
-            f"{name}: the picture has no alpha channel and no plain background; cut the object "
-            "out (PNG with transparency) or pip install 'vitapack[background]'"
+            f"{name}: the image has no alpha channel and no plain background; cut the object out "
+            "(PNG with transparency) or pip install 'vitapack[background]'"
         ) from None
     return np.asarray(remove(image.convert("RGB"), only_mask=True))
 
@@ -183,8 +186,8 @@ def _remove_background(image: Image.Image, rgb: np.ndarray, name: str) -> np.nda
 def recentre(
     rgb: np.ndarray, alpha: np.ndarray, size: int, border: float, background: int
 ) -> np.ndarray:
-    """(size, size, 3) uint8: the object's box, its longer side scaled to size * (1 - border), in
-    the middle of a square of one grey."""
+    """(size, size, 3) uint8: the object's bounding box, its longer side scaled to
+    size * (1 - border), centred on a square of one grey level."""
     rows, columns = np.where((alpha > 0).any(1))[0], np.where((alpha > 0).any(0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     flat = rgb[top:bottom, left:right].copy()
@@ -195,7 +198,7 @@ def recentre(
     crop = Image.fromarray(flat)
     scale = round(size * (1 - border)) / max(crop.size)
     shape = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
-    # Area averaging when shrinking, as the published pipelines do; bicubic when growing.
+    # Area averaging to shrink, as in the published pipelines; bicubic to enlarge.
     method = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BICUBIC
     crop = crop.resize(shape, method)
     canvas = Image.new("RGB", (size, size), (background,) * 3)

@@ -1,4 +1,4 @@
-"""How each family turns a picture into the image encoder's input."""
+"""Frames an object as each family does: from an image to the image encoder's input."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torch import Tensor
 from vitapack.runtime.condition.images import separate
 from vitapack.runtime.errors import UserError
 
-Prepare = Callable[[Image.Image, str], Tensor]  # picture, its name -> (3, H, W) in 0..1
+Prepare = Callable[[Image.Image, str], Tensor]  # image, its name -> (3, H, W) in 0..1
 
 
 def hunyuan_picture(size: int, pixels: int, border: float) -> Prepare:
-    """The object's box at 1 - `border` of a white square of the picture's longer side, resized to
-    `size` (bicubic) and then to the encoder's `pixels` (bilinear, antialiased)."""
+    """Hunyuan3D: the object's bounding box at 1 - `border` of a white square of the image's longer
+    side, resized to `size` (bicubic) and then to the encoder's `pixels` (bilinear, antialiased)."""
 
     def prepare(image: Image.Image, name: str) -> Tensor:
         rgb, alpha = separate(image, name)
         side = max(alpha.shape)
         rows, columns = np.nonzero(alpha.any(1))[0], np.nonzero(alpha.any(0))[0]
         top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
-        box = np.dstack([rgb, alpha])[top:bottom, left:right]  # as published: the last ones are cut
+        # As published, without the last row and column.
+        box = np.dstack([rgb, alpha])[top:bottom, left:right]
         scale = int(side * (1 - border)) / max(box.shape[:2])
         height, width = (max(1, int(length * scale)) for length in box.shape[:2])
         method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-        # Channel by channel: pillow would weight colours by alpha, the published pipeline does not.
+        # Per channel: pillow would weight colours by alpha; the published pipeline does not.
         channels = [Image.fromarray(np.ascontiguousarray(box[..., c])) for c in range(4)]
         small = np.dstack([np.asarray(c.resize((width, height), method)) for c in channels])
         square = np.full((side, side, 3), 255, np.uint8)
@@ -47,7 +48,7 @@ def hunyuan_picture(size: int, pixels: int, border: float) -> Prepare:
 
 
 def framed_picture(pixels: int, fill_ratio: float) -> Prepare:
-    """Step1X-3D: the object's box at `fill_ratio` of a white square, resized bicubically."""
+    """Step1X-3D: the object's bounding box at `fill_ratio` of a white square, resized (bicubic)."""
 
     def prepare(image: Image.Image, name: str) -> Tensor:
         rgb, alpha = separate(image, name)
@@ -66,14 +67,14 @@ def framed_picture(pixels: int, fill_ratio: float) -> Prepare:
 
 
 def trellis_picture(pixels: int) -> Prepare:
-    """TRELLIS: a square of 1.2 times the object's box, on black."""
+    """TRELLIS: a square of 1.2 times the object's bounding box, on black."""
 
     def prepare(image: Image.Image, name: str) -> Tensor:
         rgb, alpha = separate(image, name)
         rows = np.nonzero((alpha > 0.8 * 255).any(1))[0]
         columns = np.nonzero((alpha > 0.8 * 255).any(0))[0]
         if not len(rows):
-            raise UserError(f"{name}: the object is translucent everywhere; expected a solid one")
+            raise UserError(f"{name}: the object is translucent everywhere; expected an opaque one")
         x, y = (columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2
         half = int(max(np.ptp(rows), np.ptp(columns)) * 1.2) // 2
         square = Image.fromarray(np.dstack([rgb, alpha])).crop(

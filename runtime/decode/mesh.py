@@ -1,11 +1,11 @@
-"""Grid to mesh, mesh to file: marching cubes, cleaning, and formats that carry their origin.
+"""Grid to mesh, mesh to file: marching cubes, cleaning, and file formats with metadata.
 
     mesh = clean(surface_from_grid(logits, bounds=1.01))
     save(mesh, "chair.glb", {"seed": 0, "steps": 20, "packed_sha256": digest})
     read_metadata("chair.glb")["seed"]
 
-The same mesh and metadata give the same bytes. Axes are left as they are (y up, front +z in all
-families), which is also what GLB asks for.
+The same mesh and metadata give the same bytes. Axes are not changed: y up and front +z in all
+families, as GLB requires.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.container import one_line
 
 FORMATS = tuple(f".{name}" for name in MESH_FORMATS)
-# What `load` accepts: every single-file format that trimesh reads, plus .gltf with its .bin.
+# Accepted by `load`: every single-file format that trimesh reads, plus .gltf with its .bin.
 READABLE = (*FORMATS, ".gltf", ".off")
 _TAG = "vitapack "
 _STL_HEADER = 80
@@ -35,7 +35,7 @@ _MARGIN = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """A triangle mesh. Raises ValueError for other shapes, loose indices and NaN or infinity."""
+    """A triangle mesh. Raises: ValueError: for other shapes, invalid indices, NaN or infinity."""
 
     vertices: np.ndarray  # (V, 3) float32
     faces: np.ndarray  # (F, 3) int32, counter-clockwise seen from outside
@@ -60,14 +60,14 @@ class Mesh:
 
 @dataclass(frozen=True)
 class MeshReport:
-    """What `report` finds; volume is signed (negative: the winding is inside out)."""
+    """Topology and size of a mesh; volume is signed (negative: the winding is inside out)."""
 
     vertices: int
     faces: int
     watertight: bool  # every edge belongs to exactly two faces
     components: int  # connected by shared vertices
     euler_number: int  # 2 for a sphere, 0 for a torus, summed over components
-    volume: float  # units cubed; means something only where `watertight`
+    volume: float  # units cubed; meaningful only if `watertight`
     area: float  # units squared
 
 
@@ -99,7 +99,7 @@ def surface_from_grid(
     R + 1 instead, which shrinks every shape towards the lower corner by R / (R + 1), 0.26 % at 384;
     `reference_scale` reproduces that, for comparisons with their meshes.
 
-    Raises UserError where nothing or everything is inside, or a value is NaN or infinite.
+    Raises: UserError: if nothing or everything is inside, or a value is NaN or infinite.
     """
     from skimage.measure import marching_cubes
 
@@ -166,8 +166,8 @@ def clean(mesh: Mesh, *, floater_area: float = 0.005, max_faces: int | None = No
     """Merged vertices, no degenerate faces, no floaters, and at most `max_faces` faces.
 
     A floater is a component with less than `floater_area` of the whole surface; the largest
-    component always stays. Decimation is trimesh's quadric one and needs fast-simplification:
-    UserError where a mesh is over `max_faces` and that package is missing.
+    component is always kept. Decimation is trimesh's quadric one and needs fast-simplification.
+    Raises: UserError: if a mesh has more than `max_faces` and that package is missing.
     """
     mesh = _merged(mesh)
     if not len(mesh.faces):
@@ -183,8 +183,8 @@ def clean(mesh: Mesh, *, floater_area: float = 0.005, max_faces: int | None = No
             small = _trimesh(mesh).simplify_quadric_decimation(face_count=max_faces)
         except ImportError as error:
             raise UserError(
-                f"the mesh has {len(mesh.faces)} faces and at most {max_faces} were asked for, "
-                "which needs a package: pip install fast-simplification"
+                f"reducing the mesh from {len(mesh.faces)} to {max_faces} faces needs a package: "
+                "pip install fast-simplification"
             ) from error
         mesh = _merged(replace(mesh, vertices=small.vertices, faces=small.faces))
     return mesh
@@ -192,7 +192,7 @@ def clean(mesh: Mesh, *, floater_area: float = 0.005, max_faces: int | None = No
 
 def surface_bytes(resolution: int) -> int:
     """Peak memory of `surface_from_grid` and `clean`: marching cubes on two or three grids, or the
-    mesh of 6 R^2 faces as it is cleaned."""
+    cleaning of a mesh of 6 R^2 faces."""
     nodes = (resolution + 3) ** 3
     return max(9 * nodes, 4 * nodes + 2200 * resolution**2)
 
@@ -202,7 +202,7 @@ def report(mesh: Mesh) -> MeshReport:
     if not len(mesh.faces):
         return MeshReport(len(mesh.vertices), 0, False, 0, 0, 0.0, 0.0)
     body = _trimesh(mesh)
-    # trimesh's own volume comes with the centre of mass, and a warning where a mesh has none.
+    # trimesh computes the volume together with the centre of mass, and warns if there is none.
     a, b, c = mesh.vertices.astype(np.float64)[mesh.faces].transpose(1, 0, 2)
     return MeshReport(
         vertices=len(mesh.vertices),
@@ -218,11 +218,11 @@ def report(mesh: Mesh) -> MeshReport:
 def save(mesh: Mesh, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Writes GLB, OBJ, PLY (binary) or STL (binary) by suffix, atomically, with metadata inside.
 
-    metadata: JSON values (seed, steps, packed_sha256, ...); the default is the mesh's own. It goes
-    to asset.extras of a GLB and to a comment line of OBJ and PLY. STL has 80 bytes: whole items in
-    the given order as far as they fit, with `*sha256` values cut to 12 digits and "...".
+    metadata: JSON values (seed, steps, packed_sha256, ...), by default the mesh's own. Stored in
+    asset.extras of a GLB and in a comment line of OBJ and PLY. STL has 80 bytes for it: whole items
+    in the given order while they fit, with `*sha256` values cut to 12 digits and "...".
 
-    Raises UserError for an empty mesh, an unknown suffix, or a place that cannot be written.
+    Raises: UserError: for an empty mesh, an unknown suffix, or a path that cannot be written.
     """
     path = Path(path)
     body = encode(mesh, path, metadata)
@@ -232,8 +232,10 @@ def save(mesh: Mesh, path: str | Path, metadata: Mapping[str, Any] | None = None
 
 
 def encode(mesh: Mesh, path: str | Path, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes that `save` writes under this name. UserError for an empty mesh or an unknown
-    suffix."""
+    """The bytes that `save` writes to this path.
+
+    Raises: UserError: for an empty mesh or an unknown suffix.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"{path}: unknown mesh format {suffix!r}; use {', '.join(FORMATS)}")
@@ -248,8 +250,8 @@ def load(path: str | Path) -> Mesh:
     """Reads a mesh file (scenes are flattened, polygons cut into triangles) with its metadata.
 
     STL repeats each vertex per face; equal ones are merged. Other formats keep their vertices.
-    Raises FormatError naming the file where it is missing, damaged, a bare point cloud, of no area,
-    or holds NaN or infinite vertices.
+    Raises: FormatError naming the file: if it is missing, damaged, a point cloud, without area, or
+    holds NaN or infinite vertices.
     """
     import trimesh
 
@@ -267,7 +269,7 @@ def load(path: str | Path) -> Mesh:
     try:
         found = trimesh.load_scene(str(path), process=False, **options).to_mesh()
         vertices, faces = np.asarray(found.vertices), np.asarray(found.faces)
-    # Parsers meet hostile bytes with whatever they trip over; each of those means a damaged file.
+    # Parsers raise anything on hostile bytes; all of it means a damaged file.
     except Exception as error:
         raise FormatError(
             f"{path}: cannot be read as {suffix[1:].upper()} ({type(error).__name__}: "
@@ -285,9 +287,9 @@ def load(path: str | Path) -> Mesh:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save` put into a file, {} where there is nothing of ours; geometry is not parsed.
+    """The metadata that `save` wrote, {} if there is none; geometry is not parsed.
 
-    Raises FormatError where the file is missing, is not of its suffix's format or the entry is cut.
+    Raises: FormatError: if the file is missing, not of its suffix's format, or the entry is cut.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -329,7 +331,7 @@ def _glb(mesh: Mesh, values: dict[str, Any], text: str) -> bytes:
     from trimesh.exchange.gltf import export_glb
 
     def add_extras(tree: dict[str, Any]) -> None:
-        tree["asset"]["generator"] = "vitapack"  # trimesh's holds its version: bytes would change
+        tree["asset"]["generator"] = "vitapack"  # trimesh's has a version, so bytes would change
         tree["asset"]["extras"] = values
 
     scene = _trimesh(mesh).scene()
@@ -376,9 +378,9 @@ def _trimesh(mesh: Mesh) -> Any:
 
 
 def _merged(mesh: Mesh) -> Mesh:
-    """Equal vertices made one; faces that lose a corner by it and unused vertices dropped.
+    """Merges equal vertices; drops faces that lose a corner by it, and unused vertices.
 
-    Only faces with a repeated corner go: dropping thin ones too would tear a closed surface open.
+    Only faces with a repeated corner are dropped: without thin ones, a closed surface would open.
     """
     body = _trimesh(mesh)
     body.merge_vertices(merge_norm=True, merge_tex=True)
@@ -393,10 +395,9 @@ def _compact(mesh: Mesh, faces: np.ndarray) -> Mesh:
 
 
 def _components(mesh: Mesh) -> tuple[int, np.ndarray]:
-    """Number of components and the label of every face; faces that share a vertex belong together.
+    """Number of connected components and the label of each face; faces are connected if they share
+    a vertex. Used vertices are numbered separately, so unused ones are not counted."""
 
-    A separate numbering of the used vertices keeps loose vertices from counting.
-    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

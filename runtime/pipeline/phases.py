@@ -1,12 +1,12 @@
-"""A run's phases: what they are predicted to take, and what they took.
+"""Memory and seconds of a generation's phases, predicted and measured.
 
     found, early = peaks(base, {"condition": ..., "denoise": ...}, working, lean=True, ahead=False)
     meter = PhaseMeter(found, "cuda:0")
     with meter("denoise"): ...
     meter.bytes["denoise"]    # {"predicted": ..., "peak": ..., "reserved": None}
 
-On a CPU the peak is the process' (memory.py), reset at the start of each phase. On a CUDA device it
-is torch's peak of memory allocated there, and of memory reserved for it, instead.
+On a CPU the peak is that of the process (loading/memory.py), reset at the start of each phase; on a
+GPU, torch's peaks of allocated and of reserved memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vitapack.runtime.loading.memory import reset_peak, resident
 def peaks(
     base: int, weights: Mapping[str, int], working: Mapping[str, int], *, lean: bool, ahead: bool
 ) -> tuple[dict[str, int], set[str]]:
-    """The peak of each phase, and the phases in which the next one's network comes already.
+    """Peak memory of each phase, and the phases that prefetch the next network.
 
-    `weights` of each phase's network, in their order, and what it holds `working` beside them.
-    `lean`: it goes with its phase. `ahead`: the next one comes a phase early (ahead.py) wherever
-    the largest peak of the run stays what it is.
+    weights, working: bytes of each phase's network and its working memory, in the phases' order.
+    lean: each network is evicted after its phase. ahead: the next network is prefetched during each
+    phase in which that does not raise the run's largest peak.
     """
     found, kept = {}, 0
     for phase, nbytes in weights.items():
@@ -54,13 +54,13 @@ class PhaseMeter:
     def __call__(self, phase: str) -> Iterator[None]:
         gpu = torch.device(self.device).type == "cuda"
         if gpu:
-            torch.cuda.init()  # the first phase comes before any tensor, and without statistics
+            torch.cuda.init()  # before the first phase there are no tensors and no statistics
             torch.cuda.reset_peak_memory_stats(self.device)
         reset_peak()
         start = time.perf_counter()
         try:
             yield
-        finally:  # a phase that fails was measured as well
+        finally:  # a phase that fails is measured as well
             self.seconds[phase] = time.perf_counter() - start
             self.bytes[phase] = {
                 "predicted": self.predicted.get(phase),
@@ -72,7 +72,7 @@ class PhaseMeter:
 
 
 def memory_words(found: Mapping[str, int | None]) -> str:
-    """A phase's bytes for people, as the end of a line; nothing where no peak is known."""
+    """A phase's memory as the end of a line for people; empty if no peak is known."""
     if not found["peak"]:
         return ""
     predicted, reserved = found["predicted"], found["reserved"]

@@ -274,7 +274,7 @@ def test_translucent_pixels_blend_with_the_ground(prepare):
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 128))
     image.putpixel((0, 0), (0, 0, 0, 0))
     assert prepare(image, "x")[:, 28, 28].tolist() == pytest.approx([127 / 255] * 3, abs=0.01)
-    with pytest.raises(UserError, match="no object in the picture"):
+    with pytest.raises(UserError, match="no object in the image"):
         prepare(Image.new("RGBA", (40, 40)), "x")
 
 

@@ -50,7 +50,7 @@ def test_a_busy_background_is_an_explicit_error(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_nothing_in_the_picture(mode: str) -> None:
-    with pytest.raises(UserError, match=r"^empty.png: no object in the picture"):
+    with pytest.raises(UserError, match=r"^empty.png: no object in the image"):
         separate(Image.new(mode, (50, 50)), "empty.png")
 
 
@@ -97,8 +97,8 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:60])
     for name, words in (
         ("empty.png", "0 bytes"),
-        ("text.png", "not a picture"),
-        ("cut.png", "damaged|not a picture"),
+        ("text.png", "not an image"),
+        ("cut.png", "damaged|not an image"),
         ("none.png", "no such file"),
     ):
         path = tmp_path / name
@@ -202,10 +202,10 @@ def test_what_no_picture_is(tmp_path: Path) -> None:
     )
     Image.fromarray(np.ones((40, 40), np.float32)).save(tmp_path / "float.tif")
     for name, words in (
-        ("pipe.png", "pipe; expected a picture file"),
+        ("pipe.png", "pipe; expected an image file"),
         ("folder.png", "a folder"),
-        ("program.png", "not a picture"),
-        ("float.tif", "32 bits a pixel; expected 8 or 16"),
+        ("program.png", "not an image"),
+        ("float.tif", "32 bits per pixel; expected 8 or 16"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             separate(load_image(tmp_path / name), name)
@@ -214,8 +214,8 @@ def test_what_no_picture_is(tmp_path: Path) -> None:
         (Image.new("La", (40, 40)), "La to L not supported; save it as PNG"),
         (np.zeros((40, 40, 3)), r"array of float64 \[40, 40, 3\]; expected uint8"),
         (np.zeros((40, 40, 2), np.uint8), "expected uint8"),
-        (b"png", "a bytes; expected a picture"),
-        (None, "a NoneType; expected a picture"),
+        (b"png", "a bytes; expected a pillow image"),
+        (None, "a NoneType; expected a pillow image"),
     ):
         with pytest.raises(UserError, match=words):
             separate(odd)
@@ -233,7 +233,7 @@ def test_sizes_that_would_fill_the_memory(tmp_path: Path) -> None:
     for name in ("bomb.png", "row.png"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises(UserError, match="10000 a side are accepted, scale it down"):
+            with pytest.raises(UserError, match="10000 per side are accepted; scale it down"):
                 load_image(tmp_path / name)
     with pytest.raises(UserError, match="10001 x 16 pixels"):
         separate(Image.open(tmp_path / "row.png"))
