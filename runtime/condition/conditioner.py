@@ -1,6 +1,6 @@
 """A picture to condition tokens: the object set on its ground, then DINOv2, as each family does it.
 
-    condition = ImageConditioner(Part(...), prepare=hunyuan_picture(512, 518, 0.15))
+    condition = ImageConditioner(Part(...), prepare=hunyuan_framing(512, 518, 0.15))
     tokens = condition(Image.open("chair.png"))      # (1, N, D); the unconditional ones are zeros
 
 What the published pipelines do with OpenCV and torchvision is done with pillow and torch here; a

@@ -1,13 +1,13 @@
-"""DINOv2 as the published models condition on it: transformers' networks, filled from our files.
+"""DINOv2, the published models' image encoder: transformers' networks, filled from any source.
 
-    config = config_of(source.weights(), settings, where)    # checked, without transformers
+    config = config_of(source.weights(), settings, label)    # checked, without transformers
     encoder = load(source, config, torch.float32, "cpu", bits=8)
     encoder(images).last_hidden_state                         # (B, 1 + registers + patches, h)
 
-transformers is an extra and is imported by `load` alone, since that takes seconds and 220 MB. It is
-given hyper-parameters, never a checkpoint's whole configuration, so it has nothing to look up on a
-network. Released files keep the tensor names of its version 4, below any prefix; version 5 renamed
-some of them (`RENAMED`). torch-hub files are mapped by `from_hub`.
+transformers is an extra and is imported by `load` alone, since that takes seconds and 220 MB. It
+gets hyper-parameters, never a checkpoint's whole configuration, so it looks nothing up online.
+Released files keep the tensor names of its version 4, under any prefix; version 5 renamed some of
+them (`RENAMED`). torch-hub files are mapped by `from_hub`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
 from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.loading.source import Source
 
-HEAD = 64  # channels of a head in every released size
+HEAD = 64  # channels per head in every released size
 LAYER = "encoder.layer."  # in the names of the blocks' tensors
-MASK = "embeddings.mask_token"  # of training; no picture needs it
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pictures in 0..1
+MASK = "embeddings.mask_token"  # used in training only
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in 0..1
 NEEDED = "its image encoder needs transformers: pip install 'vitapack[dinov2]'"
 
 # Released owner of weight and bias -> its names in transformers 5; two share the rows in order.
@@ -51,8 +51,8 @@ class Dinov2Config:
     hidden: int
     layers: int
     heads: int
-    patch: int  # pixels a side
-    places: int  # patches a side of the stored position table: 37 for 518 px
+    patch: int  # pixels per side
+    places: int  # patches per side of the stored position embeddings: 37 for 518 px
     registers: int
     mlp_ratio: int
     swiglu: bool
@@ -77,7 +77,7 @@ class Dinov2Config:
         return dtype.itemsize * (tokens * (3 * self.hidden + wide) + weight + 3 * pixels**2)
 
     def settings(self) -> dict[str, Any]:
-        """Under the names of released config.json files, which are transformers'."""
+        """Under the names of transformers and of released config.json files."""
         registers = {"num_register_tokens": self.registers} if self.registers else {}
         return registers | {
             "hidden_size": self.hidden,
@@ -95,13 +95,13 @@ class Dinov2Config:
 
 
 def config_of(
-    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], where: str
+    shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], label: str
 ) -> Dinov2Config:
-    """From the tensors' shapes and the checkpoint's own settings, {} where it has none.
+    """From the tensors' shapes and the checkpoint's settings, {} if it has none.
 
-    FormatError where the tensors are no DINOv2's, or not the one of the settings.
+    Raises: FormatError: if the tensors are not a DINOv2's, or do not fit the settings.
     """
-    config = config_from_shapes(shapes, where)
+    config = config_from_shapes(shapes, label)
     heads, eps = settings.get("num_attention_heads", config.heads), config.eps
     try:  # YAML takes 1e-06 for a string
         eps = float(settings.get("layer_norm_eps", eps))
@@ -109,19 +109,19 @@ def config_of(
         eps = math.nan
     if type(heads) is not int or not 0 < heads <= config.hidden or config.hidden % heads:
         raise FormatError(
-            f"{where}: the image encoder's num_attention_heads is {heads!r}; expected a divisor "
+            f"{label}: the image encoder's num_attention_heads is {heads!r}; expected a divisor "
             f"of its {config.hidden} channels"
         )
     if not 0 < eps < 1:
         raise FormatError(
-            f"{where}: the image encoder's layer_norm_eps is {settings['layer_norm_eps']!r}; "
+            f"{label}: the image encoder's layer_norm_eps is {settings['layer_norm_eps']!r}; "
             "expected a number near 1e-6"
         )
     config = Dinov2Config(**vars(config) | {"heads": heads, "eps": eps})
     for name, value in config.settings().items():
         if name != "layer_norm_eps" and settings.get(name, value) != value:
             raise FormatError(
-                f"{where}: the image encoder's {name} is {settings[name]!r} in its configuration; "
+                f"{label}: the image encoder's {name} is {settings[name]!r} in its configuration; "
                 f"its tensors and this reader expect {value!r}"
             )
     expected, found = released_shapes(config), dict(shapes)
@@ -129,20 +129,23 @@ def config_of(
     if odd := sorted(set(expected.items()) ^ set(found.items())):
         name, shape = odd[0]
         raise FormatError(
-            f"{where}: the image encoder's tensors are not those of a DINOv2 of its size: "
+            f"{label}: the image encoder's tensors are not those of a DINOv2 of its size: "
             f"{name} {list(shape)} ({len(odd)} differ in all)"
         )
     return config
 
 
-def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Dinov2Config:
-    """What shows in the tensors' shapes; heads have 64 channels. FormatError for no DINOv2."""
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], label: str) -> Dinov2Config:
+    """From the tensors' shapes alone; heads have 64 channels.
+
+    Raises: FormatError: if they are not a DINOv2's.
+    """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = shapes.get(name)
         if found is None or len(found) != dims or 0 in found:
             raise FormatError(
-                f"{where}: the image encoder should be a DINOv2; {name} is "
+                f"{label}: the image encoder should be a DINOv2; {name} is "
                 f"{'missing' if found is None else list(found)}"
             )
         return found
@@ -156,7 +159,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Din
     wide = shape(f"{LAYER}0.mlp.{outer}.weight", 2)[1]
     if hidden % HEAD or places**2 != table or len(layers) > 1000:
         raise FormatError(
-            f"{where}: an image encoder of {hidden} channels, {table} places, {len(layers)} "
+            f"{label}: an image encoder of {hidden} channels, {table} places, {len(layers)} "
             f"layers is no DINOv2 (heads have {HEAD} channels, places form a square)"
         )
     registers = shapes.get("embeddings.register_tokens")
@@ -172,13 +175,13 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> Din
     )
     if config.wide != wide:
         raise FormatError(
-            f"{where}: an image encoder of {hidden} channels with {wide} in its MLP is no DINOv2"
+            f"{label}: an image encoder of {hidden} channels with {wide} in its MLP is no DINOv2"
         )
     return config
 
 
 def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a released file but the mask token, which a picture does not need."""
+    """Every tensor of a released file but the mask token, which is used in training only."""
     h, wide = config.hidden, config.wide
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.cls_token": (1, 1, h),
@@ -204,7 +207,7 @@ def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
 
 
 def is_packable(name: str, shape: tuple[int, ...]) -> bool:
-    """Is this released tensor, below any prefix, the weight of a linear that can be packed?"""
+    """Whether a released tensor, under any prefix, is the weight of a linear that can be packed."""
     return LAYER in name and name.endswith(".weight") and len(shape) == 2
 
 
@@ -213,7 +216,9 @@ def load(
 ) -> nn.Module:
     """transformers' network, made on the meta device and filled tensor by tensor.
 
-    `bits` 8 packs the linears as they come; packed ones stay so. UserError without transformers.
+    `bits` 8 packs the linears while they are loaded; packed ones are kept.
+
+    Raises: UserError: without transformers.
     """
     with torch.device("meta"):
         network = _network(config)
@@ -230,7 +235,7 @@ def _network(config: Dinov2Config) -> Any:
         if error.name != "transformers":
             raise UserError(f"transformers lacks {error.name}; {NEEDED}") from error
         raise UserError(f"transformers is not installed; {NEEDED}") from error
-    except (ImportError, RuntimeError) as error:  # too old, or its own packages do not fit
+    except (ImportError, RuntimeError) as error:  # too old, or its dependencies do not fit
         raise UserError(f"transformers does not work ({one_line(error)}); {NEEDED}") from error
     settings = config.settings() | {"attn_implementation": "sdpa"}
     if config.registers:
@@ -258,7 +263,7 @@ def as_installed(source: Source, wanted: Set[str]) -> Source:
 
 
 def from_hub(weights: Weights) -> Weights:
-    """A torch-hub file (facebookresearch/dinov2) under the released names, q, k and v apart."""
+    """A torch-hub file (facebookresearch/dinov2) under the released names, q, k, v separate."""
     names = {
         "cls_token": "embeddings.cls_token",
         "mask_token": MASK,
@@ -292,8 +297,8 @@ def from_hub(weights: Weights) -> Weights:
 
 
 def in_parts(read: Callable[[], Tensor], count: int) -> list[Callable[[], Tensor]]:
-    """Readers of a tensor's rows in so many equal parts, from one read for all of them: what is not
-    asked for yet waits in memory. A part that is asked for again is read again."""
+    """Readers of a tensor's rows in `count` equal parts, from one read for all: unread parts are
+    kept in memory. A part that is read again reads the tensor again."""
     waiting: dict[int, Tensor] = {}
 
     def part(index: int) -> Tensor:

@@ -16,7 +16,7 @@ from vitapack.runtime.errors import UserError
 Prepare = Callable[[Image.Image, str], Tensor]  # image, its name -> (3, H, W) in 0..1
 
 
-def hunyuan_picture(size: int, pixels: int, border: float) -> Prepare:
+def hunyuan_framing(size: int, pixels: int, border: float) -> Prepare:
     """Hunyuan3D: the object's bounding box at 1 - `border` of a white square of the image's longer
     side, resized to `size` (bicubic) and then to the encoder's `pixels` (bilinear, antialiased)."""
 
@@ -47,7 +47,7 @@ def hunyuan_picture(size: int, pixels: int, border: float) -> Prepare:
     return prepare
 
 
-def framed_picture(pixels: int, fill_ratio: float) -> Prepare:
+def step1x_framing(pixels: int, fill_ratio: float) -> Prepare:
     """Step1X-3D: the object's bounding box at `fill_ratio` of a white square, resized (bicubic)."""
 
     def prepare(image: Image.Image, name: str) -> Tensor:
@@ -66,7 +66,7 @@ def framed_picture(pixels: int, fill_ratio: float) -> Prepare:
     return prepare
 
 
-def trellis_picture(pixels: int) -> Prepare:
+def trellis_framing(pixels: int) -> Prepare:
     """TRELLIS: a square of 1.2 times the object's bounding box, on black."""
 
     def prepare(image: Image.Image, name: str) -> Tensor:

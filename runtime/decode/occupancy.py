@@ -13,14 +13,14 @@ from torch import Tensor, nn
 class OccupancyConfig:
     latent_channels: int
     channels: tuple[int, ...]  # of the levels; each one after the first doubles the side
-    blocks: int  # residual blocks a level
-    middle: int  # and before the first
+    blocks: int  # residual blocks per level
+    middle: int  # residual blocks before the first level
     resolution: int = 16  # of the latent cube
     scale_factor: float = 1.0
 
     @property
     def side(self) -> int:
-        """Voxels a side of the output: 64."""
+        """Voxels per side of the output: 64."""
         return self.resolution * 2 ** (len(self.channels) - 1)
 
     def working_bytes(self, dtype: torch.dtype) -> int:
@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: eight channels each become one cell of a 2 x 2 x 2 block."""
+    """Doubles the side: each group of eight channels becomes a block of 2 x 2 x 2 cells."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

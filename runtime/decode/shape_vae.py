@@ -70,7 +70,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """(B, n, parts * w) to `parts` of (B, H, n, d): the parts lie inside each head."""
+    """(B, n, parts * w) to `parts` tensors (B, H, n, d); each head holds all of its parts."""
     return x.unflatten(-1, (heads, parts, -1)).permute(3, 0, 2, 1, 4).unbind(0)
 
 
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Query points (B, P, w) attend to keys and values that are made once per shape."""
+    """Query points (B, P, w) attend to keys and values that are computed once per shape."""
 
     def __init__(self, config: ShapeDecoderConfig) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class ShapeDecoder(nn.Module):
         return geo(points, geo.keys(self.tokens(latents)))
 
     def field(self, latents: Tensor) -> Field:
-        """The logit field of one shape, (1, n, c): its tokens, keys and values are made once."""
+        """The logit field of one shape, (1, n, c); its tokens and keys are computed once."""
         with torch.inference_mode():
             keys = self.geo.keys(self.tokens(latents.to(self.post_kl.weight.dtype)))
 

@@ -27,20 +27,20 @@ from vitapack.runtime.loading.source import Source
 class Checkpoint:
     """One original checkpoint: everything but the tensors, which are read one by one.
 
-    `part` is "shape_decoder" or "conditioner"; the network itself has methods of its own.
+    `part` is "shape_decoder" or "conditioner"; the network has methods of its own.
     """
 
     family: str
-    variant: str  # "hunyuan3d-2mini-turbo"; names the released model where it is one
-    path: Path  # as the user gave it
+    variant: str  # "hunyuan3d-2mini-turbo": the released model's name, if it is one
+    path: Path  # as given by the user
     config: Any  # an Architecture
     sampler: SamplerDefaults
-    latents: tuple[int, ...] | None  # tokens, channels; None where only the DiT is there
-    decoder: Any  # the family's decoder config (ShapeDecoderConfig, ...), None where unknown
+    latents: tuple[int, ...] | None  # tokens, channels; None if only the DiT is present
+    decoder: Any  # the family's decoder config (ShapeDecoderConfig, ...); None if unknown
     scale_factor: float | None  # the DiT's latents are the autoencoder's times this
     weights: Weights  # names "model.<canonical>", "vae.<...>", "conditioner.<...>"
-    ignored: tuple[str, ...] = ()  # tensors that are not needed, on purpose
-    unknown: tuple[str, ...] = ()  # settings that this reader does not know, taken as harmless
+    ignored: tuple[str, ...] = ()  # tensors that are deliberately not used
+    unknown: tuple[str, ...] = ()  # unknown settings, assumed to be harmless
     sections: Mapping[str, Any] = field(default_factory=dict)  # of config.yaml
 
     def names(self) -> list[str]:
@@ -54,11 +54,11 @@ class Checkpoint:
         return self.weights.dtype(f"model.{name}")
 
     def tensor(self, name: str) -> Tensor:
-        """Reads one tensor of the network, in its stored dtype. FormatError for NaN, infinity."""
+        """A tensor of the network in its stored dtype. Raises: FormatError: for NaN or infinity."""
         return self.weights.read(f"model.{name}")
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """`params` of the part's section in config.yaml, {} if it has none: JSON."""
+        """`params` of the part's section in config.yaml, {} if it has none; JSON values."""
         section = self.sections.get(PARTS[part])
         return dict((section or {}).get("params") or {})
 
@@ -74,11 +74,11 @@ class Checkpoint:
         }
 
     def part_tensor(self, part: str, name: str) -> Tensor:
-        """Reads one tensor of a part, in its stored dtype. FormatError for NaN and infinity."""
+        """A tensor of a part in its stored dtype. Raises: FormatError: for NaN or infinity."""
         return self.weights.read(f"{PARTS[part]}.{name}")
 
     def component(self, part: str) -> Source:
-        """The part's settings and tensors. UserError where the checkpoint holds no such part."""
+        """The part's settings and tensors. Raises: UserError: if the checkpoint lacks the part."""
         shapes = {name: shape for name, (_, shape) in self.part_shapes(part).items()}
         if not shapes:
             raise UserError(f"{self.path} ({self.variant}) holds no {part.replace('_', ' ')}")
@@ -87,7 +87,7 @@ class Checkpoint:
         )
 
     def parameters(self, part: str | None = None) -> int:
-        """Weights and biases of the network, or of a part; an fp16 file holds two bytes of each."""
+        """Number of weights and biases of the network, or of a part."""
         shapes = (
             [self.shape(name) for name in self.names()]
             if part is None
@@ -96,9 +96,8 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in shapes)
 
     def source(self, hashed: bool) -> dict[str, Any]:
-        """{"name", "sha256", "bytes"} of the weights; 64 zeros unless `hashed` (reads them whole).
-
-        Shards count as one file, in the order of their names.
+        """{"name", "sha256", "bytes"} of the weights; the digest is zeros unless `hashed`, which
+        reads all files. Shards count as one file, in the order of their names.
         """
         files = self.weights.files
         digest = hashlib.sha256()
@@ -118,7 +117,7 @@ class Checkpoint:
 
 
 def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a module's tensors, without memory for them."""
+    """Names and shapes of a module's tensors; allocates nothing."""
     with torch.device("meta"):
         module = build()
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -132,12 +131,12 @@ def check_part(
     weights: Weights,
     part: str,
     expected: Mapping[str, tuple[int, ...]],
-    where: Path,
+    path: Path,
     ignored: Iterable[str] = (),
 ) -> None:
-    """FormatError unless the part's floating-point tensors are exactly the expected ones.
+    """Raises FormatError unless the part's floating-point tensors are exactly the expected ones.
 
-    One line with how many are missing, unexpected and of another shape, and the first of each.
+    The message counts the missing, the unexpected and the misshaped, and names the first of each.
     """
     prefix, skip = f"{part}.", set(ignored)
     found = {n[len(prefix) :]: n for n in weights if n.startswith(prefix) and n not in skip}
@@ -150,8 +149,8 @@ def check_part(
     ]
     whole = [f for f in found.values() if not weights.dtype(f).is_floating_point]
     problems = [
-        f"{what}: {first_names(names)}"
-        for what, names in (
+        f"{problem}: {first_names(names)}"
+        for problem, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshaped),
@@ -161,5 +160,5 @@ def check_part(
     ]
     if problems:
         raise FormatError(
-            f"{where}: the {part}.* tensors do not fit its configuration; {'; '.join(problems)}"
+            f"{path}: the {part}.* tensors do not fit its configuration; {'; '.join(problems)}"
         )

@@ -1,8 +1,8 @@
-"""Hunyuan3D 2.0, 2.0-fast, 2.0-turbo, 2mini (fast, turbo) and 2mv: names, numbers, defaults.
+"""Hunyuan3D 2.0, 2.0-fast, 2.0-turbo, 2mini (fast, turbo) and 2mv.
 
 Released layout: a folder with config.yaml (sections model, vae, conditioner, scheduler, ...) and
-model.fp16.safetensors, whose keys start with model., vae. or conditioner.; the first are the
-canonical DiT's own names. A DiT file alone, without config.yaml, is read by its tensors' shapes.
+model.fp16.safetensors, whose tensor names start with model., vae. or conditioner.; those of model.
+are the canonical DiT's. A DiT file without config.yaml is read by its tensors' shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
-from vitapack.runtime.condition.recipes import hunyuan_picture
+from vitapack.runtime.condition.recipes import hunyuan_framing
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
@@ -36,17 +36,20 @@ SCHEDULERS = {
     "ConsistencyFlowMatchEulerDiscreteScheduler": "consistency",
 }
 LARGE_IMAGES = ("hunyuan3d-2mini-fast", "hunyuan3d-2mini-turbo")
-# The autoencoder's other half, in some released files.
+# The autoencoder's encoder, which some released files hold.
 NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
 
 
-def dit_config(values: Mapping[str, Any], where: str) -> DiTConfig:
-    """`model.params` of a config.yaml; defaults are the reference class'. FormatError."""
-    params = Params(values, where)
+def dit_config(values: Mapping[str, Any], label: str) -> DiTConfig:
+    """From `model.params` of a config.yaml; defaults are those of the reference implementation.
+
+    Raises: FormatError.
+    """
+    params = Params(values, label)
     params.drop("axes_dim", "theta", "ckpt_path")  # no rotary embedding is ever applied
     hidden = params.size("hidden_size", 1024)
-    # The reference passes time_factor where its sinusoid expects max_period; the times themselves
-    # are always multiplied by 1000.
+    # The reference implementation passes time_factor as its sinusoid's max_period, and always
+    # multiplies the times by 1000.
     period = params.take("time_factor", float, 1000.0)
     config = _dit(
         in_channels=params.size("in_channels", 64),
@@ -58,18 +61,18 @@ def dit_config(values: Mapping[str, Any], where: str) -> DiTConfig:
         mlp_ratio=params.take("mlp_ratio", float, 4.0),
         qkv_bias=params.take("qkv_bias", bool, True),
         guidance_embed=params.take("guidance_embed", bool, False),
-        where=where,
+        label=label,
     )
     params.done()
     return replace(config, time=replace(config.time, max_period=period))
 
 
-def dit_config_from_shapes(weights: Weights, where: str) -> DiTConfig:
-    """The same from a bare file: every number but the time factor shows in a shape."""
+def dit_config_from_shapes(weights: Weights, label: str) -> DiTConfig:
+    """The same without config.yaml: the shapes determine all but the time factor."""
 
     def shape(name: str) -> tuple[int, ...]:
         if f"model.{name}" not in weights:
-            raise FormatError(f"{where}: no tensor {name}; without config.yaml it is needed")
+            raise FormatError(f"{label}: no tensor {name}; without config.yaml it is needed")
         return weights.shape(f"model.{name}")
 
     def depth(kind: str) -> int:
@@ -88,16 +91,19 @@ def dit_config_from_shapes(weights: Weights, where: str) -> DiTConfig:
         mlp_ratio=shape("double_blocks.0.img_mlp.0.weight")[0] / hidden,
         qkv_bias=f"model.{double}.qkv.bias" in weights,
         guidance_embed="model.guidance_in.in_layer.weight" in weights,
-        where=where,
+        label=label,
     )
 
 
 def decoder_config(
-    values: Mapping[str, Any], where: str, unknown: list[str] | None = None
+    values: Mapping[str, Any], label: str, unknown: list[str] | None = None
 ) -> ShapeDecoderConfig:
-    """`vae.params` of a config.yaml. FormatError. `unknown` collects settings of other matters."""
-    params = Params(values, where)
-    # Of the encoder, of training, or set by the caller; none changes what the decoder computes.
+    """From `vae.params` of a config.yaml. `unknown` collects unknown settings.
+
+    Raises: FormatError.
+    """
+    params = Params(values, label)
+    # Settings of the encoder, of training, or of the caller: none changes the decoder.
     params.drop(
         "num_encoder_layers", "pc_size", "pc_sharpedge_size", "point_feats", "downsample_ratio"
     )
@@ -122,24 +128,24 @@ def decoder_config(
         unknown += params.left()
     if config.width % config.heads or config.heads % config.geo_downsample:
         raise FormatError(
-            f"{where}: width {config.width}, heads {config.heads} and geo decoder downsampling "
+            f"{label}: width {config.width}, heads {config.heads} and geo decoder downsampling "
             f"{config.geo_downsample} do not divide one another"
         )
     if not 0 < config.scale_factor < 1e6:
-        raise FormatError(f"{where}: scale_factor is {config.scale_factor}; expected one near 1")
+        raise FormatError(f"{label}: scale_factor is {config.scale_factor}; expected one near 1")
     return config
 
 
 def sampler_defaults(probe: PathProbe, guidance_embed: bool) -> SamplerDefaults:
-    """The pipeline's defaults: 50 Euler steps, or 5 on the distilled consistency schedule."""
+    """The released defaults: 50 Euler steps, or 5 on the distilled consistency schedule."""
     target = probe.target("scheduler")
-    where = f"{probe.folder / 'config.yaml'}: scheduler"
+    label = f"{probe.folder / 'config.yaml'}: scheduler"
     if target not in SCHEDULERS:
-        raise FormatError(f"{where} is {target}; expected one of {', '.join(list(SCHEDULERS)[1:])}")
+        raise FormatError(f"{label} is {target}; expected one of {', '.join(list(SCHEDULERS)[1:])}")
     params = probe.params("scheduler")
     train_steps = params.get("num_train_timesteps", 1000)
     if train_steps != 1000:
-        raise FormatError(f"{where} has {train_steps!r} training steps; expected 1000")
+        raise FormatError(f"{label} has {train_steps!r} training steps; expected 1000")
     made = SamplerDefaults(
         SCHEDULERS[target], steps=50, guidance=5.0, shift=params.get("shift", 1.0)
     )
@@ -149,7 +155,7 @@ def sampler_defaults(probe: PathProbe, guidance_embed: bool) -> SamplerDefaults:
 
 
 def variant(config: DiTConfig, sampler: SamplerDefaults, views: bool) -> str:
-    """The released model's name, or its depths where there is no such release."""
+    """The released model's name, or its depths if there is no such release."""
     depths = len(config.double_blocks), len(config.single_blocks)
     size = RELEASED.get(depths, "{}+{}".format(*depths))
     size = "2mv" if views and size == "2.0" else f"{size}-mv" if views else size
@@ -165,20 +171,20 @@ def recognises(probe: PathProbe) -> bool:
 
 
 def read(probe: PathProbe) -> Checkpoint:
-    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    """Reads the configuration and checks every tensor's name and shape; loads no tensor."""
     weights, path = probe.weights, probe.path
-    where = str(probe.folder / "config.yaml")
+    label = str(probe.folder / "config.yaml")
     alone = probe.config is None
     config = (
         dit_config_from_shapes(weights, str(path))
         if alone
-        else dit_config(probe.params("model"), f"{where}: model.params")
+        else dit_config(probe.params("model"), f"{label}: model.params")
     )
     check_part(weights, "model", network_shapes(config), path)
     ignored = tuple(name for name in weights if name.startswith(NOT_NEEDED))
     decoder, unknown = None, list[str]()
     if probe.target("vae"):
-        decoder = decoder_config(probe.params("vae"), f"{where}: vae.params", unknown)
+        decoder = decoder_config(probe.params("vae"), f"{label}: vae.params", unknown)
         if any(name.startswith("vae.") for name in weights):
             expected = shapes_of(lambda: ShapeDecoder(decoder))
             check_part(weights, "vae", expected, path, ignored)
@@ -208,7 +214,7 @@ def read(probe: PathProbe) -> Checkpoint:
 
 
 def _sections(probe: PathProbe) -> dict[str, Any]:
-    """config.yaml, with the image processor's settings beside the image encoder's."""
+    """config.yaml, with the image processor's settings among those of the conditioner."""
     sections = dict(probe.config or {})
     if isinstance(sections.get("conditioner"), dict):
         params = probe.params("conditioner") | {"image_processor": probe.params("image_processor")}
@@ -219,15 +225,15 @@ def _sections(probe: PathProbe) -> dict[str, Any]:
 def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
 ) -> ImageConditioner:
-    """DINOv2-giant on a white ground; CLS and patches are the tokens."""
+    """DINOv2-giant on a white background; CLS and patches are the tokens."""
     main = source.config.get("main_image_encoder")
     main = main if isinstance(main, dict) else {}
     kwargs = main.get("kwargs") if isinstance(main.get("kwargs"), dict) else {}
-    picture = Params(source.config.get("image_processor") or {}, f"{source.where}: image_processor")
+    image = Params(source.config.get("image_processor") or {}, f"{source.where}: image_processor")
     encoder = Params(kwargs or {}, f"{source.where}: main_image_encoder")
     pixels = encoder.size("image_size", 518)
-    prepare = hunyuan_picture(
-        picture.size("size", 512), pixels, picture.take("border_ratio", float, 0.15)
+    prepare = hunyuan_framing(
+        image.size("size", 512), pixels, image.take("border_ratio", float, 0.15)
     )
     if pixels % 14 or pixels > 4096:
         raise FormatError(f"{source.where}: image_size {pixels} is no multiple of 14 below 4096")
@@ -239,7 +245,7 @@ def conditioner(
 
 
 def condition_tokens(variant: str) -> int:
-    """CLS and a patch of 14 px each: of images of 1022 px in two variants, of 518 px in others."""
+    """CLS and patches of 14 px, of images of 1022 px in two variants and of 518 px in others."""
     side = 1022 if variant in LARGE_IMAGES else 518
     return 1 + (side // 14) ** 2
 
@@ -259,10 +265,10 @@ def _dit(
     mlp_ratio: float,
     qkv_bias: bool,
     guidance_embed: bool,
-    where: str,
+    label: str,
 ) -> DiTConfig:
     if max(depth, single) > 1000:
-        raise FormatError(f"{where}: {depth} double and {single} single blocks; expected <= 1000")
+        raise FormatError(f"{label}: {depth} double and {single} single blocks; expected <= 1000")
     try:
         return DiTConfig(
             in_channels=in_channels,
@@ -277,12 +283,12 @@ def _dit(
             time=hunyuan_time(hidden),
         )
     except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        raise FormatError(f"{label}: {error}") from error
 
 
 FAMILY = Family(
     name=NAME,
-    looks_for="config.yaml with model.target ...Hunyuan3DDiT beside model.fp16.safetensors",
+    looks_for="config.yaml with model.target ...Hunyuan3DDiT next to model.fp16.safetensors",
     recognises=recognises,
     read=read,
     conditioner=conditioner,

@@ -1,4 +1,4 @@
-"""Which family a checkpoint belongs to: `open_checkpoint(path)` asks each in turn.
+"""The table of families, and which of them a path belongs to.
 
     checkpoint = open_checkpoint("hunyuan3d-dit-v2-mini")
     checkpoint.variant, checkpoint.config, checkpoint.sampler
@@ -29,12 +29,12 @@ FAMILIES: dict[str, Family] = {
 
 log = logging.getLogger("vitapack.families")
 
-# Models that come with the package, by the name that stands for their folder.
+# Models in the package, by the name that stands for their folder.
 BUNDLED = {"furniture": Path(__file__).resolve().parents[1] / "bundled" / "furniture"}
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """A bundled model's name, or a path, to an existing path; `./furniture` is always a path."""
+    """The existing path of a bundled model's name or of a path; `./furniture` is always a path."""
     name = os.fspath(path)
     if name in BUNDLED:
         if not BUNDLED[name].is_dir():
@@ -52,8 +52,9 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Detects the family of an original checkpoint (folder, file or bundled name) and reads it.
 
-    Names and shapes of all tensors are checked against the configuration; none is loaded. Raises
-    UserError or FormatError with one line that says what was looked for and what was found.
+    Names and shapes of all tensors are checked against the configuration; none is loaded.
+
+    Raises: UserError, FormatError: in one line, what was expected and what was found.
     """
     probe = PathProbe(resolve(path))
     if is_packed(probe.path):

@@ -36,7 +36,7 @@ class PathProbe:
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """config.yaml of the folder, or beside the file; None if there is none."""
+        """config.yaml in the folder, or next to the file; None if there is none."""
         path = self.folder / "config.yaml"
         if not path.is_file():
             return None
@@ -52,13 +52,13 @@ class PathProbe:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         if not isinstance(found, dict):
-            what = "empty" if found is None else f"a {type(found).__name__}"
-            raise FormatError(f"{path} is {what}; expected the sections model, vae, conditioner")
+            kind = "empty" if found is None else f"a {type(found).__name__}"
+            raise FormatError(f"{path} is {kind}; expected the sections model, vae, conditioner")
         return found
 
     @cached_property
     def pipeline(self) -> dict[str, Any] | None:
-        """`args` of a folder's pipeline.json, as TRELLIS has one; None if there is none."""
+        """`args` of the folder's pipeline.json (TRELLIS); None if there is none."""
         path = self.path / "pipeline.json"
         if not path.is_file():
             return None
@@ -67,9 +67,9 @@ class PathProbe:
 
     @cached_property
     def weights(self) -> Weights:
-        """The weights, with names that start in model., vae. or conditioner."""
+        """The weights; their names start with model., vae. or conditioner."""
         weights = open_weights(self._weight_file())
-        # DeepSpeed wraps modules; old training checkpoints still say so.
+        # DeepSpeed wraps modules, which shows in old training checkpoints.
         weights = weights.renamed(lambda name: name.replace("_forward_module.", ""))
         if not any(name.startswith(("model.", "vae.", "conditioner.")) for name in weights):
             weights = weights.renamed("model.{}".format)  # a bare DiT
@@ -79,13 +79,13 @@ class PathProbe:
         return self.path if self.path.is_file() else weight_file(self.path)
 
     def target(self, section: str = "model") -> str:
-        """Last part of the class that config.yaml names for a section, "" if it names none."""
+        """Last part of the class named for a section of config.yaml, "" if there is none."""
         found = (self.config or {}).get(section)
         target = found.get("target") if isinstance(found, dict) else None
         return target.rsplit(".", 1)[-1] if isinstance(target, str) else ""
 
     def params(self, section: str) -> dict[str, Any]:
-        """`params` of one section of config.yaml; {} where the section has none."""
+        """`params` of one section of config.yaml, {} if it has none. Raises: FormatError."""
         found = (self.config or {}).get(section) or {}
         params = found.get("params") if isinstance(found, dict) else None
         if not isinstance(found, dict) or not isinstance(params, (dict, type(None))):
@@ -100,7 +100,7 @@ class PathProbe:
 
 
 def _expect_finite(found: Any) -> None:
-    """ValueError for aliases of aliases ("a billion laughs"): small in memory, endless in words."""
+    """ValueError for aliases of aliases ("a billion laughs"): small in memory, endless as text."""
     waiting, entries = [found], 0
     while waiting:
         value = waiting.pop()
@@ -120,7 +120,10 @@ def listing(folder: Path) -> str:
 
 
 def weight_file(folder: Path) -> Path:
-    """The weights in a folder: by their usual names, else the only candidate. UserError."""
+    """The weights in a folder: by their usual names, else the only candidate.
+
+    Raises: UserError: if there is none, or more than one.
+    """
     for name in ("model.fp16", "model", "diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
         for suffix in (".safetensors", INDEX, ".ckpt"):
             if (folder / f"{name}{suffix}").is_file():
@@ -136,7 +139,7 @@ def weight_file(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, such as a diffusers config.json. UserError, FormatError."""
+    """A JSON object, such as a diffusers config.json. Raises: UserError, FormatError."""
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

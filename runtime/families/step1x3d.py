@@ -1,9 +1,9 @@
-"""Step1X-3D's geometry models, with and without labels: names, numbers, defaults.
+"""Step1X-3D's geometry models, with and without labels.
 
-Released layout, diffusers' own: a folder with model_index.json and transformer/, vae/,
+Released layout, that of diffusers: a folder with model_index.json and transformer/, vae/,
 visual_encoder/ (and label_encoder/), each with config.json and diffusion_pytorch_model.safetensors.
-The transformer is the canonical DiT with q, k, v apart and the final scale and shift swapped; its
-own folder or file alone is accepted too.
+The transformer is the canonical DiT with separate q, k and v, and with the final scale and shift
+swapped; its folder or file alone is accepted too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
-from vitapack.runtime.condition.recipes import framed_picture
+from vitapack.runtime.condition.recipes import step1x_framing
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.errors import FormatError
@@ -41,10 +41,10 @@ NAME = "step1x3d"
 TRANSFORMER, AUTOENCODER = "transformer", "vae"  # folders
 NOT_NEEDED = ("vae.encoder.", "vae.pre_kl.")
 LABELS = "label."  # prefix of the label encoder's tensors among the conditioner's
-# As the reference's class names its tables (no released file was at hand). Row 0 of each is what a
-# caller without labels gets: pose unknown, no symmetry, ordinary geometry.
+# Names in the reference implementation (no released file was available). Row 0 of each is used
+# without labels: pose unknown, no symmetry, ordinary geometry.
 LABEL_TABLES = tuple(
-    f"embedding_table_{what}.weight" for what in ("tpose", "symmetry_type", "geometry_quality")
+    f"embedding_table_{label}.weight" for label in ("tpose", "symmetry_type", "geometry_quality")
 )
 
 _DOUBLE = {
@@ -81,7 +81,7 @@ _EDGES = {
 
 
 def released_names(name: str) -> tuple[str, ...]:
-    """The released tensors that, one below the other, are the canonical tensor `name`."""
+    """The released tensors whose rows, concatenated, are the canonical tensor `name`."""
     owner, _, leaf = name.rpartition(".")
     leaf = "weight" if leaf == "scale" else leaf
     if owner in _EDGES:
@@ -96,7 +96,7 @@ def released_names(name: str) -> tuple[str, ...]:
 
 
 def released_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the released transformer must hold."""
+    """Every tensor of the released transformer."""
     shapes = {}
     for name, shape in network_shapes(config).items():
         names = released_names(name)
@@ -108,7 +108,7 @@ def released_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def canonical(weights: Weights, config: DiTConfig) -> Weights:
-    """The transformer's tensors as the canonical DiT names and lays them out."""
+    """The transformer's tensors in the canonical DiT's names and layout."""
     stored = {}
     for name in network_shapes(config):
         entry = stacked([weights.stored[original] for original in released_names(name)])
@@ -128,9 +128,9 @@ def _swapped(entry: StoredTensor) -> StoredTensor:
     return StoredTensor(entry.shape, entry.dtype, read, entry.file)
 
 
-def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiTConfig:
-    """transformer/config.json; defaults are the released model's. FormatError."""
-    params = Params(values, where)
+def dit_config(values: Mapping[str, Any], label: str, unknown: list[str]) -> DiTConfig:
+    """From transformer/config.json; defaults are the released model's. Raises: FormatError."""
+    params = Params(values, label)
     hidden = params.size("width", 1280)
     cond = params.size("condition_dim", 1024)
     for kind in ("visual", "caption", "label"):
@@ -138,7 +138,7 @@ def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiT
         params.drop(f"use_{kind}_condition", f"{kind}_condition_dim")
         if given is not None and values.get(f"use_{kind}_condition") and given != cond:
             raise FormatError(
-                f"{where}: {kind}_condition_dim is {given!r}, condition_dim {cond}; models that "
+                f"{label}: {kind}_condition_dim is {given!r}, condition_dim {cond}; models that "
                 "project their condition first are not supported (no released one does)"
             )
     try:
@@ -156,7 +156,7 @@ def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiT
                                activation="gelu"),
         )  # fmt: skip
     except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        raise FormatError(f"{label}: {error}") from error
     unknown += params.left()
     return config
 
@@ -164,15 +164,15 @@ def dit_config(values: Mapping[str, Any], where: str, unknown: list[str]) -> DiT
 def _depth(params: Params, name: str, default: int) -> int:
     depth = params.size(name, default, least=0)
     if depth > 1000:
-        raise FormatError(f"{params.where}: {name} is {depth}; expected at most 1000")
+        raise FormatError(f"{params.label}: {name} is {depth}; expected at most 1000")
     return depth
 
 
 def decoder_config(
-    values: Mapping[str, Any], where: str, unknown: list[str] | None = None
+    values: Mapping[str, Any], label: str, unknown: list[str] | None = None
 ) -> ShapeDecoderConfig:
-    """vae/config.json: the same graph as Hunyuan3D's, other epsilons and names. FormatError."""
-    params = Params(values, where)
+    """From vae/config.json: Hunyuan3D's graph, other epsilons and names. Raises: FormatError."""
+    params = Params(values, label)
     params.drop("n_samples", "use_downsample", "point_feats", "out_dim", "num_encoder_layers")
     params.drop("init_scale", "use_flash", "use_checkpoint", "with_sharp_data")
     config = ShapeDecoderConfig(
@@ -193,18 +193,18 @@ def decoder_config(
     )
     if config.width % config.heads or config.layers > 1000:
         raise FormatError(
-            f"{where}: width {config.width}, heads {config.heads}, {config.layers} layers: "
+            f"{label}: width {config.width}, heads {config.heads}, {config.layers} layers: "
             "expected a width that the heads divide, and at most 1000 layers"
         )
     if not (math.isfinite(config.scale_factor) and 0 < config.scale_factor < 1e6):
-        raise FormatError(f"{where}: z_scale_factor is {config.scale_factor}; expected one near 1")
+        raise FormatError(f"{label}: z_scale_factor is {config.scale_factor}; expected one near 1")
     if unknown is not None:
         unknown += params.left()
     return config
 
 
 def sampler_defaults(folder: Path) -> SamplerDefaults:
-    """diffusers' Euler scheduler, the first prediction taken as zero, 30 steps, guidance 7.5."""
+    """30 steps of diffusers' Euler scheduler, guidance 7.5, the first prediction set to zero."""
     path = folder / "scheduler" / "scheduler_config.json"
     shift: Any = 1.0
     if path.is_file():
@@ -220,7 +220,7 @@ def sampler_defaults(folder: Path) -> SamplerDefaults:
 
 
 def _transformer(probe: PathProbe) -> Path | None:
-    """The transformer's own folder, where the path looks like this family's."""
+    """The transformer's folder, None if the path holds none of this family."""
     folder = probe.folder
     for place in (folder / TRANSFORMER, folder):
         path = place / "config.json"
@@ -240,7 +240,7 @@ def recognises(probe: PathProbe) -> bool:
 
 
 def read(probe: PathProbe) -> Checkpoint:
-    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    """Reads the configuration and checks every tensor's name and shape; loads no tensor."""
     place = _transformer(probe)
     assert place is not None
     unknown: list[str] = []
@@ -297,21 +297,21 @@ def read(probe: PathProbe) -> Checkpoint:
 def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
 ) -> ImageConditioner:
-    """DINOv2-large with registers on a white ground; the label variant's tokens come last."""
+    """DINOv2-large with registers on a white background; the label tokens, if any, are last."""
     labels = source.below(LABELS)
     names = [n for n in source.shapes if not n.startswith(LABELS)]
     visual = Source(source.where, source.config, {n: source.shapes[n] for n in names}, source.read)
-    # Step1X-3D's own encoder class says other things than sizes in its configuration.
+    # The configuration of Step1X-3D's own encoder class holds no sizes.
     settings = source.config if "hidden_size" in source.config else None
     return ImageConditioner(
         encoder_part(visual, dtype, device, bits, settings),
-        framed_picture(518, 0.95),
+        step1x_framing(518, 0.95),
         extra=label_tokens(labels) if labels.shapes else None,
     )
 
 
 def label_tokens(source: Source) -> Tensor:
-    """(1, 3, D): the first row of each of `LABEL_TABLES`, below any prefix. FormatError."""
+    """(1, 3, D): the first row of each of `LABEL_TABLES`, under any prefix. Raises: FormatError."""
     rows = []
     for table in LABEL_TABLES:
         names = [n for n, s in source.shapes.items() if n.endswith(table) and len(s) == 2 and s[0]]

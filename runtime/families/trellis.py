@@ -1,10 +1,10 @@
 """TRELLIS image-large: the sparse-structure flow with its occupancy decoder, and the SLAT flow.
 
-Released layout: a folder with pipeline.json, which names the models by their place below it
-(`ckpts/ss_flow_img_dit_L_16l8_fp16` is a pair of .json and .safetensors); a folder means its
-sparse-structure flow, or the SLAT flow where pipeline.json names no other. One model's .json or
-weight file is read by itself. Of the SLAT flow the transformer blocks are read, to be compressed
-and timed; its sparse convolutions are named as ignored.
+Released layout: a folder with pipeline.json, which names the models by their paths in it
+(`ckpts/ss_flow_img_dit_L_16l8_fp16` is a pair of .json and .safetensors). A folder stands for its
+sparse-structure flow, or for the SLAT flow if pipeline.json names no other; one model's .json or
+weight file stands for itself. Of the SLAT flow only the transformer blocks are read, to be
+compressed and timed; its sparse convolutions are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
 from vitapack.runtime.condition.dinov2 import from_hub
-from vitapack.runtime.condition.recipes import trellis_picture
+from vitapack.runtime.condition.recipes import trellis_framing
 from vitapack.runtime.decode.decoders import OccupancyGrid, occupancy_grid
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.errors import FormatError
@@ -38,7 +38,7 @@ ENCODER = "dinov2_vitl14_reg4_pretrain"
 STRUCTURE, SLAT = "SparseStructureFlowModel", ("SLatFlowModel", "ElasticSLatFlowModel")
 DECODER = "SparseStructureDecoder"
 RELEASED = {(STRUCTURE, 24): "trellis-ss", ("slat", 24): "trellis-slat"}
-# The places of the tokens are computed, and the SLAT flow's ends are sparse convolutions.
+# Position embeddings are computed, and the SLAT flow's outer layers are sparse convolutions.
 NOT_NEEDED = ("pos_emb", "input_blocks.", "out_blocks.")
 SLAT_ENDS = ("input_layer.", "out_layer.")
 
@@ -84,7 +84,7 @@ class Model:
 
 
 def open_model(stem: Path, weights: Path | None = None) -> Model:
-    """`stem`.json with its weights, as released a .safetensors. UserError, FormatError."""
+    """`stem`.json with its weights, by default `stem`.safetensors. Raises: FormatError."""
     config = stem.with_name(f"{stem.name}.json")
     data = read_json(config)
     kind, args = data.get("name"), data.get("args")
@@ -96,27 +96,27 @@ def open_model(stem: Path, weights: Path | None = None) -> Model:
 
 
 def flow_config(
-    values: Mapping[str, Any], where: str, unknown: list[str], slat: bool
+    values: Mapping[str, Any], label: str, unknown: list[str], slat: bool
 ) -> FlowConfig:
-    """`args` of a flow model. FormatError for what is no released architecture."""
-    params = Params(values, where)
+    """From `args` of a flow model. Raises: FormatError: if no released model is built so."""
+    params = Params(values, label)
     params.drop("use_fp16", "use_checkpoint", "num_io_res_blocks", "io_block_channels")
     params.drop("num_head_channels", "use_skip_connection", "out_channels")
     for name, only in (("pe_mode", "ape"), ("qk_rms_norm", True), ("share_mod", False)):
         if params.take(name, type(only), only) != only:
-            raise FormatError(f"{where}: {name} is {values[name]!r}; only {only!r} is supported")
+            raise FormatError(f"{label}: {name} is {values[name]!r}; only {only!r} is supported")
     if params.take("qk_rms_norm_cross", bool, False):
-        raise FormatError(f"{where}: qk_rms_norm_cross is not supported (no released model has it)")
+        raise FormatError(f"{label}: qk_rms_norm_cross is not supported (no released model has it)")
     hidden, depth = params.size("model_channels", 1024), params.size("num_blocks", 24)
     channels, patch = params.size("in_channels", 8), params.size("patch_size", 1)
     resolution = params.size("resolution", 64 if slat else 16)
     if depth > 1000 or resolution > 256 or patch > 16:
         raise FormatError(
-            f"{where}: {depth} blocks, resolution {resolution}, patches of {patch}; expected at "
+            f"{label}: {depth} blocks, resolution {resolution}, patches of {patch}; expected at "
             "most 1000, 256 and 16"
         )
     if not slat and values.get("out_channels", channels) != channels:
-        raise FormatError(f"{where}: out_channels must be in_channels, {channels}")
+        raise FormatError(f"{label}: out_channels must be in_channels, {channels}")
     try:
         config = FlowConfig(
             resolution=0 if slat else resolution,
@@ -130,20 +130,20 @@ def flow_config(
             time=trellis_time(hidden),
         )
     except ValueError as error:
-        raise FormatError(f"{where}: {error}") from error
+        raise FormatError(f"{label}: {error}") from error
     unknown += params.left()
     return config
 
 
-def decoder_config(values: Mapping[str, Any], where: str, resolution: int = 16) -> OccupancyConfig:
-    """`args` of the occupancy decoder. FormatError."""
-    params = Params(values, where)
+def decoder_config(values: Mapping[str, Any], label: str, resolution: int = 16) -> OccupancyConfig:
+    """From `args` of the occupancy decoder. Raises: FormatError."""
+    params = Params(values, label)
     params.drop("use_fp16")
     channels = params.take("channels", list)
     if not channels or len(channels) > 6 or not all(type(c) is int and c > 0 for c in channels):
-        raise FormatError(f"{where}: channels are {channels!r}; expected one to six widths")
+        raise FormatError(f"{label}: channels are {channels!r}; expected one to six widths")
     if params.take("norm_type", str, "layer") != "layer" or params.size("out_channels", 1) != 1:
-        raise FormatError(f"{where}: only layer norms and one output channel are supported")
+        raise FormatError(f"{label}: only layer norms and one output channel are supported")
     config = OccupancyConfig(
         latent_channels=params.size("latent_channels"),
         channels=tuple(channels),
@@ -152,19 +152,19 @@ def decoder_config(values: Mapping[str, Any], where: str, resolution: int = 16) 
         resolution=resolution,
     )
     if config.blocks + config.middle > 100:
-        raise FormatError(f"{where}: more than 100 residual blocks a level")
+        raise FormatError(f"{label}: more than 100 residual blocks per level")
     params.done()
     return config
 
 
-def sampler_defaults(args: Mapping[str, Any], where: str, slat: bool) -> SamplerDefaults:
-    """25 steps, guidance 1 + 5 on the noisier half, times rescaled by 3; as pipeline.json says."""
+def sampler_defaults(args: Mapping[str, Any], label: str, slat: bool) -> SamplerDefaults:
+    """From pipeline.json; by default 25 steps, guidance 1 + 5 on the noisier half, shift 3."""
     section = args.get("slat_sampler" if slat else "sparse_structure_sampler") or {}
     params = section.get("params") if isinstance(section, dict) else None
-    given = Params(params or {}, f"{where}: sampler")
+    given = Params(params or {}, f"{label}: sampler")
     interval = given.values.get("cfg_interval", [0.5, 1.0])
     if not isinstance(interval, list) or len(interval) != 2:
-        raise FormatError(f"{where}: cfg_interval is {interval!r}; expected two levels")
+        raise FormatError(f"{label}: cfg_interval is {interval!r}; expected two levels")
     return SamplerDefaults(
         "euler",
         steps=given.size("steps", 25),
@@ -177,7 +177,7 @@ def sampler_defaults(args: Mapping[str, Any], where: str, slat: bool) -> Sampler
 
 
 def _stem(probe: PathProbe) -> Path | None:
-    """Where the flow model's two files are, if the path looks like this family's."""
+    """Path of the flow model's two files without suffix; None if the path holds no TRELLIS."""
     if probe.path.is_file():
         if probe.path.suffix not in (".json", ".safetensors", *PICKLED):
             return None
@@ -189,7 +189,7 @@ def _stem(probe: PathProbe) -> Path | None:
 
 
 def _model(probe: PathProbe, which: str) -> Path | None:
-    """Where the folder's pipeline.json says that one of its models is; None if it does not."""
+    """Path of one of the folder's models by its pipeline.json; None if that does not name it."""
     models = (probe.pipeline or {}).get("models")
     name = models.get(which) if isinstance(models, dict) else None
     if not isinstance(name, str):
@@ -202,8 +202,8 @@ def _model(probe: PathProbe, which: str) -> Path | None:
 
 
 def image_encoder(folder: Path) -> Path | None:
-    """The torch-hub file of DINOv2-large with registers, which TRELLIS downloads on first use: in
-    the model's folder, or where torch.hub keeps it."""
+    """The torch-hub file of DINOv2-large with registers, which TRELLIS downloads on first use:
+    from the model's folder or from torch.hub's cache."""
     cache = os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch"
     for place in (folder, folder / "ckpts", Path(cache) / "hub" / "checkpoints"):
         for suffix in (".safetensors", ".pth"):
@@ -215,9 +215,9 @@ def image_encoder(folder: Path) -> Path | None:
 def conditioner(
     source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
 ) -> ImageConditioner:
-    """DINOv2-large with registers on a black ground; every token, normalised without weights."""
+    """DINOv2-large with registers on a black background; all tokens, normalised without affine."""
     part = encoder_part(source, dtype, device, bits, plain_norm=True)
-    return ImageConditioner(part, trellis_picture(518), registers=True)
+    return ImageConditioner(part, trellis_framing(518), registers=True)
 
 
 def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> OccupancyGrid:
@@ -232,7 +232,7 @@ def recognises(probe: PathProbe) -> bool:
 
 
 def read(probe: PathProbe) -> Checkpoint:
-    """Reads names and numbers, and checks every tensor's name and shape; no tensor is loaded."""
+    """Reads the configuration and checks every tensor's name and shape; loads no tensor."""
     stem = _stem(probe)
     assert stem is not None
     given = probe.path.is_file() and probe.path.suffix != ".json"

@@ -2,8 +2,8 @@
 
     count = step_flops(config, latents=(3072, 64), cond_tokens=1370, batch=2)
 
-The network is built and called on the meta device, where nothing is computed, under torch's
-counter: matrix products and attention, two operations a multiply-add. Packing changes none.
+The network is called on the meta device, which computes nothing, under torch's counter: matrix
+products and attention, two operations per multiply-add. Packing does not change the count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times,
 @dataclass(frozen=True)
 class Flops:
     total: int
-    attention: int  # of it: query-key and probability-value products
+    attention: int  # of these: query-key and probability-value products
 
     def to_json(self) -> dict[str, int]:
         return {"total": self.total, "attention": self.attention}
@@ -30,7 +30,7 @@ class Flops:
 def step_flops(
     config: Architecture, latents: tuple[int, ...], cond_tokens: int, batch: int
 ) -> Flops:
-    """One call of the network on `batch` items; guidance as one batch of two is 2."""
+    """One network evaluation of `batch` items; 2 for guidance as one batch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -57,8 +57,8 @@ def step_flops(
 def guided_flops(
     config: Architecture, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
 ) -> Flops:
-    """A guided step of one shape: a batch of two, or a pass with the picture's tokens and one with
-    a single token. Where guidance is embedded: one call."""
+    """A guided step of one shape: one batch of two, or one evaluation with the image's tokens and
+    one with a single token. A single evaluation if guidance is embedded."""
     if config.embeds_guidance:
         return step_flops(config, latents, cond_tokens, 1)
     if one_batch:
@@ -73,7 +73,7 @@ def run_flops(
     cond_tokens: int,
     sampler: SamplerDefaults,
 ) -> int:
-    """A whole run: the evaluations that are made; guidance where it is on, as in `guided_flops`."""
+    """All evaluations of one generation, guided ones as in `guided_flops`."""
     times, guided = evaluation_times(sampler), guided_times(sampler)
     one = step_flops(config, latents, cond_tokens, 1).total
     if config.embeds_guidance or sampler.guidance == 1:

@@ -1,6 +1,6 @@
 """The bundled furniture model: its family (family.py) and its two small networks (networks.py).
 
-The held-out pictures and shapes that everything here is judged by: `held_out("unseen-views")`.
+Compression is judged by the held-out images and shapes: `held_out("unseen-views")`.
 """
 
 from vitapack.runtime.families.furniture.family import HeldOut, held_out

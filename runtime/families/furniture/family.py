@@ -1,8 +1,8 @@
 """The bundled furniture model: a real, small image-to-shape DiT that compression can be judged on.
 
 Its checkpoint has the released layout of the Hunyuan3D family (config.yaml, model.fp16.safetensors
-with model.*, vae.*, conditioner.*), its DiT is the canonical class in 2mini's topology. What is its
-own: pictures become 50 tokens through a small encoder, latents a dense 64^3 grid.
+with model.*, vae.*, conditioner.*), its DiT is the canonical class in 2mini's topology. Its own are
+a small image encoder to 50 tokens, and a decoder to a dense 64^3 grid.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BOUNDS = 1 + 1 / GRID
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A picture that was never trained on, with the true shape."""
+    """An image that the model was not trained on, with the true shape."""
 
     name: str
     image_path: Path
@@ -70,7 +70,7 @@ class HeldOut:
 
 def held_out(which: str = "unseen-views", folder: Path = FOLDER) -> Iterator[HeldOut]:
     """The bundled held-out sets: "unseen-views" of training shapes, "validation-shapes" and
-    "test-shapes" that were never seen at all (the last one only for a final table)."""
+    "test-shapes" of shapes not trained on (the last for a final table only)."""
     place = folder / "held-out" / which
     if not place.is_dir():
         raise UserError(f"{place}: no such held-out set; this installation lacks the bundled model")
@@ -81,7 +81,7 @@ def held_out(which: str = "unseen-views", folder: Path = FOLDER) -> Iterator[Hel
 
 
 def preprocess(image: Image.Image, name: str = "image") -> Tensor:
-    """(1, 112, 112) float32 grey in 0..1: the object in the middle of a white square."""
+    """(1, 112, 112) float32 grey levels in 0..1: the object centred on a white square."""
     rgb, alpha = separate(image, name)
     square = recentre(rgb, alpha, IMAGE, border=0.15, background=255)
     grey = np.asarray(Image.fromarray(square).convert("L"), dtype=np.float32) / 255
@@ -89,7 +89,7 @@ def preprocess(image: Image.Image, name: str = "image") -> Tensor:
 
 
 class FurnitureConditioner(Conditioner):
-    """A picture to condition tokens (1, 50, width), by an encoder of 1.9 M parameters."""
+    """An image to condition tokens (1, 50, width), by an encoder of 1.9 M parameters."""
 
     def __init__(self, source: Source) -> None:
         config = encoder_config(source.config, f"{source.where}: conditioner")
@@ -98,7 +98,7 @@ class FurnitureConditioner(Conditioner):
     @torch.no_grad()
     def __call__(self, image: Picture, name: str = "image") -> Tensor:
         if isinstance(image, Mapping):
-            raise UserError(f"{name}: this model takes one picture, not {len(image)} views")
+            raise UserError(f"{name}: this model takes one image, not {len(image)} views")
         return self.encoder(preprocess(image, name))
 
 
@@ -139,27 +139,27 @@ def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device
     return FurnitureGrid(source, device)
 
 
-def encoder_config(values: Mapping[str, Any], where: str) -> FurnitureEncoderConfig:
-    """`conditioner.params` of a config.yaml. FormatError."""
-    params = Params(values, where)
+def encoder_config(values: Mapping[str, Any], label: str) -> FurnitureEncoderConfig:
+    """From `conditioner.params` of a config.yaml. Raises: FormatError."""
+    params = Params(values, label)
     config = FurnitureEncoderConfig(
         width=params.size("width"), heads=params.size("heads"), layers=params.count("layers")
     )
     params.done()
-    _expect_heads(config, where)
+    _expect_heads(config, label)
     return config
 
 
-def _expect_heads(config: FurnitureEncoderConfig | FurnitureVAEConfig, where: str) -> None:
+def _expect_heads(config: FurnitureEncoderConfig | FurnitureVAEConfig, label: str) -> None:
     if config.width % config.heads:
         raise FormatError(
-            f"{where}: width {config.width} is not a multiple of heads {config.heads}"
+            f"{label}: width {config.width} is not a multiple of heads {config.heads}"
         )
 
 
-def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
-    """`vae.params` of a config.yaml. FormatError."""
-    params = Params(values, where)
+def decoder_config(values: Mapping[str, Any], label: str) -> FurnitureVAEConfig:
+    """From `vae.params` of a config.yaml. Raises: FormatError."""
+    params = Params(values, label)
     config = FurnitureVAEConfig(
         latent_channels=params.size("latent_channels"),
         width=params.size("width"),
@@ -169,20 +169,20 @@ def decoder_config(values: Mapping[str, Any], where: str) -> FurnitureVAEConfig:
     )
     params.done()
     if not config.scale_factor > 0:
-        raise FormatError(f"{where}: scale_factor is {config.scale_factor}; expected above 0")
-    _expect_heads(config, where)
+        raise FormatError(f"{label}: scale_factor is {config.scale_factor}; expected above 0")
+    _expect_heads(config, label)
     return config
 
 
 def read(probe: PathProbe) -> Checkpoint:
-    """Names, numbers and shapes of the three parts; no tensor is loaded."""
-    where = str(probe.folder / "config.yaml")
-    config = dit_config(probe.params("model"), f"{where}: model.params")
-    decoder = decoder_config(probe.params("vae"), f"{where}: vae.params")
-    encoder = encoder_config(probe.params("conditioner"), f"{where}: conditioner.params")
+    """Reads the configuration and checks every tensor's name and shape; loads no tensor."""
+    label = str(probe.folder / "config.yaml")
+    config = dit_config(probe.params("model"), f"{label}: model.params")
+    decoder = decoder_config(probe.params("vae"), f"{label}: vae.params")
+    encoder = encoder_config(probe.params("conditioner"), f"{label}: conditioner.params")
     if config.in_channels != decoder.latent_channels + ANCHOR_CHANNELS:
         raise FormatError(
-            f"{where}: in_channels is {config.in_channels}; expected latent_channels "
+            f"{label}: in_channels is {config.in_channels}; expected latent_channels "
             f"{decoder.latent_channels} + {ANCHOR_CHANNELS} anchors"
         )
     check_part(probe.weights, "model", network_shapes(config), probe.path)
@@ -191,7 +191,7 @@ def read(probe: PathProbe) -> Checkpoint:
         ("conditioner", lambda: FurnitureEncoder(encoder)),
     ):
         check_part(probe.weights, part, shapes_of(network), probe.path)
-    defaults = Params((probe.config or {}).get("pipeline") or {}, f"{where}: pipeline")
+    defaults = Params((probe.config or {}).get("pipeline") or {}, f"{label}: pipeline")
     sampler = SamplerDefaults(
         defaults.take("sampler", str, "euler"),
         steps=defaults.size("num_inference_steps", 20),
@@ -214,7 +214,7 @@ def read(probe: PathProbe) -> Checkpoint:
 
 FAMILY = Family(
     name=NAME,
-    looks_for="config.yaml with model.target ...FurnitureDiT beside model.fp16.safetensors",
+    looks_for="config.yaml with model.target ...FurnitureDiT next to model.fp16.safetensors",
     recognises=lambda probe: probe.target() == "FurnitureDiT",
     read=read,
     conditioner=conditioner,

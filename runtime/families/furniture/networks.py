@@ -1,9 +1,8 @@
-"""The two small networks around the bundled furniture model's DiT: image encoder and shape decoder.
+"""The bundled furniture model's two small networks: image encoder and shape decoder.
 
-The DiT itself is the canonical one (`vitapack.runtime.networks.dit`). The encoder plays DINOv2's
-part: it was trained first, then frozen, and gives 50 condition tokens. The decoder turns 64 latent
-tokens, each anchored to a cell of a 4^3 lattice, into occupancy logits on 64^3 cell centres of [-1,
-1]^3.
+The DiT is the canonical one (`vitapack.runtime.networks.dit`). The encoder has DINOv2's role: it
+was trained first, then frozen, and gives 50 condition tokens. The decoder turns 64 latent tokens,
+each anchored to a cell of a 4^3 lattice, into occupancy logits at 64^3 cell centres of [-1, 1]^3.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GRID = 64  # cells a side
-IMAGE = 112  # pixels a side
+GRID = 64  # cells per side
+IMAGE = 112  # pixels per side
 LATENT_TOKENS = 64  # a 4^3 lattice, x slowest
-ANCHOR_CHANNELS = 12  # of the DiT's input beside the latent channels: where a token lies
+ANCHOR_CHANNELS = 12  # of the DiT's input, after the latent channels: the token's position
 
 
 def anchors() -> Tensor:
     """(64, 12): the lattice cell of each latent token, one-hot per axis, centred, in unit scale.
 
     The canonical DiT has no positional encoding, since Hunyuan3D's latents are a set. These latents
-    are not, so their place travels with them in channels of their own, the same in noise and data:
-    their velocity is zero, and the network stays the canonical one.
+    are not a set, so additional channels hold their positions, equal in noise and data: their
+    velocity is zero, and the network is still the canonical one.
     """
     places = torch.stack(torch.meshgrid(*[torch.arange(4)] * 3, indexing="ij"), dim=-1).reshape(
         LATENT_TOKENS, 3
@@ -67,7 +66,7 @@ def embedding(tokens: int, width: int) -> nn.Parameter:
 
 
 class Attention(nn.Module):
-    """Plain multi-head attention; keys and values come from `context` (default: x itself)."""
+    """Plain multi-head attention; keys and values are computed from `context` (default: x)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -117,7 +116,7 @@ class ConvBlock(nn.Module):
 class FurnitureDecoder(nn.Module):
     """Latent tokens (B, 64, C) to occupancy logits (B, 64, 64, 64), positive inside.
 
-    Channels beyond the latent ones (the anchors) are not looked at.
+    Channels after the latent ones (the anchors) are ignored.
     """
 
     def __init__(self, config: FurnitureVAEConfig) -> None:
@@ -150,7 +149,7 @@ class FurnitureDecoder(nn.Module):
 
 
 class FurnitureEncoder(nn.Module):
-    """Grey pictures (B, 112, 112) in 0..1 on white to condition tokens (B, 50, width)."""
+    """Grey images (B, 112, 112) in 0..1 on white to condition tokens (B, 50, width)."""
 
     def __init__(self, config: FurnitureEncoderConfig) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from vitapack.runtime.condition.dinov2 import (
     is_packable,
     released_shapes,
 )
-from vitapack.runtime.condition.recipes import framed_picture, hunyuan_picture, trellis_picture
+from vitapack.runtime.condition.recipes import hunyuan_framing, step1x_framing, trellis_framing
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
 from vitapack.runtime.loading.source import Source
@@ -182,7 +182,7 @@ def test_no_network_access(monkeypatch):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     encoder = encoder_part(source(NAMES[1]), torch.float32, "cpu", 8)
-    assert ImageConditioner(encoder, hunyuan_picture(64, 70, 0.15))(chair()).shape == (1, 26, 128)
+    assert ImageConditioner(encoder, hunyuan_framing(64, 70, 0.15))(chair()).shape == (1, 26, 128)
 
 
 def test_without_transformers(monkeypatch):
@@ -243,7 +243,7 @@ def box_of(pixels, ground):
 
 
 def test_hunyuan_s_picture():
-    pixels = hunyuan_picture(128, 112, 0.15)(chair(), "chair")
+    pixels = hunyuan_framing(128, 112, 0.15)(chair(), "chair")
     assert pixels.shape == (3, 112, 112)
     top, bottom, left, right = box_of(pixels, 1.0)
     assert bottom - top == pytest.approx(0.85 * 112, abs=3)  # the longer side
@@ -255,21 +255,21 @@ def test_hunyuan_s_picture():
 
 
 def test_step1x_s_picture():
-    pixels = framed_picture(518, 0.95)(chair(), "chair")
+    pixels = step1x_framing(518, 0.95)(chair(), "chair")
     top, bottom, _, _ = box_of(pixels, 1.0)
     assert bottom - top == pytest.approx(0.95 * 518, abs=8)
     assert pixels[:, 0, 0].tolist() == [1, 1, 1]
 
 
 def test_trellis_picture():
-    pixels = trellis_picture(518)(chair(), "chair")
+    pixels = trellis_framing(518)(chair(), "chair")
     top, bottom, _, _ = box_of(pixels, 0.0)
     assert bottom - top == pytest.approx(518 / 1.2, abs=35)  # Lanczos rings
     assert pixels[:, 0, 0].tolist() == [0, 0, 0]
     assert pixels.shape == (3, 518, 518)
 
 
-@pytest.mark.parametrize("prepare", [hunyuan_picture(64, 56, 0.15), framed_picture(56, 0.9)])
+@pytest.mark.parametrize("prepare", [hunyuan_framing(64, 56, 0.15), step1x_framing(56, 0.9)])
 def test_translucent_pixels_blend_with_the_ground(prepare):
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 128))
     image.putpixel((0, 0), (0, 0, 0, 0))
@@ -280,11 +280,11 @@ def test_translucent_pixels_blend_with_the_ground(prepare):
 
 def test_views():
     encoder = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16)
-    several = ImageConditioner(encoder, hunyuan_picture(64, 70, 0.15), views=True)
+    several = ImageConditioner(encoder, hunyuan_framing(64, 70, 0.15), views=True)
     flipped = chair().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     both = several({"back": flipped, "front": chair()}, "two")
     assert both.shape == (1, 52, 128)
-    one = ImageConditioner(encoder, hunyuan_picture(64, 70, 0.15))
+    one = ImageConditioner(encoder, hunyuan_framing(64, 70, 0.15))
     front, back = one(chair()), one(flipped)
     assert torch.allclose(both[:, :26], front + view_embedding(0, 128), atol=1e-6)
     assert torch.allclose(both[:, 26:], back + view_embedding(2, 128), atol=1e-6)
