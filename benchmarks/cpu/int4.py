@@ -14,37 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitapack.kernels.linear.reference import unpack_int4
+from vitapack.kernels.linear.weights import UNPACK, unpack_group
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.pipeline.load import load_dit
 
 
 def float_group_weight(linear: PackedLinear, weight: Tensor) -> Tensor:
-    """A 4-bit linear's weight (N, K) with float group scales fitted to `weight`."""
-    if linear.bits != 4:
-        raise ValueError(f"expected a 4-bit linear, found {linear.bits} bits")
-    linear.restore()
-    assert linear.q4 is not None
-    assert linear.group is not None
-    codes = unpack_int4(linear.q4).float()
+    """A grouped linear's weight (N, K) with float group scales fitted to `weight`."""
+    packed, layout = linear.packed(), linear.layout
+    if packed.group is None:
+        raise ValueError(f"expected a linear with groups, found {layout.name}")
+    codes = UNPACK[layout.codes](packed.codes).float()
     rows, padded = codes.shape
-    whole = linear.group.shape[1] * linear.group_size  # the last group may be cut short
+    whole = packed.group.shape[1] * layout.group  # the last group may be cut short
     grouped = torch.zeros(2, rows, whole)
     grouped[0, :, :padded] = codes
     grouped[1, :, : linear.in_features] = weight
-    steps, wanted = grouped.unflatten(-1, (-1, linear.group_size))
-    steps = steps - (linear.group & 15).float()[..., None]
+    steps, wanted = grouped.unflatten(-1, (-1, layout.group))
+    steps = steps - unpack_group(packed.group)[1].float()[..., None]
     steps.flatten(1)[:, linear.in_features :] = 0
     fit = (steps * wanted).sum(-1) / steps.square().sum(-1).clamp_min(1e-30)
     return (steps * fit[..., None]).flatten(1)[:, : linear.in_features]
 
 
 def float_group_dit(packed: Path, original: Path) -> Any:
-    """The packed DiT in float32, with float group scales in all 4-bit linears."""
+    """The packed DiT in float32, with float group scales in all linears with groups."""
     module = load_dit(packed, compute="a16")
     source = load_dit(original)
     for name, linear in list(module.named_modules()):
-        if isinstance(linear, PackedLinear) and linear.bits == 4:
+        if isinstance(linear, PackedLinear) and linear.layout.group:
             exact = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
             weight = source.get_submodule(name).weight.detach()
             with torch.no_grad():

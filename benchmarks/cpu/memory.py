@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cpu.mini import inputs
 from vitapack.kernels.linear import cpu
-from vitapack.runtime.networks.linear import PackedLinear
+from vitapack.runtime.engines.cpu_linear import CpuLinear
 from vitapack.runtime.pipeline.load import load_dit
 
 
@@ -33,10 +33,9 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(2):
             out = dit(*args)
-    peak = resident("VmHWM") - before  # before state_dict() below makes the file's tensors again
-    packed = [m.prepare() for m in dit.modules() if isinstance(m, PackedLinear)]
-    weights = sum(p.nbytes for p in packed if p is not None)
-    weights += sum(t.nbytes for t in dit.state_dict().values() if t.dtype == torch.float32)
+    peak = resident("VmHWM") - before
+    weights = sum(m.panels.nbytes for m in dit.modules() if isinstance(m, CpuLinear))
+    weights += sum(t.nbytes for t in dit.parameters()) + sum(t.nbytes for t in dit.buffers())
     scratch = dit.scratch.nbytes  # type: ignore[operator]
     paper = weights + scratch + out.nbytes
     print(

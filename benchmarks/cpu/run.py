@@ -56,6 +56,8 @@ from benchmarks.cpu.mini import (
 )
 from benchmarks.timing import Run, all_times, interleaved, register_dots
 from vitapack.kernels.linear import cpu
+from vitapack.kernels.linear.layouts import W8, WeightLayout, layout_for
+from vitapack.kernels.linear.weights import from_codes, int8_weight
 from vitapack.runtime.pipeline.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,17 +75,15 @@ SHAPES = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1024, 7168), 
 ROWS = (128, 3764)  # a small GEMM; all tokens of 2mini at 512 latents, batch 2
 
 
-def packed(n: int, k: int, bits: int) -> cpu.Panels:
-    """A random weight (n, k) in the engine's panels; 4 bits in groups of 64."""
-    scale = torch.rand(n) * 1e-3
-    if bits == 8:
+def packed(n: int, k: int, layout: WeightLayout) -> cpu.Panels:
+    """A random weight (n, k) in the engine's panels."""
+    scale, bias = torch.rand(n) * 1e-3, torch.zeros(n)
+    if not layout.group:
         codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-        return cpu.pack(q8=codes, scale=scale, bias=torch.zeros(n), in_features=k)
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    group = torch.randint(0, 8, (n, k // 64), dtype=torch.uint8) * 16 + 8
-    return cpu.pack(
-        q4=codes, group=group, group_size=64, scale=scale, bias=torch.zeros(n), in_features=k
-    )
+        return cpu.pack(int8_weight(codes, scale), bias)
+    codes = torch.randint(0, layout.largest + 1, (n, layout.padded(k)), dtype=torch.uint8)
+    group = torch.randint(0, 8, (n, layout.groups(k)), dtype=torch.uint8) * 16 + 8
+    return cpu.pack(from_codes(layout, k, codes, scale, group), bias)
 
 
 def gemm(rounds: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def gemm(rounds: int) -> dict[str, Any]:
         for k, n in SHAPES:
             x = torch.randn(m, k).bfloat16()
             weight, bias = torch.randn(n, k).bfloat16(), torch.zeros(n).bfloat16()
-            w8, w4 = packed(n, k, 8), packed(n, k, 4)
+            w8, w4 = packed(n, k, W8), packed(n, k, layout_for(4, 64))
             out = torch.empty(m, n, dtype=torch.bfloat16)
             repeats = 1 + 12288 // m
             dots, dot_gops = register_dots(0.1 / repeats)

@@ -15,8 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitapack.kernels.linear import gpu_ops, reference
+from vitapack.kernels.linear.epilogue import Epilogue
+from vitapack.kernels.linear.layouts import LAYOUTS, WeightLayout
+from vitapack.kernels.linear.weights import (
+    PackedWeight,
+    dequantize,
+    expand,
+    from_codes,
+    int8_weight,
+    pack_group,
+)
 
 ops = gpu_ops.ops
+SERVED = [layout for layout in LAYOUTS.values() if "triton" in layout.kernels]
 
 
 @dataclass(frozen=True)
@@ -32,44 +43,29 @@ class Check:
         return self.error <= self.allowed  # False for NaN
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A random packed weight on a device, with the int8 weight that it represents."""
-
-    codes: Tensor
-    group: Tensor | None
-    group_size: int
-    scale: Tensor
-    w8: Tensor
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor | None, int, Tensor]:
-        return self.codes, self.group, self.group_size, self.scale
-
-
-def random_weight(n: int, k: int, group: int, device: torch.device) -> Weight:
-    """A weight that covers every s and z and both ends of int8, as far as n * k allows.
-
-    group: inputs per group of a 4-bit weight; 0 for an 8-bit one.
-    """
-    rng = torch.Generator().manual_seed(n * k + group)
+def random_weight(n: int, k: int, layout: WeightLayout, device: torch.device) -> PackedWeight:
+    """A weight that covers every s and z and both ends of int8, as far as n * k allows."""
+    rng = torch.Generator().manual_seed(n * k + layout.group)
     scale = (torch.rand(n, generator=rng) * 1e-3 + 1e-4).to(device)
-    if not group:
+    if not layout.group:
         w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng).to(device)
-        return Weight(w8, None, 0, scale, w8)
-    padded = reference.padded_k(k)
-    shape = (n, reference.group_count(k, group))
+        return int8_weight(w8, scale)
+    padded = layout.padded(k)
+    shape = (n, layout.groups(k))
     z = torch.randint(0, 16, shape, generator=rng)
     s = torch.randint(1, 17, shape, generator=rng)
-    wide_s, wide_z = (y.repeat_interleave(group, 1)[:, :padded] for y in (s, z))
-    codes = torch.randint(0, 16, (n, padded), generator=rng)
+    wide_s, wide_z = (y.repeat_interleave(layout.group, 1)[:, :padded] for y in (s, z))
+    codes = torch.randint(0, layout.largest + 1, (n, padded), generator=rng)
     reach = 127 // wide_s
     codes = torch.minimum(torch.maximum(codes, wide_z - reach), wide_z + reach)
     codes[:, k:] = wide_z[:, k:]
-    packed = reference.pack_int4(codes.to(torch.uint8)).to(device)
-    bytes_ = reference.pack_group(s, z).to(device)
-    w8 = reference.expand_int4(packed, bytes_, group, k)
-    return Weight(packed, bytes_, group, scale, w8)
+    weight = from_codes(layout, k, codes.to(torch.uint8), scale, pack_group(s, z).to(device))
+    return weight.to(device)
+
+
+def short(layout: WeightLayout) -> str:
+    """A layout in a label: "int4-g64"."""
+    return layout.name.replace(" group ", "-g")
 
 
 def compare(name: str, ours: Tensor, plain: Tensor, exact: Tensor, roundings: int = 1) -> Check:
@@ -90,10 +86,11 @@ def gemm_checks(
 ) -> Iterator[Check]:
     """All bits, groups and activation modes at M, N, K; then each epilogue."""
     for m, n, k in shapes:
-        for group in (0, 32, 64, 128):
-            weight = random_weight(n, k, group, device)
-            label = f"int{4 if group else 8}{f'-g{group}' if group else ''} {m}x{n}x{k}"
-            dense = weight.w8.double() * weight.scale.double()[:, None]
+        for layout in SERVED:
+            weight = random_weight(n, k, layout, device)
+            label = f"{short(layout)} {m}x{n}x{k}"
+            w8 = expand(weight).double()
+            dense = w8 * weight.scale.double()[:, None]
             for dtype in dtypes:
                 x = torch.randn(m, k, device=device).to(dtype)
                 x[m // 2, k // 2] = 448
@@ -101,7 +98,7 @@ def gemm_checks(
                     x[1], x[2, 0] = 0, float("nan")
                 bias = torch.randn(n, device=device).to(dtype)
                 name = f"{label} {str(dtype).removeprefix('torch.')}"
-                y = ops.gemm(x, None, *weight.parts, bias, -1, None, None, 1, dtype)
+                y = gpu_ops.gemm(x, None, weight, Epilogue(bias), dtype)
                 exact = x.double() @ dense.t() + bias.double()
                 plain = F.linear(x, dense.to(dtype), bias)
                 yield compare(f"a16 {name}", y, plain, exact)
@@ -111,8 +108,8 @@ def gemm_checks(
                 same, same_steps = (y.to(device) for y in reference.quantize_activations(x.cpu()))
                 yield compare(f"quantize {name}", codes.float(), same.float(), same)
                 yield compare(f"quantize steps {name}", steps, same_steps, same_steps)
-                y = ops.gemm(codes, steps, *weight.parts, bias, -1, None, None, 1, torch.float32)
-                exact = (codes.double() @ weight.w8.double().t()) * steps.double() * weight.scale
+                y = gpu_ops.gemm(codes, steps, weight, Epilogue(bias), torch.float32)
+                exact = (codes.double() @ w8.t()) * steps.double() * weight.scale
                 exact = exact + bias.double()
                 # The sum to float32, two scales and the bias: four roundings.
                 yield compare(f"a8 {name}", y, exact.float(), exact, roundings=4)
@@ -125,23 +122,23 @@ def gemm_checks(
         bias = torch.randn(n, device=device).half()
         for sx in (None, True):
             first, steps = ops.join(None, x, False, True) if sx else (x, None)
-            tail = (bias, n // 3, residual, gate, tokens)
-            y = ops.gemm(first, steps, *weight.parts, *tail, torch.float16)
-            exact = reference.gemm_ref(first, steps, weight.w8, weight.scale, *tail, torch.float32)
+            epilogue = Epilogue(bias, n // 3, residual, gate, tokens)
+            y = gpu_ops.gemm(first, steps, weight, epilogue, torch.float16)
+            exact = reference.gemm_ref(first, steps, weight, epilogue, torch.float32)
             yield compare(f"epilogue {'a8' if sx else 'a16'} {m}x{n}x{k}", y, exact.half(), exact)
 
 
 def expand_checks(device: torch.device, n: int, k: int) -> Iterator[Check]:
-    for group in (0, 32, 64, 128):
-        weight = random_weight(n, k, group, device)
+    for layout in SERVED:
+        weight = random_weight(n, k, layout, device)
         for dtype in (torch.float16, torch.float32, torch.int8):
-            if dtype == torch.int8 and not group:
+            if dtype == torch.int8 and not layout.group:
                 continue
-            y = ops.expand(weight.codes, weight.group, group, weight.scale, k, dtype).float()
-            expected = weight.w8.float()
+            y = gpu_ops.expand(weight, dtype).float()
+            expected = expand(weight).float()
             if dtype.is_floating_point:
-                expected = (expected * weight.scale[:, None]).to(dtype).float()
-            name = f"expand g{group} {n}x{k} {str(dtype).removeprefix('torch.')}"
+                expected = dequantize(weight).to(dtype).float()
+            name = f"expand g{layout.group} {n}x{k} {str(dtype).removeprefix('torch.')}"
             # Bit for bit, except that a fused rounding may differ in the last place.
             yield compare(name, y, expected, expected)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import subprocess
@@ -29,7 +30,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.gpu.checks import SERVED, short
 from vitapack.kernels.linear import gemm_table, triton_gemm, triton_rows
+from vitapack.kernels.linear.layouts import WeightLayout
 from vitapack.kernels.linear.triton_gemm import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +45,6 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 # A100, A6000, RTX 6000 Ada and H100. GeForce cards of sm_86 and sm_89 have half the fp16 rate, so
 # their fp16 loops have twice the time.
 RATE = {80: (1024, 2048), 86: (512, 1024), 89: (512, 1024), 90: (2048, 4096)}
-GROUPS = (32, 64, 128)  # of int4 weights (docs/format.md)
 K, HIDDEN, MLP, HEADS, DIM = 1024, 1024, 4096, 16, 64  # Hunyuan3D-2mini
 
 
@@ -87,19 +89,20 @@ class Code:
     seconds: float  # compile time
 
 
-def gemm_case(op: str, group: int, arch: int, tile: Tile, epilogue: str = "bias") -> Case:
+def gemm_case(
+    layout: WeightLayout, compute: str, arch: int, tile: Tile, epilogue: str = "bias"
+) -> Case:
     """A GEMM as `triton_gemm.gemm` launches it at K = 1024, fp16 outside."""
-    w4, a8 = op.startswith("w4"), op.endswith("a8")
-    constants = triton_gemm.flags(
-        K, a8=a8, w4=w4, group_size=group, tile=tile, plain=False,
-        epilogue=(True, epilogue == "gelu", epilogue == "gate"),
-    )  # fmt: skip
+    a8, used = compute == "a8", (True, epilogue == "gelu", epilogue == "gate")
+    constants = triton_gemm.flags(layout, K, a8, used, tile, plain=False)
     types = {
-        "x": "*i8" if a8 else "*fp16", "sx": "*fp32", "w": "*u8" if w4 else "*i8",
+        "x": "*i8" if a8 else "*fp16", "sx": "*fp32", "w": f"*{layout.dtype.lower()}",
         "group": "*u8", "scale": "*fp32", "bias": "*fp16", "gate": "*fp16",
         "residual": "*fp16", "out": "*fp16",
     }  # fmt: skip
-    label = f"{op}{f'-g{group}' if w4 else ''} {tile.bm}x{tile.bn}x{constants['BK']}"
+    op = gemm_table.op_name(layout, compute)
+    group = f"-g{layout.group}" if layout.group else ""
+    label = f"{op}{group} {tile.bm}x{tile.bn}x{constants['BK']}"
     name = f"{label} {tile.warps} warps {tile.stages} stages {epilogue}"
     return Case(name, arch, triton_gemm.gemm_kernel, types, constants, tile.warps, tile.stages)
 
@@ -132,14 +135,12 @@ def row_cases(arch: int) -> list[Case]:
     add("q/k norm", triton_rows.qk_norm_kernel, triton_rows.row_shape(HEADS * DIM)[1], {},
         HEADS=HEADS, DIM=DIM)  # fmt: skip
     types = {"group": "*u8", "scale": "*fp32"}
-    for group in GROUPS:
-        for out in ("fp16", "i8"):
-            add(f"expand int4-g{group} to {out}", triton_gemm.expand_kernel, 4,
-                types | {"w": "*u8", "out": f"*{out}"}, W4=True, GROUP=group,
-                SCALED=out == "fp16", BN=64, BK=64, PLAIN=False)  # fmt: skip
-    add("expand int8 to fp16", triton_gemm.expand_kernel, 4,
-        types | {"w": "*i8", "out": "*fp16"}, W4=False, GROUP=0, SCALED=True, BN=16, BK=256,
-        PLAIN=False)  # fmt: skip
+    for layout in SERVED:
+        bn, bk = triton_gemm.expand_tile(layout)
+        for out in ("fp16", "i8") if layout.group else ("fp16",):
+            add(f"expand {short(layout)} to {out}", triton_gemm.expand_kernel, 4,
+                types | {"w": f"*{layout.dtype.lower()}", "out": f"*{out}"}, BITS=layout.bits,
+                GROUP=layout.group, SCALED=out == "fp16", BN=bn, BK=bk, PLAIN=False)  # fmt: skip
     return cases
 
 
@@ -147,19 +148,18 @@ def shipped_cases() -> list[Case]:
     """Every binary that the shipped table can select, each once."""
     cases = []
     for arch in gemm_table.ARCHS:
-        for op in gemm_table.OPS:
-            plain, _, gate = op.partition("+")
+        for layout, compute, gate in itertools.product(SERVED, ("a16", "a8"), (False, True)):
+            op = gemm_table.op_name(layout, compute, gate)
             tiles = [
                 Tile(**{name: row[name] for name in ("bm", "bn", "bk", "warps", "stages")})
                 for row in gemm_table.shipped()[op][str(arch)]
                 if row["how"] == "fused"
             ]
-            for group in GROUPS if op.startswith("w4") else (0,):
-                cases += [gemm_case(plain, group, arch, tile, gate or "bias") for tile in tiles]
-            if op in ("w8a16", "w4a16"):  # the other epilogue, on the largest tile
-                group = 64 if op.startswith("w4") else 0
+            epilogue = "gate" if gate else "bias"
+            cases += [gemm_case(layout, compute, arch, tile, epilogue) for tile in tiles]
+            if op.endswith("a16") and layout.group in (0, 64):  # the other one, largest tile
                 largest = max(tiles, key=lambda tile: tile.bm * tile.bn)
-                cases.append(gemm_case(plain, group, arch, largest, "gelu"))
+                cases.append(gemm_case(layout, compute, arch, largest, "gelu"))
         cases += row_cases(arch)
     return cases
 

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from vitapack.kernels.linear import support
+from vitapack.kernels.linear.layouts import W8, W16, WeightLayout, layout_for
 from vitapack.runtime.files import atomic_path
 from vitapack.runtime.format.container import one_line
 
@@ -171,7 +172,7 @@ def measured_peaks(device: Any, size: int, repeats: int, broken: Broken) -> dict
 
 
 def gemm_times(
-    device: Any, m: int, n: int, k: int, repeats: int, groups: list[int], broken: Broken
+    device: Any, m: int, n: int, k: int, repeats: int, layouts: list[WeightLayout], broken: Broken
 ) -> dict[str, Any]:
     """Times of one linear in all its forms."""
     import torch
@@ -179,6 +180,8 @@ def gemm_times(
 
     from benchmarks.gpu import checks as gpu_checks
     from benchmarks.gpu.checks import ops
+    from vitapack.kernels.linear import gpu_ops
+    from vitapack.kernels.linear.epilogue import Epilogue
 
     x = torch.randn(m, k, device=device).half()
     xq, sx = ops.join(None, x, False, True)
@@ -190,13 +193,13 @@ def gemm_times(
         w = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
         calls["torch._int_mm, no epilogue"] = functools.partial(torch._int_mm, xq, w.t())
     calls["quantize x"] = functools.partial(ops.join, None, x, False, True)
-    for group in groups:
-        parts = gpu_checks.random_weight(n, k, group, device).parts
-        label = f"w4-g{group}" if group else "w8"
-        tail = (bias, -1, None, None, 1, torch.float16)
-        calls[f"{label}a16"] = functools.partial(ops.gemm, x, None, *parts, *tail)
-        calls[f"{label}a8"] = functools.partial(ops.gemm, xq, sx, *parts, *tail)
-        calls[f"{label} expand + cuBLAS"] = functools.partial(_expand_and_multiply, x, parts, bias)
+    for layout in layouts:
+        weight = gpu_checks.random_weight(n, k, layout, device)
+        label = gpu_checks.short(layout).replace("int", "w")
+        tail = (weight, Epilogue(bias), torch.float16)
+        calls[f"{label}a16"] = functools.partial(gpu_ops.gemm, x, None, *tail)
+        calls[f"{label}a8"] = functools.partial(gpu_ops.gemm, xq, sx, *tail)
+        calls[f"{label} expand + cuBLAS"] = functools.partial(_expand_and_multiply, x, weight, bias)
     times = measure(calls, device, repeats, broken, f"GEMM {m}x{n}x{k}")
     rows: dict[str, dict[str, Any]] = {}
     for name, row in times.items():
@@ -205,15 +208,13 @@ def gemm_times(
     return {"m": m, "n": n, "k": k, "times": rows}
 
 
-def _expand_and_multiply(x: Any, parts: tuple[Any, ...], bias: Any) -> Any:
+def _expand_and_multiply(x: Any, weight: Any, bias: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.gpu.checks import ops
+    from vitapack.kernels.linear import gpu_ops
 
-    codes, group, group_size, scale = parts
-    weight = ops.expand(codes, group, group_size, scale, x.shape[1], torch.float16)
-    return F.linear(x, weight, bias)
+    return F.linear(x, gpu_ops.expand(weight, torch.float16), bias)
 
 
 def row_times(
@@ -268,11 +269,11 @@ def row_times(
     return results
 
 
-def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
-    """A network in its GPU form with all block linears packed in `bits` and modulation tables.
+def random_network(config: Any, layout: WeightLayout, device: Any) -> Any:
+    """A network in its GPU form with all block linears packed in a layout and modulation tables.
 
-    bits 16: the plain network with nn.Linear. Seeds depend on names alone, so networks of different
-    bits represent the same random weights up to rounding.
+    W16: the plain network with nn.Linear. Seeds depend on names alone, so networks of different
+    layouts represent the same random weights up to rounding.
     """
     import torch
     from torch import nn
@@ -284,8 +285,8 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
     from vitapack.runtime.networks.modulation import Modulation, ModulationTable
 
     with torch.device("meta"):
-        dit = (DiT if bits == 16 else GpuDiT)(config).eval().requires_grad_(False)
-    quantizer = QUANTIZERS["rtn"]
+        dit = (GpuDiT if layout.packed else DiT)(config).eval().requires_grad_(False)
+    quantizer = QUANTIZERS["rtn"]()
 
     def random(name: str, *shape: int, spread: float) -> Any:
         rng = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
@@ -309,14 +310,9 @@ def random_network(config: Any, bits: int, group: int, device: Any) -> Any:
             bias = None
             if module.bias is not None:
                 bias = random(f"bias {name}", module.out_features, spread=0.1).half()
-            if bits < 16 and "_blocks." in name:
-                packed = quantizer.int8(weight) if bits == 8 else quantizer.int4(weight, group)
-                tensors = {f"x.weight.{key}": t.to(device) for key, t in packed.tensors().items()}
-                if bias is not None:
-                    tensors["x.bias"] = bias
-                layer: nn.Module = PackedLinear.from_tensors(
-                    tensors, "x", module.in_features, group if bits == 4 else 0
-                )
+            if layout.packed and "_blocks." in name:
+                packed = quantizer.quantize(name, weight, layout).to(device)
+                layer: nn.Module = PackedLinear(packed, bias)
             else:
                 layer = nn.Linear(
                     module.in_features, module.out_features, bias is not None, device="meta"
@@ -362,25 +358,26 @@ def network_times(
     x = torch.randn(2, latents, config.in_channels, generator=rng).to(device).half()
     cond = torch.randn(2, condition, config.cond_channels, generator=rng).to(device).half()
     when = StepModulation(rows=torch.zeros(1, dtype=torch.long, device=device))
-    forms = [("fp16", 16, "a16")] + [
-        (f"int{bits} {compute}", bits, compute) for bits in (8, 4) for compute in ("a16", "a8")
-    ]
+    forms = [("fp16", W16, "a16")] + [
+        (f"int{layout.bits} {compute}", layout, compute)
+        for layout in (W8, layout_for(4, 64)) for compute in ("a16", "a8")
+    ]  # fmt: skip
     exact = recording = None
     steps: Timed = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, bits, compute in forms:
+    for name, layout, compute in forms:
         what = f"network of {latents} + {condition} tokens, {name}"
         with broken.noting(what):
-            dit = random_network(config, bits, 64, device)
+            dit = random_network(config, layout, device)
             for module in dit.modules():
                 if isinstance(module, PackedLinear):
                     module.compute = compute
             weights = sum(t.nbytes for t in dit.state_dict().values())
-            call = functools.partial(plain_step, dit) if bits == 16 else dit.velocity
+            call = dit.velocity if layout.packed else functools.partial(plain_step, dit)
             step = functools.partial(call, x, when, cond)
             out = step().float()
             row: dict[str, Any] = {"name": name, "weights_bytes": weights}
-            if bits == 16:
+            if not layout.packed:
                 with broken.noting(f"{what}, in float32"):
                     exact = in_float32(dit, x, when, cond)
             if exact is not None:
@@ -446,7 +443,7 @@ def run(
     dtypes = half_only if rehearsal else (torch.float16, torch.bfloat16, torch.float32)
     row_shapes = [(2, 4, 64)] if rehearsal else [(2, 7, 40), (2, 1882, 1024), (1, 3, 2048)]
     linears = [(16, 64)] if rehearsal else LINEARS
-    groups = [0, 64] if rehearsal else [0, 64, 128]
+    layouts = [W8, *(layout_for(4, group) for group in ((64,) if rehearsal else (64, 128)))]
     config = mini(64, 1, 1, 8, 16) if rehearsal else mini()
     condition = 3 if rehearsal else 1370
 
@@ -481,7 +478,7 @@ def run(
     for m in [20] if rehearsal else [2, 128, 3764, 8884]:
         for n, k in linears:
             with broken.noting(f"GEMM {m}x{n}x{k}"):
-                result["gemms"].append(gemm_times(device, m, n, k, repeats, groups, broken))
+                result["gemms"].append(gemm_times(device, m, n, k, repeats, layouts, broken))
                 progress(f"GEMM {m}x{n}x{k}")
         write(result)
     with broken.noting("row kernels"):

@@ -41,6 +41,7 @@ from vitapack.compressor.distill.trajectories import Paths
 from vitapack.compressor.options import FinetuneOptions
 from vitapack.compressor.packing.compress import as_bytes
 from vitapack.runtime.condition.images import load_image
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.files import atomic_path, destination
 from vitapack.runtime.format.container import file_digest, lay_out, write_container
@@ -49,7 +50,7 @@ from vitapack.runtime.format.header import FIELDS, KEY, PackedContent, PackedHea
 from vitapack.runtime.format.layermap import BLOCK_FIELDS, LayerMap
 from vitapack.runtime.format.reader import TensorReader
 from vitapack.runtime.format.schedules import SamplerDefaults
-from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.loading.packed import load_packed
 from vitapack.runtime.options import merged
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.progress import Control
@@ -114,7 +115,8 @@ def finetune(
     }
     folder = out.with_name(f"{out.name}.finetune")
     state = State(folder / "state.safetensors", identity)
-    student = load_packed_dit(packed, dtype=torch.float32).to(pipeline.device)
+    # Plain PyTorch: the blocks that are trained need gradients, on GPUs too.
+    student = load_packed(packed, Execution(pipeline.device, torch.float32))
     velocity_of(student, sampler, torch.zeros(1, 1, 1))  # MissingTime now, not after the recording
     conditions = condition_all(pipeline, images, digests, folder, control)
     trained = Trained(student, pipeline.dit, header, chosen)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitapack.compressor.packing.quantizers import Int4Weight, Int8Weight
+from vitapack.compressor.packing.quantizers import rounded
+from vitapack.kernels.linear.weights import dequantize
 from vitapack.runtime.networks.linear import PackedLinear
 
 
@@ -28,29 +29,19 @@ class TrainedLinear(nn.Module):
         before): so training begins at exactly the packed network, but inside the rounding
         intervals, not all in their middles, where no small step would change an integer."""
         super().__init__()
-        packed.restore()
-        self.grid = grid_of(packed)
-        held = self.grid.dequantized()
-        near = self.grid.rounded(original.to(held)).dequantized() == held
+        self.grid = packed.packed()
+        held = dequantize(self.grid)
+        near = dequantize(rounded(original.to(held), self.grid)) == held
         self.weight = nn.Parameter(torch.where(near, original.to(held), held))
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            change = self.grid.rounded(self.weight).dequantized() - self.weight
+            change = dequantize(rounded(self.weight, self.grid)) - self.weight
         return F.linear(x, self.weight + change, self.bias)
 
     def stored(self) -> dict[str, Tensor]:
         """Tensors by the suffix that each has after the linear's name in the packed file."""
-        weight = self.grid.rounded(self.weight.detach()).tensors()
-        tensors = {f"weight.{suffix}": tensor for suffix, tensor in weight.items()}
+        weight = rounded(self.weight.detach(), self.grid)
+        tensors = {f"weight.{part}": tensor for part, tensor in weight.tensors.items()}
         return tensors if self.bias is None else tensors | {"bias": self.bias.detach()}
-
-
-def grid_of(packed: PackedLinear) -> Int8Weight | Int4Weight:
-    """The weight of a packed linear as its quantizer made it."""
-    if packed.q8 is not None:
-        return Int8Weight(packed.q8, packed.scale)
-    assert packed.q4 is not None
-    assert packed.group is not None
-    return Int4Weight(packed.q4, packed.group, packed.scale, packed.in_features, packed.group_size)

@@ -29,6 +29,7 @@ from vitapack.compressor.packing.quantizers import (
     one_thread_each,
 )
 from vitapack.compressor.packing.resumable import partial_file
+from vitapack.kernels.linear.layouts import LAYOUTS, W8, W16, WeightLayout
 from vitapack.runtime.condition.dinov2 import is_packable
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
@@ -44,7 +45,6 @@ from vitapack.runtime.format.header import (
     schedule_nodes,
 )
 from vitapack.runtime.format.layermap import LayerMap
-from vitapack.runtime.format.layouts import BITS_OF, GROUP_OF, W16
 from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.format.sizes import SizeTable, size_table
@@ -99,7 +99,9 @@ def compress(
     if dry_run:
         return plan.sizes()
     control = control or Control()
-    jobs = list(_jobs(checkpoint, plan, QUANTIZERS[options.quantizer]))
+    quantizer = QUANTIZERS[options.quantizer]()
+    quantizer.prepare(checkpoint, None)
+    jobs = list(_jobs(checkpoint, plan, quantizer))
     total, done = sum(job.weights for job in jobs), 0
     with one_thread_each(), partial_file(out, plan.layout) as file:
         for job in jobs:
@@ -217,17 +219,12 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
     placed = plan.layout.tensors
     tables: list[ModulationTables] = []  # made when the first one is needed, then kept
 
+    def layout_of(name: str) -> WeightLayout:
+        return LAYOUTS[plan.linears.get(name, W16.id)]
+
     def owned(name: str) -> tuple[str, ...]:
-        suffixes = (
-            "table",
-            "weight",
-            "weight.q8",
-            "weight.q4",
-            "weight.group",
-            "weight.scale",
-            "bias",
-        )
-        every = (f"model.{name}.{suffix}" for suffix in suffixes)
+        weight = layout_of(name).stored(f"model.{name}.weight", 0, 0)
+        every = (f"model.{name}.table", *weight, f"model.{name}.bias")
         return tuple(full for full in every if full in placed)
 
     def linear(name: str, shape: Linear, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -245,10 +242,8 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
             dtype = torch_dtype(plan.modulation["dtype"])
             tensors["table"] = stored(tables[0].rows(name), dtype, f"{name}.table")
         if any(f"model.{name}.weight" in full for full in names):
-            tensors |= pack(
-                _fetch(checkpoint, f"{name}.weight", (shape.out, shape.inputs)),
-                plan.linears.get(name, W16), quantizer, f"{name}.weight",
-            )  # fmt: skip
+            weight = _fetch(checkpoint, f"{name}.weight", (shape.out, shape.inputs))
+            tensors |= pack(weight, "weight", layout_of(name), quantizer, f"{name}.weight")
         if f"model.{name}.bias" in names:
             tensors["bias"] = _fetch(checkpoint, f"{name}.bias", (shape.out,))
         return {f"model.{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
@@ -257,13 +252,8 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
         return {f"model.{name}": _fetch(checkpoint, name, shape)}
 
     def embedded(part: str, full: str, name: str) -> dict[str, Tensor]:
-        tensor = checkpoint.part_tensor(part, name)
-        if full in placed:
-            return {full: tensor}
-        return {
-            f"{full}.{key}": made
-            for key, made in quantizer.int8(tensor, name=name).tensors().items()
-        }
+        layout = W16 if full in placed else W8
+        return pack(checkpoint.part_tensor(part, name), full, layout, quantizer, name)
 
     if plan.nodes:
         yield Job(
@@ -279,19 +269,18 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
     for part in plan.embedded:
         for name, (_, part_shape) in checkpoint.part_shapes(part).items():
             full = f"{PARTS[part]}.{name}"
-            held = (full,) if full in placed else (f"{full}.q8", f"{full}.scale")
+            held = (full,) if full in placed else tuple(f"{full}.{suffix}" for suffix in W8.names)
             yield Job(held, math.prod(part_shape), partial(embedded, part, full, name))
 
 
-def pack(weight: Tensor, layout: str, quantizer: Quantizer, name: str) -> dict[str, Tensor]:
-    """One weight's tensors by suffix, such as "weight.q8"."""
-    if layout == W16:
-        return {"weight": weight}
-    if BITS_OF[layout] == 8:
-        tensors = quantizer.int8(weight, name=name).tensors()
-    else:
-        tensors = quantizer.int4(weight, GROUP_OF[layout], name=name).tensors()
-    return {f"weight.{suffix}": tensor for suffix, tensor in tensors.items()}
+def pack(
+    weight: Tensor, stored: str, layout: WeightLayout, quantizer: Quantizer, name: str
+) -> dict[str, Tensor]:
+    """One weight's tensors in a layout, under the name `stored`; `name` is for messages."""
+    if not layout.packed:
+        return {stored: weight}
+    tensors = quantizer.quantize(name, weight, layout).tensors
+    return {f"{stored}.{part}": tensor for part, tensor in tensors.items()}
 
 
 def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:
@@ -327,7 +316,7 @@ def _part_specs(
     for name, (dtype, shape) in checkpoint.part_shapes(part).items():
         full = f"{PARTS[part]}.{name}"
         if encoder_bits == 8 and part == "conditioner" and is_packable(name, shape):
-            specs |= {f"{full}.q8": ("I8", shape), f"{full}.scale": ("F32", shape[:1])}
+            specs |= W8.stored(full, shape[0], shape[1])
         else:
             specs[full] = ("F16" if dtype in floats else dtype, shape)
     return specs

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vitapack.compressor.planning.layer_maps import _floor_blocks, _layer_map, _vital_group
+from vitapack.compressor.planning.layer_maps import (
+    OTHER_BITS,
+    VITAL_BITS,
+    _floor_blocks,
+    _layer_map,
+    _vital_group,
+)
 from vitapack.compressor.planning.thresholds import DIGITS, _thresholds
 from vitapack.compressor.vitality.table import FLOOR_SIGMAS, CurvePoint, Vitality
 from vitapack.runtime import choices
@@ -76,7 +82,9 @@ def plan_auto(
     eight: set[tuple[str, int]] = set()
     for kind in vitality.kinds:
         eight |= _vital_group([block for block in kept if block.kind == kind])
-    bits = {(b.kind, b.index): 8 if (b.kind, b.index) in eight else 4 for b in kept}
+    bits = {
+        (b.kind, b.index): VITAL_BITS if (b.kind, b.index) in eight else OTHER_BITS for b in kept
+    }
     how = "auto" if max_distance is None else f"auto, max distance {max_distance:g}"
     notes: dict[str, Any] = {"thresholds": _thresholds(vitality, bits)}
     if measured is not None:

@@ -15,6 +15,7 @@ from vitapack.compressor.planning.sizes import predict_size
 from vitapack.compressor.planning.target_size import plan_target_size
 from vitapack.compressor.planning.thresholds import plan_thresholds
 from vitapack.compressor.vitality.table import Vitality
+from vitapack.kernels.linear.layouts import LAYOUTS, W16
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import one_line, parse_json
 from vitapack.runtime.format.layermap import LayerMap
@@ -27,7 +28,7 @@ def describe(layer_map: LayerMap) -> str:
     lines = [f"{layer_map.family}, {layer_map.how or 'by hand'}: {kept} of {total} blocks kept"]
     for kind, count in layer_map.totals.items():
         lines.append(f"{kind} blocks ({count})")
-        for bits in (16, 8, 4):
+        for bits in sorted({block.bits for block in layer_map.blocks}, reverse=True):
             if some := [b.index for b in layer_map.blocks if (b.kind, b.bits) == (kind, bits)]:
                 lines.append(f"  {bits:>2} bits  {_spans(some)}")
         if gone := layer_map.pruned(kind):
@@ -96,7 +97,8 @@ def resolve_plan(plan: str | Path | LayerMap, checkpoint: Checkpoint) -> LayerMa
         for kind, indices in checkpoint.config.blocks_by_kind().items()
         if indices
     }
-    uniform = {"int8": 8, "int4": 4, "fp16": 16}
+    uniform = {f"int{layout.bits}": layout.bits for layout in LAYOUTS.values() if layout.packed}
+    uniform["fp16"] = W16.bits
     if isinstance(plan, str) and plan in uniform:
         return LayerMap.uniform(checkpoint.family, totals, uniform[plan])
     if plan == "paper":

@@ -11,6 +11,9 @@ import numpy as np
 from vitapack.compressor.vitality.table import BlockVitality, Vitality
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 
+# Of kept blocks: the paper gives the vital ones 8 bits and the others 4.
+VITAL_BITS, OTHER_BITS = 8, 4
+
 # 8-bit and 4-bit blocks are told apart only where the vitalities of a kind differ by this factor.
 LEAST_SPREAD = 1.5
 

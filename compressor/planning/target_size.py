@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vitapack.compressor.planning.layer_maps import _layer_map
+from vitapack.compressor.planning.layer_maps import OTHER_BITS, VITAL_BITS, _layer_map
 from vitapack.compressor.planning.sizes import FOUR_BIT_SHARE, predict_size
 from vitapack.compressor.planning.thresholds import _thresholds
 from vitapack.compressor.vitality.table import Vitality
@@ -64,7 +64,7 @@ def _ladder(
     group: int,
 ) -> list[LayerMap]:
     """Layer maps from all blocks in 8 bits down to one 4-bit block of each kind."""
-    bits = {(block.kind, block.index): 8 for block in vitality.blocks}
+    bits = {(block.kind, block.index): VITAL_BITS for block in vitality.blocks}
     always = {
         (block.kind, block.index) for kind in vitality.kinds for block in vitality.ranked(kind)[-1:]
     }
@@ -78,7 +78,7 @@ def _ladder(
     saved = {}
     for kind in vitality.kinds:  # blocks of a kind are of one size
         first = (kind, 0)
-        four = size(bits | {first: 4})
+        four = size(bits | {first: OTHER_BITS})
         gone = size({key: value for key, value in bits.items() if key != first})
         saved[kind] = whole - four, four - gone
     for block in vitality.blocks:
@@ -87,7 +87,7 @@ def _ladder(
         to_four = FOUR_BIT_SHARE * harm / saved[block.kind][0]
         to_none = max(to_four, (1 - FOUR_BIT_SHARE) * harm / saved[block.kind][1])
         place = vitality.ranked(block.kind).index(block)
-        moves.append((to_four, 1, place, key, 4))
+        moves.append((to_four, 1, place, key, OTHER_BITS))
         if key not in always:
             moves.append((to_none, 2, place, key, 0))
     states = [dict(bits)]

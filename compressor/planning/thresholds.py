@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vitapack.compressor.planning.layer_maps import _layer_map
+from vitapack.compressor.planning.layer_maps import OTHER_BITS, VITAL_BITS, _layer_map
 from vitapack.compressor.vitality.table import BlockVitality, Vitality
 from vitapack.runtime import choices
 from vitapack.runtime.errors import UserError
@@ -37,8 +37,8 @@ def plan_thresholds(
     bits = {}
     for block in vitality.blocks:
         if block.mean >= tau.get(block.kind, 0.0):
-            eight = block.kind not in tau8 or block.mean > tau8[block.kind]
-            bits[block.kind, block.index] = 8 if eight else 4
+            vital = block.kind not in tau8 or block.mean > tau8[block.kind]
+            bits[block.kind, block.index] = VITAL_BITS if vital else OTHER_BITS
     for kind in vitality.kinds:
         if not any(key[0] == kind for key in bits):
             most = max(block.mean for block in vitality.blocks if block.kind == kind)
@@ -65,7 +65,7 @@ def _thresholds(
         level = [bits.get((block.kind, block.index), 0) for block in ranked]
         found[kind] = {
             name: round(_border(ranked, sum(value <= most for value in level)), DIGITS)
-            for name, most in (("prune below", 0), ("8 bits above", 4))
+            for name, most in (("prune below", 0), ("8 bits above", OTHER_BITS))
         }
     return found
 

@@ -263,7 +263,7 @@ def _png(image: Any) -> str:
 
 
 def _bits_class(bits: int | None) -> str:
-    return "pruned" if bits is None else f"b{bits}" if bits in (4, 8, 16) else "bother"
+    return "pruned" if bits is None else f"kept b{bits}"
 
 
 def _vitality(data: ReportData) -> str:

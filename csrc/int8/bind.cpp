@@ -65,13 +65,13 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   const std::int64_t stride = w.kp + 64, size = std::int64_t(size_of(from));
   // Every thread quantizes the rows that it multiplies, which stay in its L2. Few rows: as many
   // blocks as threads, each of all channels. Where that is less than two tiles each, and where all
-  // rows of a 4-bit layer fit into L2, so that a panel is expanded once, the channels are divided
-  // instead, which costs a phase of its own for the quantization.
+  // rows of a layer of less than 8 bits fit into L2, so that a panel is expanded once, the channels
+  // are divided instead, which costs a phase of its own for the quantization.
   const std::int64_t tiles = (m + k.tile - 1) / k.tile, most = kRowBlock / k.tile;
   const std::int64_t rounds = (tiles + threads * most - 1) / (threads * most);
   const std::int64_t blocks = std::min<std::int64_t>(tiles, rounds * threads);
   const std::int64_t block = (tiles + blocks - 1) / blocks * k.tile;
-  const bool expanded_once = w.bits == 4 && threads > 1 && m * w.kp <= 1 << 20;
+  const bool expanded_once = w.bits < 8 && threads > 1 && m * w.kp <= 1 << 20;
   const bool by_rows = (tiles >= 2 * threads && !expanded_once) || w.panel_count() == 1;
   const std::int64_t rows = (by_rows ? block : m) + kMaxTile, copies = by_rows ? threads : 1;
   const std::int64_t a_bytes = round_up(rows * stride, 64), sx_bytes = round_up(rows * 4, 64);
@@ -168,11 +168,7 @@ void run_accumulate(const Linear& w, Address xq, std::int64_t m, Address out) {
     for (std::int64_t i = 0; i < w.k; ++i)
       a.as<std::uint8_t>()[r * w.kp + i] = at<const std::uint8_t>(xq)[r * w.k + i] ^ 128;
   for (std::int64_t p = 0; p < w.panel_count(); ++p) {
-    const auto* from = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
-    if (w.bits == 4) {
-      run.expand(w, p, panel.as<std::int8_t>());
-      from = panel.as<std::int8_t>();
-    }
+    const std::int8_t* from = run.panel_i8(w, p, panel.as<std::int8_t>());
     for (std::int64_t r = 0; r < m; r += run.tile) {
       run.tile_i8(a.as<std::uint8_t>() + r * w.kp, w.kp, from, w.kp / 4, w.start + p * kPanel,
                   acc.data(), kPanel);
@@ -298,7 +294,7 @@ void bind_int8(py::module_& m) {
   });
   m.def("int8_find_start", [](const Linear& w, Address start, int threads) {
     py::gil_scoped_release release;
-    find_start(w, at<std::int32_t>(start), threads);
+    find_start(kernels(), w, at<std::int32_t>(start), threads);
   });
   m.def("int8_linear", &run_linear);
   m.def("int8_linear_wide", &run_linear_wide);

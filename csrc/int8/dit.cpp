@@ -21,8 +21,8 @@ Linear rows_from(const Linear& w, std::int64_t from) {
   const std::int64_t panel = from / kPanel, skipped = panel * kPanel;
   Linear part = w;
   part.n = w.n - skipped;
-  part.panels += panel * kPanel * w.kp / (w.bits == 4 ? 2 : 1);
-  if (w.bits == 4) part.group += panel * w.groups() * kPanel;
+  part.panels += panel * w.panel_bytes();
+  part.group += panel * w.groups() * kPanel;
   part.scale += skipped;
   if (w.bias) part.bias += skipped;
   part.start += skipped;

@@ -35,7 +35,7 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to -
 struct Linear {
   std::int64_t n = 0, k = 0, kp = 0;     // kp: k rounded up to 64
   int bits = 8;
-  std::int64_t group_size = 0;           // 4 bits: 32, 64 or 128
+  std::int64_t group_size = 0;           // 4 bits: 32, 64 or 128; 8: 0, there are no groups
   const std::uint8_t* panels = nullptr;  // 8 bits: (N/64, kp/4, 64, 4) s8; 4 bits: half of it
   const std::uint8_t* group = nullptr;   // 4 bits: (N/64, groups, 64): s - 1 and z
   const float* scale = nullptr;          // (N)
@@ -43,7 +43,8 @@ struct Linear {
   const std::int32_t* start = nullptr;   // (N): -128 * sum_k w[n, k]
 
   std::int64_t panel_count() const { return round_up(n, kPanel) / kPanel; }
-  std::int64_t groups() const { return bits == 4 ? (kp + group_size - 1) / group_size : 0; }
+  std::int64_t groups() const { return group_size ? (kp + group_size - 1) / group_size : 0; }
+  std::int64_t panel_bytes() const { return bits * kPanel * kp / 8; }
 };
 
 enum class Type { f32, bf16, f16 };
@@ -140,8 +141,8 @@ struct Kernels {
   // Rows [row, row + rows) of one head, rows <= kQueries; out (rows, stride) float32.
   void (*attend)(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t rows, float* out,
                  std::int64_t stride, float* work);
-  // A panel of 4-bit weights to s8 (kp/4, 64, 4).
-  void (*expand)(const Linear& w, std::int64_t panel, std::int8_t* out);
+  // A panel as s8 (kp/4, 64, 4): as it lies there, or expanded to `work`, 64 * kp bytes.
+  const std::int8_t* (*panel_i8)(const Linear& w, std::int64_t panel, std::int8_t* work);
   // An int8 tile on its own: acc (tile, 64) = start + a * panel; what the peak is measured with.
   void (*tile_i8)(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel,
                   std::int64_t steps, const std::int32_t* start, std::int32_t* acc,

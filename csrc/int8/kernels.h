@@ -219,14 +219,10 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
             std::int64_t stride, const float* sx, std::int64_t rows, const Epilogue& e,
             std::int8_t* work) {
   alignas(64) std::int32_t acc[kTile * kPanel];
-  const std::int64_t bytes = w.bits * kPanel * w.kp / 8, tiles = (rows + kTile - 1) / kTile;
+  const std::int64_t bytes = w.panel_bytes(), tiles = (rows + kTile - 1) / kTile;
   const std::int64_t pace = bytes / (tiles * w.kp / 8) + 1;
   for (std::int64_t p = first; p < last; ++p) {
-    const std::int8_t* panel = work;
-    if (w.bits == 4)
-      expand_panel(w, p, work);
-    else
-      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * bytes;
+    const std::int8_t* panel = panel_i8(w, p, work);
     Ahead ahead{w.panels + (p + 1 < last ? p + 1 : p) * bytes, pace};
     for (std::int64_t r = 0; r < rows; r += kTile) {
       if (e.gate) fetch_rows(e, r, rows, p * kPanel);
@@ -325,12 +321,7 @@ void linear_wide(const Linear& w, std::int64_t first, std::int64_t last, const v
   // The s8 panel of a 4-bit weight takes the end of the scratch, behind the widened one.
   std::int8_t* expanded = static_cast<std::int8_t*>(work) + kPanel * w.kp * bytes;
   for (std::int64_t p = first; p < last; ++p) {
-    const std::int8_t* panel = expanded;
-    if (w.bits == 4)
-      expand_panel(w, p, expanded);
-    else
-      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * kPanel * w.kp;
-    widen_panel(panel, w.kp, bf16, work);
+    widen_panel(panel_i8(w, p, expanded), w.kp, bf16, work);
     multiply_wide(a, stride, bf16, rows, work, w.kp, {p * kPanel, w.n, w.scale, w.bias}, e);
   }
 }
@@ -360,8 +351,6 @@ void linear_dense(const Dense& w, const float* a, std::int64_t stride, std::int6
 #include "heads.h"
 #include "attention.h"
 
-void expand(const Linear& w, std::int64_t panel, std::int8_t* out) { expand_panel(w, panel, out); }
-
 void tile(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel, std::int64_t steps,
           const std::int32_t* start, std::int32_t* acc, std::int64_t acc_stride) {
   [[maybe_unused]] const Tiles tiles;
@@ -376,7 +365,7 @@ void tile_wide(const char* a, const char* panel, std::int64_t k, bool bf16, floa
 
 const Kernels table = {VP_NAME,       kTile,  VP_BF16,     quantize,     quantize_pair, norm,
                        norm_quantize, linear, linear_wide, linear_dense, widen,         split_head,
-                       attend,        expand, tile,        tile_wide,    peak_loop};
+                       attend,      panel_i8, tile,        tile_wide,    peak_loop};
 
 }  // namespace
 

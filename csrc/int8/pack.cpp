@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <cstring>
+#include <vector>
 
 namespace vitapack {
 
@@ -45,30 +46,14 @@ void unpack_group(const std::uint8_t* packed, std::int64_t n, std::int64_t count
       group[row * count + g] = packed[(row / kPanel * count + g) * kPanel + row % kPanel];
 }
 
-void find_start(const Linear& w, std::int32_t* start, int threads) {
+void find_start(const Kernels& run, const Linear& w, std::int32_t* start, int threads) {
   parallel(threads, w.panel_count(), [&](std::int64_t panel, int) {
+    std::vector<std::int8_t> work(std::size_t(kPanel * w.kp));
     std::int32_t sums[kPanel] = {};
-    if (w.bits == 8) {
-      const auto* from = reinterpret_cast<const std::int8_t*>(w.panels) + panel * kPanel * w.kp;
-      for (std::int64_t step = 0; step < w.kp / 4; ++step, from += 256)
-        for (int n = 0; n < kPanel; ++n)
-          sums[n] += from[4 * n] + from[4 * n + 1] + from[4 * n + 2] + from[4 * n + 3];
-    } else {
-      const std::uint8_t* from = w.panels + panel * kPanel * w.kp / 2;
-      const std::uint8_t* group = w.group + panel * w.groups() * kPanel;
-      for (std::int64_t block = 0; block < w.kp / kBlock; ++block) {
-        const std::uint8_t* low = group + block * kBlock / w.group_size * kPanel;
-        const std::uint8_t* high = group + (block * kBlock + 32) / w.group_size * kPanel;
-        for (int step = 0; step < 8; ++step, from += 256)
-          for (int n = 0; n < kPanel; ++n)
-            for (int i = 0; i < 4; ++i) {
-              // Through int8, so that an overflow wraps here as it does in the panels.
-              const int code = from[4 * n + i];
-              sums[n] += std::int8_t(((low[n] >> 4) + 1) * ((code & 15) - (low[n] & 15)));
-              sums[n] += std::int8_t(((high[n] >> 4) + 1) * ((code >> 4) - (high[n] & 15)));
-            }
-      }
-    }
+    const std::int8_t* from = run.panel_i8(w, panel, work.data());
+    for (std::int64_t step = 0; step < w.kp / 4; ++step, from += 256)
+      for (int n = 0; n < kPanel; ++n)
+        sums[n] += from[4 * n] + from[4 * n + 1] + from[4 * n + 2] + from[4 * n + 3];
     for (int n = 0; n < kPanel; ++n)
       start[panel * kPanel + n] = std::int32_t(-128u * std::uint32_t(sums[n]));
   });

@@ -353,3 +353,10 @@ inline void expand_panel(const Linear& w, std::int64_t panel, std::int8_t* out) 
     }
   }
 }
+
+// A panel as s8 (kp/4, 64, 4): as it lies there, or expanded to `work`, 64 * kp bytes.
+inline const std::int8_t* panel_i8(const Linear& w, std::int64_t panel, std::int8_t* work) {
+  if (w.bits == 8) return reinterpret_cast<const std::int8_t*>(w.panels) + panel * w.panel_bytes();
+  expand_panel(w, panel, work);
+  return work;
+}

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitapack.kernels.linear import gemm_table, reference
+from vitapack.kernels.linear import gemm_table, reference, weights
+from vitapack.kernels.linear.epilogue import Epilogue
 from vitapack.kernels.linear.gemm_table import Choice
 from vitapack.kernels.linear.gpu_ops import ops, run_choice
+from vitapack.kernels.linear.layouts import WeightLayout
 from vitapack.kernels.linear.triton_gemm import Tile
 
 log = logging.getLogger("vitapack.kernels")
@@ -38,11 +40,11 @@ TILES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """One linear: N outputs, K inputs, group 0 for 8 bits."""
+    """One linear: N outputs, K inputs, and how its weight is stored."""
 
     n: int
     k: int
-    group: int
+    layout: WeightLayout
 
 
 def candidates(op: str, m: int) -> Iterator[Choice]:
@@ -73,17 +75,17 @@ def tune(
     that the GPU has no memory for. Raises ValueError on hardware without kernels, RuntimeError
     where no candidate is right.
     """
-    arch, name = gemm_table._properties(device.index)
+    arch, name = gemm_table.properties(device.index)
     if gemm_table.table_arch(arch) is None:
         raise ValueError(f"no kernels for compute capability sm_{arch}: nothing to tune")
-    known = {} if again else gemm_table._cached(arch, name)
+    known = {} if again else gemm_table.cached(arch, name)
     jobs = []
     for shape in dict.fromkeys(shapes):
         for m in sorted({gemm_table.bucket(m) for m in rows}):
             for compute in computes:
                 for gate in (False, True):
-                    op = gemm_table.op_name(shape.group > 0, compute == "a8", gate)
-                    key = gemm_table.key_of(op, m, shape.n, shape.k, shape.group)
+                    op = gemm_table.op_name(shape.layout, compute, gate)
+                    key = gemm_table.key_of(op, m, shape.n, shape.k, shape.layout.group)
                     if key not in known:
                         jobs.append((key, op, shape, m, gate))
     chosen = {}
@@ -137,32 +139,36 @@ def _problem(
 ) -> tuple[Callable[[Choice], Tensor], Tensor]:
     """A random GEMM as a function of the choice, and its float32 result."""
     rng = torch.Generator().manual_seed(0)
-    n, k, group = shape.n, shape.k, shape.group
+    n, k = shape.n, shape.k
     x = torch.randn(m, k, generator=rng).to(device).half()
-    scale = (torch.rand(n, generator=rng) * 1e-3 + 1e-4).to(device)
+    scale = torch.rand(n, generator=rng) * 1e-3 + 1e-4
     bias = torch.randn(n, generator=rng).to(device).half()
     residual = torch.randn(m, n, generator=rng).to(device).half() if gate else None
     gates = torch.randn(1, n, generator=rng).to(device).half() if gate else None
-    groups = None
-    if group:
-        padded = reference.padded_k(k)
-        codes = torch.randint(0, 16, (n, padded), dtype=torch.uint8, generator=rng)
-        codes[:, k:] = 7
-        w = reference.pack_int4(codes).to(device)
-        groups = torch.full((n, reference.group_count(k, group)), 0x77, dtype=torch.uint8)
-        groups = groups.to(device)  # s = 8, z = 7
-        w8 = reference.expand_int4(w, groups, group, k)
-    else:
-        w = w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=rng).to(device)
+    weight = _random_weight(shape, scale, rng).to(device)
     first, sx = ops.join(None, x, False, True) if "a8" in op else (x, None)
     sx = None if sx is None else sx.flatten()
-    tail = (bias, -1, residual, gates, m)
-    expected = reference.gemm_ref(first, sx, w8, scale, *tail, torch.float32)
+    epilogue = Epilogue(bias, None, residual, gates, m)
+    expected = reference.gemm_ref(first, sx, weight, epilogue, torch.float32)
 
     def call(choice: Choice) -> Tensor:
-        return run_choice(choice, first, sx, w, groups, group, scale, *tail, torch.float16)
+        return run_choice(choice, first, sx, weight, epilogue, torch.float16)
 
     return call, expected
+
+
+def _random_weight(shape: Shape, scale: Tensor, rng: torch.Generator) -> weights.PackedWeight:
+    """Random codes, in groups with s = 8 and z in the middle; padding that expands to 0."""
+    layout, n, k = shape.layout, shape.n, shape.k
+    low, high, middle = -layout.largest, layout.largest + 1, layout.largest // 2
+    group = None
+    if layout.group:
+        low = 0
+        group = torch.full((n, layout.groups(k)), 7 << 4 | middle, dtype=torch.uint8)
+    dtype = weights.DTYPES[layout.dtype]
+    codes = torch.randint(low, high, (n, layout.padded(k)), dtype=dtype, generator=rng)
+    codes[:, k:] = middle
+    return weights.from_codes(layout, k, codes, scale, group)
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:

@@ -1,6 +1,6 @@
 """The int8 engine for CPUs, seen from Python: packed weights, linears, attention.
 
-    panels = pack(q8=q8, scale=scale, bias=bias)      # or q4=, group=, group_size=
+    panels = pack(weight, bias)                       # a PackedWeight
     y = linear_a8(x, panels)                          # int8 activations, dynamic per token
     y = linear_a16(x, panels)                         # weight-only, float32 or bf16 products
 
@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitapack.kernels.linear.reference import MAX_K, group_count, padded_k
+from vitapack.kernels.linear.layouts import WeightLayout
+from vitapack.kernels.linear.reference import MAX_K
+from vitapack.kernels.linear.weights import DTYPES, PackedWeight
 
 PANEL = 64  # output channels that lie together
+BLOCK = 64  # inputs are padded to whole blocks
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-GROUP_SIZES = (32, 64, 128)
 VARIABLE = "VITAPACK_ISA"
 
 
@@ -95,16 +97,16 @@ def bf16_pays() -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """A packed weight (N, K) in the engine's order; holds the tensors that `handle` points to.
+    """A packed weight (N, K) with its bias in the engine's order; holds the tensors that `handle`
+    points to. Immutable, so copies and threads share it; a pickle holds the file's tensors.
 
-    codes: uint8, as many bytes as the weight in the file with N padded to 64 and K to 64. group:
-    uint8 or None. scale, bias float32 and start int32, padded to N rounded up to 64.
+    codes: uint8, as many bytes as the weight in the file with N and K padded to 64. group: uint8 or
+    None. scale, bias float32 and start int32, padded to N rounded up to 64.
     """
 
+    layout: WeightLayout
     rows: int
     columns: int
-    bits: int
-    group_size: int
     codes: Tensor
     group: Tensor | None
     scale: Tensor
@@ -117,30 +119,35 @@ class Panels:
         parts = (self.codes, self.group, self.scale, self.bias, self.start)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def unpacked(self) -> tuple[Tensor, Tensor | None]:
-        """The tensors of the packed file again: (q8, None) or (q4, group)."""
-        engine, threads = built(), torch.get_num_threads()
-        per_row = self.columns if self.bits == 8 else padded_k(self.columns) // 2
-        dtype = torch.int8 if self.bits == 8 else torch.uint8
-        out = torch.empty(self.rows, per_row, dtype=dtype)
-        if out.numel():
+    def unpacked(self) -> tuple[PackedWeight, Tensor | None]:
+        """The tensors of the packed file again, and the bias float32 (N,)."""
+        engine, layout = built(), self.layout
+        tensors = {"scale": self.scale[: self.rows].clone()}
+        specs = layout.tensors(self.rows, self.columns)
+        dtype, shape = specs[layout.codes]
+        tensors[layout.codes] = torch.empty(shape, dtype=DTYPES[dtype])
+        if tensors[layout.codes].numel():
             engine.int8_unpack_rows(
-                self.codes.data_ptr(), self.rows, per_row, _row_bytes(self.columns, self.bits),
-                out.data_ptr(), threads,
+                self.codes.data_ptr(), *shape, _row_bytes(layout, self.columns),
+                tensors[layout.codes].data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
-        if self.group is None:
-            return out, None
-        count = group_count(self.columns, self.group_size)
-        group = torch.empty(self.rows, count, dtype=torch.uint8)
-        engine.int8_unpack_group(self.group.data_ptr(), self.rows, count, group.data_ptr())
-        return out, group
+        if self.group is not None:
+            _, shape = specs["group"]
+            tensors["group"] = torch.empty(shape, dtype=torch.uint8)
+            engine.int8_unpack_group(self.group.data_ptr(), *shape, tensors["group"].data_ptr())
+        bias = None if self.bias is None else self.bias[: self.rows].clone()
+        return PackedWeight(layout, tensors, self.columns), bias
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Panels:
-        return self  # never written to
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack, self.unpacked()
 
 
-def _row_bytes(k: int, bits: int) -> int:
-    return padded_k(k) if bits == 8 else padded_k(k) // 2
+def _row_bytes(layout: WeightLayout, k: int) -> int:
+    """Bytes of a row of codes in panels."""
+    return -(-k // BLOCK) * BLOCK * layout.bits // 8
 
 
 def _padded(values: Tensor | None, rows: int) -> Tensor | None:
@@ -151,59 +158,41 @@ def _padded(values: Tensor | None, rows: int) -> Tensor | None:
     return out
 
 
-def pack(
-    *,
-    scale: Tensor,
-    in_features: int,
-    bias: Tensor | None = None,
-    q8: Tensor | None = None,
-    q4: Tensor | None = None,
-    group: Tensor | None = None,
-    group_size: int = 0,
-) -> Panels:
-    """Weights of docs/format.md, on the CPU, to panels. ValueError where they do not fit."""
+def serves(layout: WeightLayout) -> bool:
+    """Whether the engine reads a layout."""
+    return "cpu" in layout.kernels
+
+
+def pack(weight: PackedWeight, bias: Tensor | None = None) -> Panels:
+    """A packed weight and its bias, on the CPU, to panels. ValueError where they do not fit."""
     engine, threads = built(), torch.get_num_threads()
-    weight = q8 if q8 is not None else q4
-    if weight is None or (q8 is None) != (group is not None):
-        raise ValueError("a packed weight is q8, or q4 with its group bytes")
-    if in_features > MAX_K:
-        raise ValueError(f"K = {in_features} could overflow int32 accumulators: at most {MAX_K}")
-    rows, bits = weight.shape[0], 8 if q8 is not None else 4
-    if bits == 4 and group_size not in GROUP_SIZES:
-        raise ValueError(f"group size {group_size}: expected one of {GROUP_SIZES}")
+    layout, codes, k = weight.checked().layout, weight.codes.contiguous(), weight.in_features
+    if not serves(layout):
+        raise ValueError(f"the CPU engine does not read layout {layout.id} ({layout.name})")
+    if k > MAX_K:
+        raise ValueError(f"K = {k} could overflow int32 accumulators: at most {MAX_K}")
+    if codes.device.type != "cpu":
+        raise ValueError(f"expected a weight on cpu, found one on {codes.device}")
+    rows, row_bytes = weight.out_features, _row_bytes(layout, k)
     padded = -(-rows // PANEL) * PANEL
-    row_bytes = _row_bytes(in_features, bits)
-    expected = (rows, in_features if bits == 8 else row_bytes)
-    if tuple(weight.shape) != expected or weight.device.type != "cpu":
-        raise ValueError(
-            f"int{bits} weight: expected {expected} on cpu, found {tuple(weight.shape)} "
-            f"on {weight.device}"
-        )
-    weight = weight.contiguous()
-    codes = torch.empty(padded * row_bytes, dtype=torch.uint8)
+    panels = torch.empty(padded * row_bytes, dtype=torch.uint8)
     engine.int8_pack_rows(
-        weight.data_ptr(), rows, weight.shape[1], row_bytes, codes.data_ptr(), threads
+        codes.data_ptr(), rows, codes.shape[1], row_bytes, panels.data_ptr(), threads
     )
-    packed_group = None
-    if group is not None:
-        count = group_count(in_features, group_size)
-        if tuple(group.shape) != (rows, count):
-            raise ValueError(f"group: expected {(rows, count)}, found {tuple(group.shape)}")
-        packed_group = torch.empty(padded * count, dtype=torch.uint8)
-        engine.int8_pack_group(group.contiguous().data_ptr(), rows, count, packed_group.data_ptr())
-    wide_scale = _padded(scale, padded)
-    assert wide_scale is not None
-    wide_bias = _padded(bias, padded)
+    group = None
+    if weight.group is not None:
+        count = weight.group.shape[1]
+        group = torch.empty(padded * count, dtype=torch.uint8)
+        engine.int8_pack_group(weight.group.contiguous().data_ptr(), rows, count, group.data_ptr())
+    scale, wide_bias = _padded(weight.scale, padded), _padded(bias, padded)
+    assert scale is not None
     start = torch.zeros(padded, dtype=torch.int32)
     handle = engine.Int8Linear(
-        rows, in_features, bits, group_size, codes.data_ptr(), _address(packed_group),
-        wide_scale.data_ptr(), _address(wide_bias), start.data_ptr(),
+        rows, k, layout.bits, layout.group, panels.data_ptr(), _address(group), scale.data_ptr(),
+        _address(wide_bias), start.data_ptr(),
     )  # fmt: skip
     engine.int8_find_start(handle, start.data_ptr(), threads)
-    return Panels(
-        rows, in_features, bits, group_size, codes, packed_group, wide_scale, wide_bias, start,
-        handle,
-    )  # fmt: skip
+    return Panels(layout, rows, k, panels, group, scale, wide_bias, start, handle)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
     from vitapack.kernels.linear.triton_gemm import Tile
 
+from vitapack.kernels.linear.layouts import LAYOUTS, WeightLayout
+
 TABLE = Path(__file__).parent / "tables" / "gemm.json"
-# "+gate": with gate and residual in the epilogue, which spills on the largest tiles.
-OPS = ("w8a16", "w8a16+gate", "w4a16", "w4a16+gate", "w8a8", "w8a8+gate", "w4a8", "w4a8+gate")
 ARCHS = (80, 86, 89, 90)  # the compute capabilities that every kernel is compiled and checked for
-# fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: int4 to an int8 scratch,
-# then the int8 GEMM. apart: the product as without a gate, then a kernel for gate and residual.
-HOWS = {"w8a16": ("fused", "dense"), "w4a16": ("fused", "dense"), "w8a8": ("fused",),
-        "w4a8": ("fused", "expand")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,32 @@ class Choice:
     source: str  # "shipped table" or "tuned on this GPU"
 
 
-def op_name(w4: bool, a8: bool, gate: bool = False) -> str:
-    """The table's name of a GEMM."""
-    return f"w{4 if w4 else 8}a{8 if a8 else 16}{'+gate' if gate else ''}"
+def op_name(layout: WeightLayout, compute: str, gate: bool = False) -> str:
+    """The table's name of a GEMM: "w4a8", or "w4a8+gate" with gate and residual in the epilogue,
+    which spills on the largest tiles."""
+    return f"{layout.codes.replace('q', 'w')}{compute}{'+gate' if gate else ''}"
+
+
+def ops() -> list[str]:
+    """All GEMMs that the Triton kernels do."""
+    served = [layout for layout in LAYOUTS.values() if "triton" in layout.kernels]
+    names = (
+        op_name(layout, compute, gate)
+        for layout in served for compute in ("a16", "a8") for gate in (False, True)
+    )  # fmt: skip
+    return list(dict.fromkeys(names))
 
 
 def hows(op: str) -> tuple[str, ...]:
-    """The ways in which a GEMM can run."""
+    """The ways in which a GEMM can run.
+
+    fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: to an int8 scratch,
+    then the int8 GEMM. apart: the product as without a gate, then a kernel for gate and residual.
+    """
     plain = op.removesuffix("+gate")
-    return HOWS[plain] if op == plain else (*HOWS[plain], "apart")
+    other = "dense" if plain.endswith("a16") else "expand"
+    ways = ("fused",) if plain == "w8a8" else ("fused", other)  # w8a8 is the int8 GEMM
+    return ways if op == plain else (*ways, "apart")
 
 
 def bucket(m: int) -> int:
@@ -59,7 +72,7 @@ def bucket(m: int) -> int:
 
 def arch_of(device: torch.device) -> int:
     """Compute capability as in sm_86; asked once per device."""
-    return _properties(device.index)[0]
+    return properties(device.index)[0]
 
 
 # Triton's own switch, read when it is imported: kernels run on CPU tensors, in Python.
@@ -67,7 +80,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
-def _properties(index: int | None) -> tuple[int, str]:
+def properties(index: int | None) -> tuple[int, str]:
+    """(compute capability, name) of a CUDA device; of the interpreter's, if it runs the kernels."""
     import torch
 
     if INTERPRETED:
@@ -102,13 +116,13 @@ def default_choice(op: str, arch: int, m: int) -> Choice | None:
 
 def choose(op: str, device: torch.device, m: int, n: int, k: int, group: int) -> Choice | None:
     """The tuned choice of this GPU if there is one, else the shipped one, else None."""
-    arch, name = _properties(device.index)
+    arch, name = properties(device.index)
     return _choose(op, arch, name, bucket(m), n, k, group)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(op: str, arch: int, name: str, m: int, n: int, k: int, group: int) -> Choice | None:
-    entry = _cached(arch, name).get(key_of(op, m, n, k, group))
+    entry = cached(arch, name).get(key_of(op, m, n, k, group))
     if entry is not None and table_arch(arch) is not None:
         return _choice(entry, "tuned on this GPU")
     return default_choice(op, arch, m)
@@ -136,7 +150,7 @@ def cache_path(arch: int, name: str) -> Path:
 
 
 @functools.cache
-def _cached(arch: int, name: str) -> dict[str, Any]:
+def cached(arch: int, name: str) -> dict[str, Any]:
     """The cache's entries; a damaged file is an error, not a slow default."""
     path = cache_path(arch, name)
     if not path.exists():
@@ -169,6 +183,11 @@ def save(arch: int, name: str, entries: dict[str, Choice], measured: dict[str, A
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
         json.dump(old, part, indent=1, sort_keys=True)
     Path(part.name).replace(path)
-    _cached.cache_clear()
-    _choose.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Reads the cache anew when it is next asked."""
+    cached.cache_clear()
+    _choose.cache_clear()

@@ -10,22 +10,23 @@ calls of a step, and these operators have no backward anyway.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitapack.kernels.linear import gemm_table, reference
+from vitapack.kernels.linear import gemm_table, reference, weights
+from vitapack.kernels.linear.epilogue import Epilogue, gelu_from
+from vitapack.kernels.linear.weights import PackedWeight, int8_weight
 
 _library = torch.library.Library("vitapack", "FRAGMENT")
 _DEFINITIONS = (
-    "gemm(Tensor x, Tensor? sx, Tensor w, Tensor? group, int group_size, Tensor scale, "
-    "Tensor? bias, int gelu_from, Tensor? residual, Tensor? gate, int tokens, ScalarType dtype) "
-    "-> Tensor",
-    "expand(Tensor w, Tensor? group, int group_size, Tensor scale, int in_features, "
-    "ScalarType dtype) -> Tensor",
+    "gemm(Tensor x, Tensor? sx, Tensor[] weight, str layout, Tensor? bias, int gelu_from, "
+    "Tensor? residual, Tensor? gate, int tokens, ScalarType dtype) -> Tensor",
+    "expand(Tensor[] weight, str layout, int in_features, ScalarType dtype) -> Tensor",
     "modulate(Tensor x, Tensor shift, Tensor scale, bool quantize) -> (Tensor, Tensor)",
     "join(Tensor? left, Tensor right, bool gelu, bool quantize) -> (Tensor, Tensor)",
     "gate_residual(Tensor x, Tensor gate, Tensor y) -> Tensor",
@@ -37,17 +38,29 @@ for _definition in _DEFINITIONS:
 ops = torch.ops.vitapack
 
 
+def gemm(
+    x: Tensor, sx: Tensor | None, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype
+) -> Tensor:
+    """x (M, K) float, or int8 codes with sx (M,), through a packed weight: (M, N) in `dtype`."""
+    return ops.gemm(x, sx, *weight.flat(), *epilogue.flat(), dtype)
+
+
+def expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The dense weight (N, K): w8 * scale in a float dtype, or w8 itself in int8."""
+    return ops.expand(*weight.flat(), weight.in_features, dtype)
+
+
 # ---- shapes alone, for tracing ----
 
 
 @torch.library.register_fake("vitapack::gemm", lib=_library)
-def _(x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype):
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
+def _(x, sx, weight, *rest):
+    return x.new_empty((x.shape[0], weight[0].shape[0]), dtype=rest[-1])
 
 
 @torch.library.register_fake("vitapack::expand", lib=_library)
-def _(w, group, group_size, scale, in_features, dtype):
-    return w.new_empty((w.shape[0], in_features), dtype=dtype)
+def _(weight, layout, in_features, dtype):
+    return weight[0].new_empty((weight[0].shape[0], in_features), dtype=dtype)
 
 
 def _fake_row(x: Tensor, shape: tuple[int, ...], quantize: bool) -> tuple[Tensor, Tensor]:
@@ -81,19 +94,11 @@ def _(qkv, q_scale, k_scale, heads):
 # ---- the reference ----
 
 
-def _reference_gemm(
-    x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
-):
-    k = x.shape[-1]
-    w8 = w if group is None else reference.expand_int4(w, group, group_size, k)
-    return reference.gemm_ref(x, sx, w8, scale, bias, gelu_from, residual, gate, tokens, dtype)
-
-
-def _reference_expand(w, group, group_size, scale, in_features, dtype):
-    w8 = w if group is None else reference.expand_int4(w, group, group_size, in_features)
+def _reference_expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
-        return (w8.float() * scale[:, None]).to(dtype)
-    return w8.clone() if group is None else w8
+        return weights.dequantize(weight).to(dtype)
+    w8 = weights.expand(weight)
+    return w8.clone() if w8.data_ptr() == weight.codes.data_ptr() else w8
 
 
 def _reference_modulate(x, shift, scale, quantize):
@@ -122,88 +127,66 @@ def _finish(wide: Tensor, dtype: torch.dtype, quantize: bool) -> tuple[Tensor, T
 
 
 def _triton_gemm(
-    x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
-):
-    op = gemm_table.op_name(group is not None, sx is not None, gate is not None)
-    choice = gemm_table.choose(op, x.device, x.shape[0], w.shape[0], x.shape[1], group_size)
+    x: Tensor, sx: Tensor | None, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype
+) -> Tensor:
+    layout, gate = weight.layout, epilogue.gate is not None
+    op = gemm_table.op_name(layout, "a16" if sx is None else "a8", gate)
+    shape = x.shape[0], weight.out_features, x.shape[1]
+    choice = gemm_table.choose(op, x.device, *shape, layout.group)
     if choice is None:
         arch = gemm_table.arch_of(x.device)
         raise ValueError(f"no {op} kernel for compute capability sm_{arch}: use the reference")
-    return run_choice(
-        choice, x, sx, w, group, group_size, scale, bias, gelu_from, residual, gate, tokens, dtype
-    )
+    return run_choice(choice, x, sx, weight, epilogue, dtype)
 
 
 def run_choice(
     choice: gemm_table.Choice,
     x: Tensor,
     sx: Tensor | None,
-    w: Tensor,
-    group: Tensor | None,
-    group_size: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    gelu_from: int,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    tokens: int,
+    weight: PackedWeight,
+    epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`gemm` in one of the ways of `gemm_table.HOWS`; the arguments are the operator's."""
-    from vitapack.kernels.linear.triton_gemm import Epilogue, gemm
+    """`gemm` in one of the ways of `gemm_table.hows`."""
+    from vitapack.kernels.linear.triton_gemm import gemm as fused
 
     if sx is None and (choice.how == "dense" or x.dtype != torch.float16):
         # cuBLAS on a scratch as large as this one layer, which the next layer's reuses.
-        dense = ops.expand(w, group, group_size, scale, x.shape[1], x.dtype)
-        y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-        return _unfused(y.to(dtype), gelu_from, residual, gate, tokens)
+        bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
+        y = F.linear(x, expand(weight, x.dtype), bias)
+        return _unfused(y.to(dtype), epilogue)
     if choice.how == "apart":
-        y = ops.gemm(x, sx, w, group, group_size, scale, bias, gelu_from, None, None, tokens, dtype)
-        return _unfused(y, -1, residual, gate, tokens)
-    if choice.how == "expand":  # int4 to an int8 scratch: the int8 GEMM's loop is the better one
-        w8 = ops.expand(w, group, group_size, scale, x.shape[1], torch.int8)
-        return ops.gemm(x, sx, w8, None, 0, scale, bias, gelu_from, residual, gate, tokens, dtype)
+        y = gemm(x, sx, weight, replace(epilogue, residual=None, gate=None), dtype)
+        return _unfused(y, replace(epilogue, gelu_from=None))
+    if choice.how == "expand":  # to an int8 scratch: the int8 GEMM's loop is the better one
+        w8 = int8_weight(expand(weight, torch.int8), weight.scale)
+        return gemm(x, sx, w8, epilogue, dtype)
     tile = choice.tile
     assert tile is not None
     # A tile has room for the gates of two batches: shorter ones are gated afterwards.
-    apart = gate is not None and gate.shape[0] > 1 and tokens < tile.bm
+    gate = epilogue.gate
+    apart = gate is not None and gate.shape[0] > 1 and epilogue.tokens < tile.bm
     # GELU spills the largest int8 tiles of sm_90; there the quantizer of the next linear has it.
-    apart = apart or (sx is not None and gelu_from >= 0)
-    epilogue = Epilogue(
-        bias,
-        None if apart or gelu_from < 0 else gelu_from,
-        None if apart else residual,
-        None if apart else gate,
-        tokens,
-    )
-    y = gemm(
-        x, w, scale, sx=sx, group=group, group_size=group_size, dtype=dtype, epilogue=epilogue,
-        tile=tile, plain=gemm_table.INTERPRETED,
-    )  # fmt: skip
-    return _unfused(y, gelu_from, residual, gate, tokens) if apart else y
+    apart = apart or (sx is not None and epilogue.gelu_from is not None)
+    inside = Epilogue(epilogue.bias) if apart else epilogue
+    plain = gemm_table.INTERPRETED
+    y = fused(x, weight, sx=sx, epilogue=inside, dtype=dtype, tile=tile, plain=plain)
+    return _unfused(y, epilogue) if apart else y
 
 
-def _unfused(
-    y: Tensor, gelu_from: int, residual: Tensor | None, gate: Tensor | None, tokens: int
-) -> Tensor:
-    """The epilogue of a product that cuBLAS made."""
-    if gelu_from == 0:
-        y = F.gelu(y, approximate="tanh")
-    elif gelu_from > 0:
-        y = torch.cat([y[:, :gelu_from], F.gelu(y[:, gelu_from:], approximate="tanh")], dim=1)
-    if residual is None or gate is None:
+def _unfused(y: Tensor, epilogue: Epilogue) -> Tensor:
+    """The epilogue, bias aside, of a product that another kernel made."""
+    y = gelu_from(y, epilogue.gelu_from)
+    if epilogue.residual is None or epilogue.gate is None:
         return y
-    before, after = (z.unflatten(0, (-1, tokens)) for z in (residual, y))
-    return ops.gate_residual(before, gate[:, None], after).flatten(0, 1)
+    before, after = (z.unflatten(0, (-1, epilogue.tokens)) for z in (epilogue.residual, y))
+    return ops.gate_residual(before, epilogue.gate[:, None], after).flatten(0, 1)
 
 
-def _triton_expand(w, group, group_size, scale, in_features, dtype):
+def _triton_expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     from vitapack.kernels.linear.triton_gemm import expand
 
-    return expand(
-        w, scale, in_features, group=group, group_size=group_size, dtype=dtype,
-        plain=gemm_table.INTERPRETED,
-    )  # fmt: skip
+    return expand(weight, dtype, plain=gemm_table.INTERPRETED)
 
 
 def _triton_modulate(x, shift, scale, quantize):
@@ -230,9 +213,31 @@ def _triton_qk_norm(qkv, q_scale, k_scale, heads):
     return qk_norm(qkv, q_scale, k_scale, heads)
 
 
+# ---- registration: the one place in which a weight and an epilogue are flat ----
+
+
+def _gemm_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of `gemm` with the operator's arguments."""
+
+    def operator(x: Tensor, sx: Tensor | None, tensors: Sequence[Tensor], layout: str, *rest: Any):
+        weight = PackedWeight.unflat(tensors, layout, x.shape[1])
+        return kernel(x, sx, weight, Epilogue.unflat(*rest[:-1]), rest[-1])
+
+    return operator
+
+
+def _expand_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel of `expand` with the operator's arguments."""
+
+    def operator(tensors: Sequence[Tensor], layout: str, in_features: int, dtype: torch.dtype):
+        return kernel(PackedWeight.unflat(tensors, layout, in_features), dtype)
+
+    return operator
+
+
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "gemm": (_triton_gemm, _reference_gemm),
-    "expand": (_triton_expand, _reference_expand),
+    "gemm": (_gemm_operator(_triton_gemm), _gemm_operator(reference.gemm_ref)),
+    "expand": (_expand_operator(_triton_expand), _expand_operator(_reference_expand)),
     "modulate": (_triton_modulate, _reference_modulate),
     "join": (_triton_join, _reference_join),
     "gate_residual": (_triton_gate_residual, _reference_gate_residual),
@@ -245,7 +250,12 @@ def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def run(*arguments: Any) -> Any:
-        tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+        tensor = next(
+            leaf
+            for argument in arguments
+            for leaf in (argument if isinstance(argument, list) else (argument,))
+            if isinstance(leaf, Tensor)
+        )
         with torch.cuda.device_of(tensor):
             return kernel(*arguments)
 

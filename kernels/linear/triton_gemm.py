@@ -1,7 +1,7 @@
 """Triton GEMMs over the packed file's own tensors: int8 or int4 weights, fp16 or int8 activations.
 
 K1 W8A16, K2 W4A16, K3 expand to scratch (for cuBLAS, or for the int8 GEMM), K5 W8A8, K6 W4A8 in one
-kernel: `gemm(x, w, scale, ...)`. There is one float scale per output channel and it waits for the
+kernel: `gemm(x, weight, ...)`. There is one float scale per output channel and it waits for the
 epilogue, so the loop is integer weights times fp16 (exact: |w8| <= 127 < 2^11) or int8 x int8.
 
 Triton 3.9 handles int8 registers one byte at a time (`.to(fp16)` costs an I2F a weight), so weights
@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitapack.kernels.linear.triton_rows import OPTIONS
+from vitapack.kernels.linear.epilogue import Epilogue
+from vitapack.kernels.linear.layouts import WeightLayout
+from vitapack.kernels.linear.triton_rows import OPTIONS, gelu
+from vitapack.kernels.linear.weights import PackedWeight
 
 # Biased bytes u to four fp16: 0x64uu is the fp16 number 1024 + u, u = w + 128, minus 1152.
 _BYTES_TO_F16 = """
@@ -130,19 +133,13 @@ def _widen8(b, PLAIN: tl.constexpr):
         )
 
 
-@triton.jit
-def _gelu(x):
-    """GELU, tanh form, float32: x * sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
 # A binary for every M and not one more for M = 1 or a multiple of 16, each seconds to compile.
 @triton.jit(do_not_specialize=["M", "tokens", "gelu_from"])
 def gemm_kernel(
     x, sx, w, group, scale, bias, gate, residual, out,
     M, N, K, stride_x, stride_w, stride_group, stride_out, stride_residual, stride_gate, tokens,
     gelu_from,
-    A8: tl.constexpr, W4: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    A8: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     BIAS: tl.constexpr, GELU: tl.constexpr, GATE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWIZZLE: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -170,7 +167,7 @@ def gemm_kernel(
 
     acc = tl.zeros((BM, BN), dtype=tl.int32 if A8 else tl.float32)
 
-    if W4:
+    if BITS == 4:
         j = tl.arange(0, BK // 2)
         low = j // 32 * 64 + j % 32  # the input of byte j's low nibble
         x_ptrs = x + in_m[:, None] * stride_x + low[None, :]
@@ -207,6 +204,7 @@ def gemm_kernel(
             w_ptrs += BK // 2
             g_low, g_high = g_low_next, g_high_next
     else:
+        tl.static_assert(BITS == 8)
         offs_k = tl.arange(0, BK)
         x_ptrs = x + in_m[:, None] * stride_x + offs_k[None, :]
         w_ptrs = w + in_n[:, None] * stride_w + offs_k[None, :]
@@ -226,7 +224,7 @@ def gemm_kernel(
     if BIAS:
         y += tl.load(bias + in_n).to(tl.float32)[None, :]
     if GELU:
-        y = tl.where(offs_n[None, :] >= gelu_from, _gelu(y), y)
+        y = tl.where(offs_n[None, :] >= gelu_from, gelu(y), y)
     if GATE:
         # A tile spans two batches at most, so its gates are two vectors; a tile of them spills.
         first_batch = pid_m * BM // tokens
@@ -247,7 +245,7 @@ def gemm_kernel(
 @triton.jit
 def expand_kernel(
     w, group, scale, out, N, K, stride_w, stride_group, stride_out,
-    W4: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """out (N, K) = w8 (int8, exact), or with SCALED w8 * scale rounded once to a float type."""
@@ -255,7 +253,7 @@ def expand_kernel(
     start = tl.program_id(1) * BK
     in_n = tl.minimum(offs_n, N - 1).to(tl.int64)[:, None]
     inside = offs_n[:, None] < N
-    if W4:
+    if BITS == 4:
         tl.static_assert(BK == 64)
         j = tl.arange(0, 32)[None, :]
         b = tl.load(w + in_n * stride_w + start // 2 + j)
@@ -273,6 +271,7 @@ def expand_kernel(
         tl.store(o, low.to(out.dtype.element_ty), mask=inside & (start + j < K))
         tl.store(o + 32, high.to(out.dtype.element_ty), mask=inside & (start + 32 + j < K))
     else:
+        tl.static_assert(BITS == 8)
         offs_k = start + tl.arange(0, BK)[None, :]
         b = tl.load(w + in_n * stride_w + offs_k, mask=offs_k < K, other=0)
         y = _widen8(b, PLAIN).to(tl.float32) * tl.load(scale + in_n)
@@ -291,32 +290,24 @@ class Tile:
     stages: int
     swizzle: int = 8
 
-    def fit(self, k: int, w4: bool) -> Tile:
-        """The tile for this K: int4 rows are padded to 64 inputs, no further."""
-        return replace(self, bk=64) if w4 and k % self.bk else self
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the product: bias, GELU (tanh) from a column on, then residual + gate * y."""
-
-    bias: Tensor | None = None  # (N,)
-    gelu_from: int | None = None
-    residual: Tensor | None = None  # (M, N)
-    gate: Tensor | None = None  # (1 or M / tokens, N)
-    tokens: int = 1  # rows of one gate row; at least a tile's with a gate a batch
+    def fit(self, layout: WeightLayout, k: int) -> Tile:
+        """The tile for this K: packed rows are padded to whole blocks of 64 inputs, no further."""
+        return replace(self, bk=layout.block) if layout.block > 1 and k % self.bk else self
 
 
 def flags(
-    k: int, *, a8: bool, w4: bool, group_size: int, epilogue: tuple[bool, bool, bool],
-    tile: Tile, plain: bool,
+    layout: WeightLayout, k: int, a8: bool, epilogue: tuple[bool, bool, bool], tile: Tile,
+    plain: bool,
 ) -> dict[str, int | bool]:  # fmt: skip
-    """The constexpr arguments of `gemm_kernel`; ahead-of-time compilation uses them as well."""
-    tile = tile.fit(k, w4)
-    bias, gelu, gate = epilogue
+    """The constexpr arguments of `gemm_kernel`; ahead-of-time compilation uses them as well.
+
+    epilogue: whether there is a bias, GELU, a gate with its residual.
+    """
+    tile = tile.fit(layout, k)
+    with_bias, with_gelu, with_gate = epilogue
     return {
-        "A8": a8, "W4": w4, "GROUP": group_size, "EVEN_K": k % tile.bk == 0,
-        "BIAS": bias, "GELU": gelu, "GATE": gate,
+        "A8": a8, "BITS": layout.bits, "GROUP": layout.group, "EVEN_K": k % tile.bk == 0,
+        "BIAS": with_bias, "GELU": with_gelu, "GATE": with_gate,
         "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "SWIZZLE": tile.swizzle,
         "PLAIN": plain,
     }  # fmt: skip
@@ -324,12 +315,9 @@ def flags(
 
 def gemm(
     x: Tensor,
-    w: Tensor,
-    scale: Tensor,
+    weight: PackedWeight,
     *,
     sx: Tensor | None = None,
-    group: Tensor | None = None,
-    group_size: int = 0,
     epilogue: Epilogue | None = None,
     dtype: torch.dtype = torch.float16,
     tile: Tile,
@@ -337,12 +325,12 @@ def gemm(
 ) -> Tensor:
     """x (M, K) through a packed weight to (M, N) in `dtype`.
 
-    fp16 x without sx is weight-only; int8 x needs sx float32 (M,). w is q8 int8 (N, K), or q4 uint8
-    (N, Kp/2) with its `group` bytes.  plain: for the interpreter.
+    fp16 x without sx is weight-only; int8 x needs sx float32 (M,). A gate with rows of its own for
+    each batch needs at least a tile's rows of tokens.  plain: for the interpreter.
     Raises ValueError for anything that the kernel would read wrongly.
     """
-    e = epilogue or Epilogue()
-    (m, k), n, a8, w4 = x.shape, w.shape[0], sx is not None, group is not None
+    e, w, group = epilogue or Epilogue(), weight.codes, weight.group
+    (m, k), n, a8 = x.shape, weight.out_features, sx is not None
     if x.dtype != (torch.int8 if a8 else torch.float16):
         raise ValueError(f"x is {x.dtype}: expected int8 with sx, or float16 without")
     for name, tensor in (("x", x), ("w", w), ("group", group), ("residual", e.residual)):
@@ -351,49 +339,43 @@ def gemm(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m or not n:
         return out
-    tile = tile.fit(k, w4)
+    tile = tile.fit(weight.layout, k)
     if e.gate is not None and e.gate.shape[0] > 1 and e.tokens < tile.bm:
         raise ValueError(f"{e.tokens} rows share a gate: a tile of {tile.bm} would need a third")
     grid = (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)
+    used = (e.bias is not None, e.gelu_from is not None, e.gate is not None)
     compiled = gemm_kernel[grid](
-        x, sx, w, group, scale, e.bias, e.gate, e.residual, out,
+        x, sx, w, group, weight.scale, e.bias, e.gate, e.residual, out,
         m, n, k, x.stride(0), w.stride(0), 0 if group is None else group.stride(0), n,
         0 if e.residual is None else e.residual.stride(0),
         0 if e.gate is None or e.gate.shape[0] == 1 else e.gate.stride(0), e.tokens,
-        e.gelu_from or 0,
-        **flags(
-            k, a8=a8, w4=w4, group_size=group_size, tile=tile, plain=plain,
-            epilogue=(e.bias is not None, e.gelu_from is not None, e.gate is not None),
-        ),
+        e.gelu_from or 0, **flags(weight.layout, k, a8, used, tile, plain),
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
-    if w4 and not plain:
+    if not plain:
         _check_once(compiled)
     return out
 
 
-def expand(
-    w: Tensor,
-    scale: Tensor,
-    k: int,
-    *,
-    group: Tensor | None = None,
-    group_size: int = 0,
-    dtype: torch.dtype = torch.float16,
-    plain: bool = False,
-) -> Tensor:
-    """The dense weight (N, K) of a packed one: w8 * scale in a float dtype, int4 as int8 too."""
-    n, w4 = w.shape[0], group is not None
+def expand_tile(layout: WeightLayout) -> tuple[int, int]:
+    """Rows and inputs of an `expand_kernel` tile."""
+    return (64, layout.block) if layout.block > 1 else (16, 256)
+
+
+def expand(weight: PackedWeight, dtype: torch.dtype = torch.float16, plain: bool = False) -> Tensor:
+    """The dense weight (N, K): w8 * scale in a float dtype, or w8 itself in int8."""
+    w, group, layout = weight.codes, weight.group, weight.layout
+    n, k = weight.out_features, weight.in_features
     out = torch.empty(n, k, dtype=dtype, device=w.device)
     if not n or not k:
         return out
-    bn, bk = (64, 64) if w4 else (16, 256)
+    bn, bk = expand_tile(layout)
     compiled = expand_kernel[(triton.cdiv(n, bn), triton.cdiv(k, bk))](
-        w, group, scale, out, n, k, w.stride(0), 0 if group is None else group.stride(0), k,
-        W4=w4, GROUP=group_size, SCALED=dtype.is_floating_point, BN=bn, BK=bk, PLAIN=plain,
-        num_warps=4, **OPTIONS,
+        w, group, weight.scale, out, n, k, w.stride(0), 0 if group is None else group.stride(0), k,
+        BITS=layout.bits, GROUP=layout.group, SCALED=dtype.is_floating_point, BN=bn, BK=bk,
+        PLAIN=plain, num_warps=4, **OPTIONS,
     )  # fmt: skip
-    if w4 and not plain:
+    if not plain:
         _check_once(compiled)
     return out
 

@@ -22,8 +22,8 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
-def _gelu(x):
-    """GELU, tanh form: x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+def gelu(x):
+    """GELU, tanh form, of float32: x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
@@ -78,7 +78,7 @@ def join_kernel(
     r = right + row * stride_right + offsets - width_left
     y = tl.load(r, mask=in_right, other=0).to(tl.float32)
     if GELU:
-        y = _gelu(y)
+        y = gelu(y)
     if LEFT:
         in_left = offsets < width_left
         y += tl.load(left + row * stride_left + offsets, mask=in_left, other=0).to(tl.float32)

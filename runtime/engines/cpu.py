@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.kernels.linear.support import cpu_engine
+from vitapack.runtime.engines.cpu_linear import CpuLinear
 from vitapack.runtime.networks.blocks import Condition
-from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.modulation import StepModulation
 
 ROWS = 192  # rows of a block that a thread takes at a time (csrc/int8/blocks.h)
@@ -69,8 +69,8 @@ def runs_fused(x: Tensor, cond: Tensor | Condition) -> bool:
 
 
 def takes(linears: Iterable[nn.Module]) -> bool:
-    """Whether all linears of a block are packed and compute on int8 activations."""
-    return all(isinstance(linear, PackedLinear) and linear.compute == "a8" for linear in linears)
+    """Whether all linears of a block are the engine's and compute on int8 activations."""
+    return all(isinstance(linear, CpuLinear) and linear.compute == "a8" for linear in linears)
 
 
 def dense(linear: nn.Linear) -> Any:
@@ -97,10 +97,10 @@ def stream_weights(attention: Any, mlp: Any) -> Any:
     from vitapack.kernels.linear.cpu_plans import StreamWeights
 
     return StreamWeights(
-        attention.qkv.prepare(),
+        attention.qkv.panels,
         plain(attention.norm.query_norm.scale),
         plain(attention.norm.key_norm.scale),
-        proj=attention.proj.prepare(),
-        up=mlp[0].prepare(),
-        down=mlp[2].prepare(),
+        proj=attention.proj.panels,
+        up=mlp[0].panels,
+        down=mlp[2].panels,
     )

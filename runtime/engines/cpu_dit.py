@@ -77,8 +77,8 @@ class CpuDiT(DiT):
             if fused(block):
                 query, key = block.norm.query_norm.scale, block.norm.key_norm.scale
                 plan.single_block(
-                    StreamWeights(block.linear1.prepare(), plain(query), plain(key)),
-                    block.linear2.prepare(),
+                    StreamWeights(block.linear1.panels, plain(query), plain(key)),
+                    block.linear2.panels,
                     modulation_rows(block.modulation, step),
                     split if block is last else 0,  # the final layer reads latents only
                 )

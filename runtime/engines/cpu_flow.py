@@ -114,4 +114,4 @@ def _cross_weights(block: Any) -> Any:
 
     norm, cross = block.cross_norm, block.cross_attn
     shift, scale = plain(norm.bias), plain(norm.weight) - 1
-    return CrossWeights(shift, scale, cross.q.prepare(), cross.kv.prepare(), cross.proj.prepare())
+    return CrossWeights(shift, scale, cross.q.panels, cross.kv.panels, cross.proj.panels)

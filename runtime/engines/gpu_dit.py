@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitapack.kernels.linear import attention, dispatch, gpu_ops, support
+from vitapack.kernels.linear.epilogue import Epilogue
 from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.networks.blocks import Condition, clipped, repeated_key_bias
 from vitapack.runtime.networks.dit import (
@@ -176,9 +177,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, linear: nn.Module, bias: Tensor | No
     return attention.attention(q, k, v, wants_codes(linear), bias).transpose(1, 2).flatten(2)
 
 
+def fused(linear: nn.Module) -> bool:
+    """Whether the Triton kernels read a linear's weight."""
+    return isinstance(linear, PackedLinear) and "triton" in linear.layout.kernels
+
+
 def wants_codes(linear: nn.Module) -> bool:
-    """Whether a linear multiplies int8 activations."""
-    return isinstance(linear, PackedLinear) and linear.compute == "a8"
+    """Whether a linear multiplies int8 activations in Triton kernels."""
+    return fused(linear) and linear.compute == "a8"
 
 
 def quantized(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -198,26 +204,20 @@ def project(
     With a gate (B or 1, 1, N): stream + gate * y.
     """
     y, steps = rows
-    if not isinstance(linear, PackedLinear):
+    if not fused(linear):
         out = linear(y)
         if gelu:
             out = F.gelu(out, approximate="tanh")
         return out if gate is None else ops.gate_residual(stream, gate, out)
-    dispatch.announce_gpu(linear.bits, linear.compute, stream)
-    linear.restore()  # the file's tensors, if the CPU engine had put them into its own order
-    codes = linear.q8 if linear.q8 is not None else linear.q4
-    out = ops.gemm(
-        y.flatten(0, 1),
-        steps.flatten() if linear.compute == "a8" and steps is not None else None,
-        codes,
-        linear.group,
-        linear.group_size,
-        linear.scale,
+    assert isinstance(linear, PackedLinear)
+    dispatch.announce_gpu(linear.layout, linear.compute, stream)
+    epilogue = Epilogue(
         linear.bias,
-        0 if gelu else -1,
+        0 if gelu else None,
         None if gate is None else stream.flatten(0, 1),
         None if gate is None else gate[:, 0],
         stream.shape[1],
-        stream.dtype,
     )
+    steps = steps.flatten() if linear.compute == "a8" and steps is not None else None
+    out = gpu_ops.gemm(y.flatten(0, 1), steps, linear.packed(), epilogue, stream.dtype)
     return out.unflatten(0, stream.shape[:2])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vitapack.kernels.linear.layouts import W16, WeightLayout
 from vitapack.runtime.format.container import one_line
 from vitapack.runtime.format.header import PackedHeader
-from vitapack.runtime.format.layermap import KINDS
+from vitapack.runtime.format.layermap import BLOCK_FIELDS, KINDS
 
 NOTE = "finetuned"  # what `vitapack finetune` leaves in the layer map's notes
 
@@ -63,19 +64,33 @@ def _blocks(header: PackedHeader, kind: str) -> list[str]:
     total = layer_map.totals.get(kind, 0)
     if not total:
         return []
-    kept = layer_map.kept(kind)
-    widths = Counter(layer_map.bits(kind, index) for index in kept)
-    counts = ", ".join(f"{count} in {bits} bits" for bits, count in sorted(widths.items()))
-    group = f" (groups of {layer_map.group})" if 4 in widths else ""
-    # One character a block: its bits (x for 16), a dot where it was pruned.
-    picture = "".join(
-        {4: "4", 8: "8", 16: "x"}[layer_map.bits(kind, index)] if index in kept else "."
-        for index in range(total)
+    layouts = _layouts(header, kind)
+    bits = {i: tuple(sorted({layout.bits for layout in held})) for i, held in layouts.items()}
+    counts = ", ".join(
+        f"{count} in {' and '.join(map(str, widths))} bits"
+        for widths, count in sorted(Counter(bits.values()).items())
     )
+    groups = sorted({layout.group for held in layouts.values() for layout in held} - {0})
+    group = f" (groups of {' and '.join(map(str, groups))})" if groups else ""
+    # One character a block: its bits (x for 16, * for several), a dot where it was pruned.
+    picture = "".join(_letter(bits[i]) if i in bits else "." for i in range(total))
     return [
-        f"  {kind:10}{len(kept)} of {total} blocks kept: {counts or 'none'}{group}",
+        f"  {kind:10}{len(bits)} of {total} blocks kept: {counts or 'none'}{group}",
         f"  {'':10}{picture}",
     ]
+
+
+def _layouts(header: PackedHeader, kind: str) -> dict[int, set[WeightLayout]]:
+    """The layouts of each kept block's linears, modulation aside."""
+    held: dict[int, set[WeightLayout]] = {}
+    for name, linear in header.network.linears().items():
+        if linear.role == "block" and name.startswith(f"{BLOCK_FIELDS[kind]}."):
+            held.setdefault(int(name.split(".")[1]), set()).add(header.layout(name))
+    return held
+
+
+def _letter(bits: tuple[int, ...]) -> str:
+    return "*" if len(bits) > 1 else "x" if bits[0] == W16.bits else str(bits[0])
 
 
 def _part(entry: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vitapack.kernels.linear.layouts import LAYOUTS, W16, WeightLayout
 from vitapack.runtime.choices import FLOATS, MODULATIONS
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.architecture import Architecture, architecture_from_json
@@ -35,7 +36,6 @@ from vitapack.runtime.format.container import (
     read_container,
 )
 from vitapack.runtime.format.layermap import KINDS, LayerMap
-from vitapack.runtime.format.layouts import BITS_OF
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.format.sizes import SizeTable, size_table
 from vitapack.runtime.format.tensors import model_tensors, plan_linears
@@ -109,6 +109,10 @@ class PackedHeader(PackedContent):
             "sizes": self.sizes().to_json(),
             "tensors": tensors,
         }
+
+    def layout(self, linear: str) -> WeightLayout:
+        """How the weight of a linear is stored."""
+        return LAYOUTS[self.linears.get(linear, W16.id)]
 
     def schedules(self) -> str:
         """The tables' schedules in words: "euler 20 steps, unipc 10 steps"."""
@@ -233,10 +237,10 @@ def _linears(
 ) -> dict[str, str]:
     expect_object("linears", data)
     for name, layout in data.items():
-        if not isinstance(layout, str) or layout not in BITS_OF:
+        if not isinstance(layout, str) or layout not in LAYOUTS:
             raise ValueError(
                 f"linear {name[:80]!r}: unknown layout {one_line(layout)[:40]!r}; "
-                f"this vitapack reads {', '.join(BITS_OF)}"
+                f"this vitapack reads {', '.join(LAYOUTS)}"
             )
     expected = plan_linears(network, layer_map, modulation)
     for name in sorted(set(expected) | set(data)):

@@ -1,6 +1,7 @@
 """The layer map: which blocks are kept, and with how many bits. The contract between both halves.
 
-It depends on nothing but the standard library, so that `inspect` can read it without torch.
+It is torch-free, so that `inspect` can read it. Bits here are what was planned; how a linear is
+stored is its layout's, in the packed file's `linears`.
 A block keeps its original index: pruning is the absence of an entry, never a renumbering.
 """
 
@@ -11,11 +12,22 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vitapack.kernels.linear.layouts import LAYOUTS
+
 KINDS = ("double", "single", "block")  # "block": the single-kind network of TRELLIS
-BITS = (4, 8, 16)
 # Where a network keeps its blocks of a kind: in configuration, module and tensor names alike.
 BLOCK_FIELDS = {"double": "double_blocks", "single": "single_blocks", "block": "blocks"}
 KIND_OF = {field: kind for kind, field in BLOCK_FIELDS.items()}
+
+
+def _known(field: str) -> list[int]:
+    """The numbers above 0 that weight layouts have in a field."""
+    return sorted({getattr(layout, field) for layout in LAYOUTS.values()} - {0})
+
+
+def _either(numbers: list[int]) -> str:
+    """4, 8 or 16"""
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class BlockEntry:
 
     kind: str
     index: int  # in the original network
-    bits: int  # of its linears, modulation aside: 4, 8, or 16 for untouched fp16
+    bits: int  # planned for its linears, modulation aside: 4, 8, or 16 for untouched fp16
     vitality: float | None = None  # EMD with the block skipped; None where it was not measured
 
     def __post_init__(self) -> None:
@@ -32,8 +44,9 @@ class BlockEntry:
             raise ValueError(f"block kind {self.kind!r}: expected one of {', '.join(KINDS)}")
         if not isinstance(self.index, int) or isinstance(self.index, bool) or self.index < 0:
             raise ValueError(f"block index {self.index!r}: expected an integer >= 0")
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise ValueError(f"{self.kind} {self.index}: bits {self.bits!r}: expected 4, 8 or 16")
+        if type(self.bits) is not int or self.bits not in _known("bits"):
+            expected = _either(_known("bits"))
+            raise ValueError(f"{self.kind} {self.index}: bits {self.bits!r}: expected {expected}")
         if self.vitality is not None and not math.isfinite(self.vitality):
             raise ValueError(f"{self.kind} {self.index}: vitality {self.vitality} is not finite")
 
@@ -50,8 +63,8 @@ class LayerMap:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.group not in (32, 64, 128):
-            raise ValueError(f"group {self.group!r}: expected 32, 64 or 128")
+        if self.group not in _known("group"):
+            raise ValueError(f"group {self.group!r}: expected {_either(_known('group'))}")
         seen: set[tuple[str, int]] = set()
         for block in self.blocks:
             key = (block.kind, block.index)

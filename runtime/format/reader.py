@@ -12,6 +12,9 @@ from vitapack.runtime.format.header import PackedHeader
 if TYPE_CHECKING:
     import torch
 
+    from vitapack.kernels.linear.layouts import WeightLayout
+    from vitapack.kernels.linear.weights import PackedWeight
+
 
 # Up to this size the content's sha256 is checked on every load (0.2 s here); beyond, on request.
 VERIFY_BELOW = 256 << 20
@@ -66,6 +69,17 @@ class TensorReader:
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{self.header.path}: tensor {name!r} holds NaN or infinite values")
         return tensor.to(dtype)
+
+    def weight(self, name: str, layout: WeightLayout, in_features: int) -> PackedWeight:
+        """The packed weight of a linear, `name` ending in ".weight". FormatError if a scale is not
+        above 0."""
+        from vitapack.kernels.linear.weights import PackedWeight
+
+        tensors = {
+            part: (self.scales if part == "scale" else self.read)(f"{name}.{part}")
+            for part in layout.names
+        }
+        return PackedWeight(layout, tensors, in_features)
 
     def scales(self, name: str) -> torch.Tensor:
         """As `floats`, in float32; FormatError if one is not above 0."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitapack.runtime.format.layouts import BITS_OF
+from vitapack.kernels.linear.layouts import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class SizeTable:
 
 def size_table(sizes: Mapping[str, int], linears: Mapping[str, str], header: int) -> SizeTable:
     """Sums bytes per part; `sizes` by name in the file, `header` the bytes before the data."""
+    widths = [layout.bits for layout in sorted(LAYOUTS.values(), key=lambda w: not w.packed)]
     parts = dict.fromkeys(
-        ("8-bit weights", "4-bit weights", "16-bit weights", "modulation tables",
-         "modulation weights", "biases, norms, edges", "shape decoder", "conditioner"), 0,
+        (*(f"{bits}-bit weights" for bits in widths), "modulation tables", "modulation weights",
+         "biases, norms, edges", "shape decoder", "conditioner"), 0,
     )  # fmt: skip
     for name, nbytes in sizes.items():
         parts[_part(name, linears)] += nbytes
@@ -62,5 +63,5 @@ def _part(name: str, linears: Mapping[str, str]) -> str:
     ):
         return "modulation weights"
     if dot and owner in linears:
-        return f"{BITS_OF[linears[owner]]}-bit weights"
+        return f"{LAYOUTS[linears[owner]].bits}-bit weights"
     return "biases, norms, edges"

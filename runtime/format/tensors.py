@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vitapack.kernels.linear.layouts import LAYOUTS, W8, W16, layout_for
 from vitapack.runtime.format.architecture import Architecture
 from vitapack.runtime.format.layermap import KIND_OF, LayerMap
-from vitapack.runtime.format.layouts import W4, W8, W16, weight_tensors
 
 
 def model_tensors(
@@ -30,7 +30,8 @@ def model_tensors(
             tensors[f"{name}.table"] = (modulation["dtype"], shape)
         if linear.role in ("modulation", "time") and modulation["kind"] == "table":
             continue
-        tensors |= weight_tensors(name, linear, linears.get(name, W16), rest)
+        layout = LAYOUTS[linears.get(name, W16.id)]
+        tensors |= layout.stored(f"{name}.weight", linear.out, linear.inputs, rest)
         if linear.bias:
             tensors[f"{name}.bias"] = (rest, (linear.out,))
     for name, norm in network.norms().items():
@@ -42,13 +43,15 @@ def model_tensors(
 
 
 def plan_linears(network: Architecture, layer_map: LayerMap, modulation: str) -> dict[str, str]:
-    """The layout of every block linear, and of the modulation linears whose weights are kept."""
-    layouts = {16: W16, 8: W8, 4: W4[layer_map.group]}
+    """The layout id of every block linear, and of the modulation linears whose weights are kept.
+
+    The one place in which a block's bits become layouts: whatever comes later reads the layouts.
+    """
     plan = {}
     for name, linear in network.linears().items():
         if linear.role == "block":
             kind, index = name.split(".")[:2]
-            plan[name] = layouts[layer_map.bits(KIND_OF[kind], int(index))]
+            plan[name] = layout_for(layer_map.bits(KIND_OF[kind], int(index)), layer_map.group).id
         elif linear.role == "modulation" and modulation != "table":
-            plan[name] = W16 if modulation == "kept" else W8
+            plan[name] = W16.id if modulation == "kept" else W8.id
     return plan

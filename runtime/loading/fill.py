@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vitapack.kernels.linear import cpu, reference
+from vitapack.kernels.linear.layouts import W8
+from vitapack.kernels.linear.weights import int8_weight
+from vitapack.runtime.engines.choose import choose
+from vitapack.runtime.engines.cpu_linear import linear_for
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.loading.packed import empty, replace_module
 from vitapack.runtime.loading.source import Source
-from vitapack.runtime.networks.linear import PackedLinear
 
 if TYPE_CHECKING:  # families build their parts with this module
     pass
@@ -61,15 +65,14 @@ def fill(
         else:
             q8, scale = in_8_bits(source.read(f"{name}.weight"))
         bias = None if part.bias is None else source.read(f"{name}.bias").to(device, dtype)
-        packed = PackedLinear(part.in_features, scale.to(device), bias, q8=q8.to(device))
+        weight = int8_weight(q8.to(device), scale.to(device))
+        replace_module(module, name, linear_for(weight, bias, "a16", choose(device).path))
+        del q8, weight  # held by nothing else, so the engine's order takes their place
+    for name in list(empty(module)):
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, packed)
-    for name, tensor in module.state_dict().items():
-        if tensor.is_meta:
-            parent, _, leaf = name.rpartition(".")
-            value = source.read(name).to(device=device, dtype=dtype)
-            owner = module.get_submodule(parent)
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        value = source.read(name).to(device=device, dtype=dtype)
+        owner = module.get_submodule(parent)
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     return module.eval().requires_grad_(False)
 
 
@@ -92,5 +95,5 @@ def filled_bytes(
     for name, shape in source.weights().items():
         count = torch.Size(shape).numel()
         packed = f"{name}.q8" in source.shapes or (bits == 8 and linear(name, shape))
-        total += count + 4 * shape[0] if packed else count * dtype.itemsize
+        total += W8.nbytes(*shape) if packed else count * dtype.itemsize
     return total

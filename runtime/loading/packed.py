@@ -13,11 +13,10 @@ from collections.abc import Iterator
 import torch
 
 from vitapack.runtime.engines.choose import Execution, choose, network_of
+from vitapack.runtime.engines.cpu_linear import linear_for
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.header import PARTS, PackedHeader, read_header
-from vitapack.runtime.format.layouts import GROUP_OF, W16
 from vitapack.runtime.format.reader import VERIFY_BELOW, TensorReader, verify
-from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.modulation import ModulationTable, TimeNodes
 from vitapack.runtime.networks.network import Network
 
@@ -65,26 +64,15 @@ def load_packed(
                 table = reader.floats(f"model.{name}.table", dtype)
                 # In the blocks the table takes the place of the module around the linear.
                 replace_module(dit, name.removesuffix(".lin"), ModulationTable(table, count))
-            elif layout := _packed_layout(header, name):
+            elif (layout := header.layout(name)).packed:
                 prefix = f"model.{name}"
                 bias = reader.floats(f"{prefix}.bias", dtype) if linear.bias else None
-                codes = {
-                    suffix: reader.read(f"{prefix}.weight.{suffix}")
-                    for suffix in ("q8", "q4", "group")
-                    if f"{prefix}.weight.{suffix}" in header.tensors
-                }
-                packed = PackedLinear(
-                    linear.inputs,
-                    reader.scales(f"{prefix}.weight.scale"),
-                    bias,
-                    group_size=GROUP_OF.get(layout, 0),
-                    # Modulation runs once a step on one row: int8 activations would only cost.
-                    compute="a16" if linear.role == "modulation" else compute,
-                    **codes,
-                )
-                if compute == "a8" and execution.on_cpu:
-                    packed.prepare()  # now, so that only one weight is ever held twice
-                replace_module(dit, name, packed)
+                # Modulation runs once a step on one row: int8 activations would only cost.
+                mode = "a16" if linear.role == "modulation" else compute
+                # Its tensors are held by nothing else, so the engine's order takes their place.
+                weight = reader.weight(f"{prefix}.weight", layout, linear.inputs)
+                replace_module(dit, name, linear_for(weight, bias, mode, execution.path))
+                del weight
         if chosen == "table":
             nodes = reader.floats("modulation.t", torch.float64)
             if nodes.tolist() != header.nodes():
@@ -96,9 +84,9 @@ def load_packed(
             dit.time_in = TimeNodes(nodes, guidance, header.schedules())
             if header.network.embeds_guidance:
                 del dit.guidance_in
-        rest = {name: reader.floats(f"model.{name}", dtype) for name in _empty(dit)}
+        rest = {name: reader.floats(f"model.{name}", dtype) for name in empty(dit)}
     dit.load_state_dict(rest, strict=False, assign=True)
-    if left := list(_empty(dit)):
+    if left := list(empty(dit)):
         raise AssertionError(f"never loaded: {left}")
     return dit.requires_grad_(False)
 
@@ -148,12 +136,7 @@ def _modulation(header: PackedHeader, wanted: str | None) -> str:
     return wanted or held[0]
 
 
-def _packed_layout(header: PackedHeader, name: str) -> str | None:
-    layout = header.linears.get(name, W16)
-    return None if layout == W16 else layout
-
-
-def _empty(dit: torch.nn.Module) -> Iterator[str]:
+def empty(dit: torch.nn.Module) -> Iterator[str]:
     """Names of the tensors that are still on the meta device.
 
     Not from state_dict(): that would make every packed weight that the CPU engine holds again.

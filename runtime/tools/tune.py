@@ -10,21 +10,22 @@ import os
 from typing import Any
 
 from vitapack.kernels.linear import support
+from vitapack.kernels.linear.layouts import WeightLayout
 from vitapack.runtime.engines.device import chosen_device
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import read_header
-from vitapack.runtime.format.layouts import GROUP_OF, W16
 from vitapack.runtime.progress import Control
 
 
-def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, int]]:
-    """(N, K, group or 0 for 8 bits) of a packed file's linears, each once; modulation left out."""
+def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, WeightLayout]]:
+    """(N, K, layout) of a packed file's linears that Triton kernels read, each once; modulation
+    left out."""
     header = read_header(path)
     shapes = []
     for name, linear in header.network.linears().items():
-        layout = header.linears.get(name, W16)
-        if layout != W16 and linear.role != "modulation":
-            shapes.append((linear.out, linear.inputs, GROUP_OF.get(layout, 0)))
+        layout = header.layout(name)
+        if "triton" in layout.kernels and linear.role != "modulation":
+            shapes.append((linear.out, linear.inputs, layout))
     return list(dict.fromkeys(shapes))
 
 
@@ -77,7 +78,7 @@ def tune_packed(
             choices = tune(where, shapes, rows_of(tokens), again=again, report=report)
     except ValueError as error:
         raise UserError(str(error)) from error
-    arch, name = gemm_table._properties(where.index)
+    arch, name = gemm_table.properties(where.index)
     return {"gpu": name, "cache": str(gemm_table.cache_path(arch, name)), "choices": choices}
 
 

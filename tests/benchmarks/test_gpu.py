@@ -56,7 +56,9 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on(
     monkeypatch.setattr(
         gpu,
         "random_network",
-        lambda config, bits, *rest: (refuse if bits == 16 else random_network)(config, bits, *rest),
+        lambda config, layout, device: (random_network if layout.packed else refuse)(
+            config, layout, device
+        ),
     )
     pages: list[str] = []
     with torch.inference_mode():

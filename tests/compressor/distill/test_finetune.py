@@ -17,7 +17,10 @@ from vitapack.compressor.distill import trainer, trajectories
 from vitapack.compressor.distill.finetune import finetune
 from vitapack.compressor.distill.trained_linear import TrainedLinear
 from vitapack.compressor.packing.compress import compress
-from vitapack.compressor.packing.quantizers import QUANTIZERS
+from vitapack.compressor.packing.quantizers import QUANTIZERS, rounded
+from vitapack.kernels.linear.layouts import W4, W8, WeightLayout
+from vitapack.kernels.linear.weights import PackedWeight, dequantize
+from vitapack.runtime.engines.cpu_linear import CpuLinear
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.furniture.family import held_out
 from vitapack.runtime.families.open import open_checkpoint
@@ -58,26 +61,18 @@ def tuned(packed: Path, out: Path, **options) -> dict:
     return finetune("furniture", packed, PICTURES, out, **options)
 
 
-def linear_of(weight: torch.Tensor, bits: int, group: int = 32) -> PackedLinear:
-    quantizer = QUANTIZERS["search"]
-    made = quantizer.int8(weight) if bits == 8 else quantizer.int4(weight, group)
-    return PackedLinear(
-        weight.shape[1], made.scale, torch.randn(weight.shape[0]),
-        group_size=0 if bits == 8 else group,
-        **{name: tensor for name, tensor in made.tensors().items() if name != "scale"},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("bits", "inputs", "group"), [(8, 40, 0), (4, 40, 32), (4, 200, 128)])
+@pytest.mark.parametrize("form", [PackedLinear, CpuLinear])
+@pytest.mark.parametrize(("layout", "inputs"), [(W8, 40), (W4[0], 40), (W4[2], 200)])
 def test_a_trained_linear_begins_as_the_packed_one_and_ends_as_what_it_computes(
-    bits: int, inputs: int, group: int
+    layout: WeightLayout, inputs: int, form: type[PackedLinear]
 ) -> None:
     original = torch.randn(24, inputs)
-    packed = linear_of(original, bits, group)
+    weight = QUANTIZERS["search"]().quantize("x", original, layout)
+    packed = form(weight, torch.randn(24))
     x = torch.randn(5, inputs)
     trained = TrainedLinear(packed, original)
     assert torch.equal(trained.weight, original)
-    wanted = x @ packed.dequantized().t() + packed.bias
+    wanted = x @ dequantize(weight).t() + packed.bias
     torch.testing.assert_close(trained(x), wanted, rtol=1e-5, atol=1e-5)
 
     optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
@@ -90,15 +85,14 @@ def test_a_trained_linear_begins_as_the_packed_one_and_ends_as_what_it_computes(
     assert (trained(x) - target).square().mean().item() < first / 2
 
     stored = trained.stored()
-    again = PackedLinear.from_tensors(
-        {f"x.{name}": tensor for name, tensor in stored.items()}, "x", inputs, group
-    )
-    assert torch.equal(again.scale, packed.scale)
-    torch.testing.assert_close(trained(x), x @ again.dequantized().t() + again.bias)
+    tensors = {part: stored[f"weight.{part}"] for part in layout.names}
+    again = PackedLinear(PackedWeight(layout, tensors, inputs), stored["bias"])
+    assert torch.equal(again.scale, weight.scale)
+    torch.testing.assert_close(trained(x), x @ dequantize(again.packed()).t() + again.bias)
     # And a file that was tuned before begins as it is, though the original rounds elsewhere.
     second = TrainedLinear(again, original)
     assert torch.equal(
-        second.grid.rounded(second.weight.detach()).dequantized(), again.dequantized()
+        dequantize(rounded(second.weight.detach(), second.grid)), dequantize(again.packed())
     )
 
 
@@ -121,9 +115,9 @@ def test_only_the_chosen_blocks_change_and_the_file_is_as_big(packed: Path, tmp_
 
 def test_what_was_judged_is_what_was_written(packed: Path, tmp_path: Path, monkeypatch) -> None:
     students = []
-    real = tuner.load_packed_dit
+    real = tuner.load_packed
     monkeypatch.setattr(
-        tuner, "load_packed_dit", lambda *a, **k: students.append(real(*a, **k)) or students[0]
+        tuner, "load_packed", lambda *a, **k: students.append(real(*a, **k)) or students[0]
     )
     tuned(packed, tmp_path / "out.safetensors")
     written = load_packed_dit(tmp_path / "out.safetensors")

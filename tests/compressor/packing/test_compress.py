@@ -17,12 +17,13 @@ from vitapack.compressor.packing import compress as module
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.packing.quantizers import QUANTIZERS
 from vitapack.kernels.linear import cpu
+from vitapack.kernels.linear.layouts import LAYOUTS
+from vitapack.kernels.linear.weights import dequantize
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.format.container import file_digest
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.layermap import LayerMap
-from vitapack.runtime.format.layouts import BITS_OF, GROUP_OF
 from vitapack.runtime.format.reader import verify
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times
 from vitapack.runtime.format.tensors import plan_linears
@@ -53,11 +54,9 @@ def fake_quantized(dit, header, quantizer="search"):
     )
     for name, layout in header.linears.items():
         linear = fake.get_submodule(name)
-        if BITS_OF[layout] == 8:
-            linear.weight.data = QUANTIZERS[quantizer].int8(linear.weight).dequantized()
-        elif BITS_OF[layout] == 4:
-            packed = QUANTIZERS[quantizer].int4(linear.weight, GROUP_OF[layout])
-            linear.weight.data = packed.dequantized()
+        if LAYOUTS[layout].packed:
+            packed = QUANTIZERS[quantizer]().quantize(name, linear.weight, LAYOUTS[layout])
+            linear.weight.data = dequantize(packed)
     return fake
 
 
@@ -238,9 +237,9 @@ def test_an_interrupted_job_continues(original, tmp_path, monkeypatch, after, ho
     made = []
     real = module.pack
 
-    def counted(weight, layout, quantizer, name):
+    def counted(weight, stored, layout, quantizer, name):
         made.append(name)
-        return real(weight, layout, quantizer, name)
+        return real(weight, stored, layout, quantizer, name)
 
     monkeypatch.setattr(module, "pack", counted)
     compress(checkpoint, PRUNED, out)

@@ -13,14 +13,26 @@ from torch import Tensor
 
 from benchmarks.gpu import run as gpu
 from vitapack.kernels.linear import autotune as tune
-from vitapack.kernels.linear import gemm_table, gpu_ops, reference, triton_gemm, triton_rows
-from vitapack.kernels.linear.triton_gemm import Epilogue, Tile
-from vitapack.runtime.engines.predict import step_bytes
+from vitapack.kernels.linear import (
+    gemm_table,
+    gpu_ops,
+    reference,
+    triton_gemm,
+    triton_rows,
+    weights,
+)
+from vitapack.kernels.linear.epilogue import Epilogue
+from vitapack.kernels.linear.layouts import LAYOUTS, W4, W8, WeightLayout
+from vitapack.kernels.linear.triton_gemm import Tile
+from vitapack.kernels.linear.weights import PackedWeight, dequantize, expand, int8_weight
+from vitapack.runtime.engines.gpu_dit import GpuDiT
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.modulation import StepModulation
+from vitapack.runtime.networks.network import CallShape
 
 torch.set_num_threads(1)
 TILE = Tile(16, 16, 64, 4, 2)
+PACKED = [layout for layout in LAYOUTS.values() if layout.packed]
 SHAPES = [(1, 64, 64), (37, 50, 200), (16, 1, 7), (33, 17, 129)]  # M, N, K
 
 
@@ -29,23 +41,24 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def weight(n: int, k: int, group: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(packed, group bytes or None, exact int8) with every kind of group that a file may hold."""
-    if not group:
+def weight(n: int, k: int, layout: WeightLayout) -> PackedWeight:
+    """A weight with every kind of group that a file may hold."""
+    if not layout.group:
         w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
         w8[0, 0], w8[-1, -1] = -127, 127
-        return w8, None, w8
-    padded = reference.padded_k(k)
-    z = torch.randint(0, 16, (n, reference.group_count(k, group)))
+        return int8_weight(w8, torch.rand(n) * 1e-3)
+    padded = layout.padded(k)
+    z = torch.randint(0, 16, (n, layout.groups(k)))
     s = torch.randint(1, 17, z.shape)
-    wide_s, wide_z = (y.repeat_interleave(group, 1)[:, :padded] for y in (s, z))
+    wide_s, wide_z = (y.repeat_interleave(layout.group, 1)[:, :padded] for y in (s, z))
     codes = torch.randint(0, 16, (n, padded))
     reach = 127 // wide_s  # codes whose weight would leave +-127 are drawn to the edge
     codes = torch.minimum(torch.maximum(codes, wide_z - reach), wide_z + reach)
     codes[:, k:] = wide_z[:, k:]
-    packed, bytes_ = reference.pack_int4(codes.to(torch.uint8)), reference.pack_group(s, z)
-    reference.check_int4(packed, bytes_, group, k)
-    return packed, bytes_, reference.expand_int4(packed, bytes_, group, k)
+    group = weights.pack_group(s, z)
+    made = weights.from_codes(layout, k, codes.to(torch.uint8), torch.rand(n) * 1e-3, group)
+    weights.check(made)
+    return made
 
 
 def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -56,43 +69,33 @@ def close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert error <= 2 * (plain.double() - exact).nan_to_num().abs().max() + rounding
 
 
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("layout", PACKED, ids=lambda layout: layout.id)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weight_only(shape: tuple[int, int, int], group: int) -> None:
+def test_weight_only(shape: tuple[int, int, int], layout: WeightLayout) -> None:
     m, n, k = shape
-    w, bytes_, w8 = weight(n, k, group)
-    scale, bias = torch.rand(n) * 1e-3, torch.randn(n).half()
+    w, bias = weight(n, k, layout), torch.randn(n).half()
     x = torch.randn(m, k).half()
-    ours = triton_gemm.gemm(
-        x, w, scale, group=bytes_, group_size=group, epilogue=Epilogue(bias), tile=TILE, plain=True
-    )
-    exact = x.double() @ (w8.double() * scale.double()[:, None]).t() + bias.double()
-    close(ours, reference.linear_a16_ref(x.float(), w8, scale, bias.float()).half(), exact)
+    ours = triton_gemm.gemm(x, w, epilogue=Epilogue(bias), tile=TILE, plain=True)
+    exact = x.double() @ (expand(w).double() * w.scale.double()[:, None]).t() + bias.double()
+    close(ours, reference.linear_a16_ref(x.float(), w, bias.float()).half(), exact)
 
 
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("layout", PACKED, ids=lambda layout: layout.id)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_activations_are_exact(shape: tuple[int, int, int], group: int) -> None:
+def test_int8_activations_are_exact(shape: tuple[int, int, int], layout: WeightLayout) -> None:
     m, n, k = shape
-    w, bytes_, w8 = weight(n, k, group)
-    scale = torch.rand(n) * 1e-3
+    w = weight(n, k, layout)
     xq, sx = reference.quantize_activations(torch.randn(m, k))
-    ours = triton_gemm.gemm(
-        xq, w, scale, sx=sx, group=bytes_, group_size=group, dtype=torch.float32, tile=TILE,
-        plain=True,
-    )  # fmt: skip
-    assert torch.equal(ours, reference.int8_matmul(xq, w8).float() * sx * scale)
+    ours = triton_gemm.gemm(xq, w, sx=sx, dtype=torch.float32, tile=TILE, plain=True)
+    assert torch.equal(ours, reference.int8_matmul(xq, expand(w)).float() * sx * w.scale)
 
 
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
-def test_tiles_of_two_blocks_and_strided_rows(group: int) -> None:
-    w, bytes_, w8 = weight(20, 256, group)
+@pytest.mark.parametrize("layout", PACKED, ids=lambda layout: layout.id)
+def test_tiles_of_two_blocks_and_strided_rows(layout: WeightLayout) -> None:
+    w = weight(20, 256, layout)
     rows = torch.randn(9, 300).half()[:, 20:276]  # a view: rows 300 apart
-    tile = Tile(16, 32, 128, 4, 2)
-    ours = triton_gemm.gemm(
-        rows, w, torch.full((20,), 1e-3), group=bytes_, group_size=group, tile=tile, plain=True
-    )
-    exact = rows.double() @ (w8.double() * 1e-3).t()
+    ours = triton_gemm.gemm(rows, w, tile=Tile(16, 32, 128, 4, 2), plain=True)
+    exact = rows.double() @ (expand(w).double() * w.scale.double()[:, None]).t()
     close(ours, exact.half(), exact)
 
 
@@ -100,56 +103,44 @@ def test_tiles_of_two_blocks_and_strided_rows(group: int) -> None:
 def test_epilogue(a8: bool) -> None:
     """Bias, GELU of the right columns, gate of each batch and residual, in that order."""
     (batch, tokens, n, k), gelu_from = (3, 18, 22, 64), 9
-    w, bytes_, w8 = weight(n, k, 64)
-    scale, bias = torch.rand(n) * 1e-3, torch.randn(n).half()
+    w, bias = weight(n, k, LAYOUTS["w4-b64-g64-v1"]), torch.randn(n).half()
     x, gate = torch.randn(batch * tokens, k).half(), torch.randn(batch, n).half()
     residual = torch.randn(batch * tokens, 40).half()[:, :n]
     xq, sx = reference.quantize_activations(x)
     first, step = (xq, sx) if a8 else (x, None)
     for g in (gate, gate[:1], torch.randn(batch, 2 * n).half()[:, n:]):
-        ours = triton_gemm.gemm(
-            first, w, scale, sx=step, group=bytes_, group_size=64, tile=TILE, plain=True,
-            epilogue=Epilogue(bias, gelu_from, residual, g, tokens),
-        )  # fmt: skip
-        expected = reference.gemm_ref(
-            first, step, w8, scale, bias, gelu_from, residual, g, tokens, torch.float32
-        )
+        epilogue = Epilogue(bias, gelu_from, residual, g, tokens)
+        ours = triton_gemm.gemm(first, w, sx=step, epilogue=epilogue, tile=TILE, plain=True)
+        expected = reference.gemm_ref(first, step, w, epilogue, torch.float32)
         assert (ours.float() - expected).abs().max() <= 4e-3 * expected.abs().max()
 
 
 def test_nan_and_outliers() -> None:
-    w, bytes_, w8 = weight(16, 64, 32)
+    w = weight(16, 64, W4[0])
     x = torch.randn(6, 64).half()
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0
     x[4, 7], x[5] = 448, torch.randn(64) * 1e-7  # an outlier, and fp16 denormals
-    scale = torch.full((16,), 1e-3)
     for quantized in (False, True):
         first, step = triton_rows.join(None, x, False, True) if quantized else (x, None)
-        ours = triton_gemm.gemm(
-            first, w, scale, sx=step, group=bytes_, group_size=32, tile=TILE, plain=True,
-            dtype=torch.float32,
-        )  # fmt: skip
+        ours = triton_gemm.gemm(first, w, sx=step, tile=TILE, plain=True, dtype=torch.float32)
         finite = [0, 3, 4, 5]
         assert ours[finite].isfinite().all()
         assert not ours[[1, 2]].isfinite().any()
         assert not ours[3].any()
-        exact = x[finite].double() @ (w8.double() * 1e-3).t()
+        exact = x[finite].double() @ (expand(w).double() * w.scale.double()[:, None]).t()
         error = (ours[finite].double() - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-30)
         assert error.max() < (0.03 if quantized else 1e-5)
 
 
-@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("layout", PACKED, ids=lambda layout: layout.id)
 @pytest.mark.parametrize("k", [64, 200, 7])
-def test_expand(k: int, group: int) -> None:
-    w, bytes_, w8 = weight(70, k, group)
-    scale = torch.rand(70) * 1e-3
+def test_expand(k: int, layout: WeightLayout) -> None:
+    w = weight(70, k, layout)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
-        if dtype == torch.int8 and not group:
+        if dtype == torch.int8 and not layout.group:
             continue
-        ours = triton_gemm.expand(
-            w, scale, k, group=bytes_, group_size=group, dtype=dtype, plain=True
-        )
-        expected = w8 if dtype == torch.int8 else (w8.float() * scale[:, None]).to(dtype)
+        ours = triton_gemm.expand(w, dtype, plain=True)
+        expected = expand(w) if dtype == torch.int8 else dequantize(w).to(dtype)
         if dtype == torch.bfloat16:  # the interpreter cuts bfloat16 off instead of rounding it
             assert torch.allclose(ours.float(), expected.float(), rtol=2**-7)
         else:
@@ -229,23 +220,22 @@ def test_qk_norm(heads: int) -> None:
 
 
 def test_empty() -> None:
-    w, bytes_, _ = weight(16, 64, 64)
     x = torch.empty(0, 64).half()
-    out = triton_gemm.gemm(x, w, torch.ones(16), group=bytes_, group_size=64, tile=TILE, plain=True)
+    out = triton_gemm.gemm(x, weight(16, 64, W4[1]), tile=TILE, plain=True)
     assert out.shape == (0, 16)
     assert triton_rows.join(None, x, False, True)[0].shape == (0, 64)
 
 
 def test_mistakes_are_refused() -> None:
-    w, _, _ = weight(16, 64, 0)
+    w = weight(16, 64, W8)
     x = torch.randn(8, 64).half()
     epilogue = Epilogue(None, None, x[:, :16], torch.randn(2, 16).half(), 4)
     with pytest.raises(ValueError, match="a tile of 16 would need a third"):
-        triton_gemm.gemm(x, w, torch.ones(16), tile=TILE, plain=True, epilogue=epilogue)
+        triton_gemm.gemm(x, w, tile=TILE, plain=True, epilogue=epilogue)
     with pytest.raises(ValueError, match="expected int8 with sx"):
-        triton_gemm.gemm(torch.randn(2, 64), w, torch.ones(16), tile=TILE, plain=True)
+        triton_gemm.gemm(torch.randn(2, 64), w, tile=TILE, plain=True)
     with pytest.raises(ValueError, match="contiguous"):
-        triton_gemm.gemm(torch.randn(64, 2).half().t(), w, torch.ones(16), tile=TILE, plain=True)
+        triton_gemm.gemm(torch.randn(64, 2).half().t(), w, tile=TILE, plain=True)
     assert gpu_ops.ops is not None
 
 
@@ -255,14 +245,15 @@ def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tune, "TILES", ((16, 16, 4, 2), (16, 64, 4, 2)))
     device = torch.device("cpu")
     done: list[str] = []
-    shapes = [tune.Shape(20, 70, 32), tune.Shape(20, 70, 0)]
+    shapes = [tune.Shape(20, 70, W4[0]), tune.Shape(20, 70, W8)]
     chosen = tune.tune(device, shapes, [3], report=lambda i, n, what: done.append(what))
     assert len(chosen) == 8  # two widths, two activation modes, with and without gate
     assert done[-1] == "tuned"
     for key, row in chosen.items():
         assert row["tried"] >= 4, key
         op, shape = key.split(" ")[0], shapes[0 if "w4" in key else 1]
-        assert gemm_table.choose(op, device, 3, 20, 70, shape.group).source == "tuned on this GPU"
+        chosen_now = gemm_table.choose(op, device, 3, 20, 70, shape.layout.group)
+        assert chosen_now.source == "tuned on this GPU"
     assert tune.tune(device, shapes, [3]) == {}  # an interrupted run goes on where it was
     with torch.no_grad():  # a kernel that gives wrong numbers is never chosen
         good = gpu_ops.run_choice
@@ -291,8 +282,7 @@ def test_tuning_keeps_only_what_is_right(tmp_path: Path, monkeypatch: pytest.Mon
         refusing(TypeError("a mistake"))
         with pytest.raises(TypeError, match="a mistake"):
             tune.tune(device, [shapes[1]], [3], ("a8",), again=True)
-    gemm_table._cached.cache_clear()
-    gemm_table._choose.cache_clear()
+    gemm_table.forget()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +293,7 @@ def test_a_step_holds_what_is_predicted(
 ) -> None:
     """What the GEMMs allocate inside included: scratches, and GELU and gate after cuBLAS."""
     config = gpu.mini(64, doubles, singles, 8, 16)
-    dit = gpu.random_network(config, 8, 64, torch.device("cpu"))
+    dit = gpu.random_network(config, W8, torch.device("cpu"))
     shapes = set()
     for module in dit.modules():
         if isinstance(module, PackedLinear):
@@ -316,11 +306,11 @@ def test_a_step_holds_what_is_predicted(
         gemm_table.key_of(op, rows, n, k, 0): gemm_table.Choice("dense", None, "")
         for op in ("w8a16", "w8a16+gate") for rows in (60, 100, 160) for n, k in shapes
     }  # fmt: skip
-    gemm_table.save(*gemm_table._properties(None), dense, {})
+    gemm_table.save(*gemm_table.properties(None), dense, {})
     when = StepModulation(rows=torch.zeros(1, dtype=torch.long))
     gpu_kernels = {name: kernels[0] for name, kernels in gpu_ops._KERNELS.items()}
     found = peak(lambda x, cond: dit.velocity(x, when, cond), x, cond, inside=gpu_kernels)
-    for cache in (gemm_table._cached, gemm_table._choose):
-        cache.cache_clear()
-    predicted = step_bytes(config, (100, 8), 60, 1, torch.float16, fused=compute)
+    gemm_table.forget()
+    call = CallShape((100, 8), 60, 1, torch.float16, compute, True)
+    predicted = GpuDiT.step_bytes(config, call)
     assert found == pytest.approx(predicted, rel=0.1)

@@ -10,6 +10,14 @@ import pytest
 import torch
 
 from vitapack.kernels.linear import cpu, reference
+from vitapack.kernels.linear.layouts import LAYOUTS, W4, WeightLayout
+from vitapack.kernels.linear.weights import (
+    PackedWeight,
+    expand,
+    from_codes,
+    int8_weight,
+    pack_group,
+)
 
 SETS = cpu.instruction_sets()
 SHAPES = [
@@ -23,22 +31,24 @@ SHAPES = [
 ]
 
 
-def int8_weight(n, k, seed=0):
+def int8(n, k, seed=0):
+    """A random weight and bias."""
     rng = torch.Generator().manual_seed(seed)
     q8 = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
-    return q8, torch.rand(n, generator=rng) * 0.01, torch.randn(n, generator=rng)
+    scale, bias = torch.rand(n, generator=rng) * 0.01, torch.randn(n, generator=rng)
+    return int8_weight(q8, scale), bias
 
 
-def int4_weight(n, k, group_size, seed=0, largest=8):
+def int4(n, k, layout, scale, seed=0, largest=8):
     """Random codes and groups, padding that expands to 0."""
     rng = torch.Generator().manual_seed(seed)
-    padded, count = reference.padded_k(k), reference.group_count(k, group_size)
+    padded, count = layout.padded(k), layout.groups(k)
     s = torch.randint(1, largest + 1, (n, count), generator=rng)
     z = torch.randint(0, 16, (n, count), generator=rng)
     codes = torch.randint(0, 16, (n, padded), generator=rng, dtype=torch.uint8)
-    zeros = z.repeat_interleave(group_size, 1)[:, :padded].to(torch.uint8)
+    zeros = z.repeat_interleave(layout.group, 1)[:, :padded].to(torch.uint8)
     codes[:, k:] = zeros[:, k:]
-    return reference.pack_int4(codes), reference.pack_group(s, z)
+    return from_codes(layout, k, codes, scale, pack_group(s, z))
 
 
 def activations(m, k, seed=1):
@@ -48,51 +58,53 @@ def activations(m, k, seed=1):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_is_bit_equal_to_the_reference(isa, shape):
     m, n, k = shape
-    q8, scale, bias = int8_weight(n, k)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=k)
-    assert torch.equal(panels.unpacked()[0], q8)
+    weight, bias = int8(n, k)
+    panels = cpu.pack(weight, bias)
+    again, again_bias = panels.unpacked()
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.scale, weight.scale)
+    assert torch.equal(again_bias, bias)
     x = activations(m, k)
     xq, sx = reference.quantize_activations(x)
     ours_q, ours_s = cpu.quantize_activations(x)
     assert torch.equal(ours_q, xq)
     assert torch.equal(ours_s, sx)
-    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, q8))
+    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, weight.codes))
     torch.testing.assert_close(
         cpu.linear_a8(x, panels),
-        reference.linear_w8a8_ref(x, q8, scale, bias),
+        reference.linear_w8a8_ref(x, weight, bias),
         rtol=1e-5,
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_int4_expands_to_the_same_integers(isa, shape, group_size):
+@pytest.mark.parametrize("layout", W4, ids=lambda layout: layout.id)
+def test_int4_expands_to_the_same_integers(isa, shape, layout):
     m, n, k = shape
-    q4, group = int4_weight(n, k, group_size)
-    scale = torch.rand(n) * 0.01
-    panels = cpu.pack(q4=q4, group=group, group_size=group_size, scale=scale, in_features=k)
-    codes, groups = panels.unpacked()
-    assert torch.equal(codes, q4)
-    assert torch.equal(groups, group)
-    w8 = reference.expand_int4(q4, group, group_size, k)
+    weight = int4(n, k, layout, torch.rand(n) * 0.01)
+    panels = cpu.pack(weight)
+    again, bias = panels.unpacked()
+    assert bias is None
+    assert torch.equal(again.codes, weight.codes)
+    assert torch.equal(again.group, weight.group)
+    assert torch.equal(again.scale, weight.scale)
     x = activations(m, k)
     xq, _ = reference.quantize_activations(x)
-    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, w8))
-    ours, theirs = cpu.linear_a8(x, panels), reference.linear_w8a8_ref(x, w8, scale, None)
+    assert torch.equal(cpu.accumulate(xq, panels), reference.int8_matmul(xq, expand(weight)))
+    ours, theirs = cpu.linear_a8(x, panels), reference.linear_w8a8_ref(x, weight, None)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    wide = reference.linear_a16_ref(x, w8, scale, None)
+    wide = reference.linear_a16_ref(x, weight, None)
     torch.testing.assert_close(cpu.linear_a16(x, panels), wide, rtol=1e-4, atol=1e-4)
 
 
 def test_int4_that_overflows_wraps_as_the_reference_does(isa):
-    q4, group = int4_weight(64, 192, 64, largest=16)
-    panels = cpu.pack(q4=q4, group=group, group_size=64, scale=torch.ones(64), in_features=192)
-    w8 = reference.expand_int4(q4, group, 64, 192)
+    weight = int4(64, 192, LAYOUTS["w4-b64-g64-v1"], torch.ones(64), largest=16)
+    w8 = expand(weight)
     assert int(w8.min()) == -128
     xq, _ = reference.quantize_activations(activations(3, 192))
     exact = (xq.double() @ w8.double().t()).int()
-    assert torch.equal(cpu.accumulate(xq, panels), exact)
+    assert torch.equal(cpu.accumulate(xq, cpu.pack(weight)), exact)
 
 
 def test_the_largest_sums_do_not_overflow(isa):
@@ -100,7 +112,7 @@ def test_the_largest_sums_do_not_overflow(isa):
     q8 = torch.full((2, k), 127, dtype=torch.int8)
     q8[1] = -127
     xq = torch.full((1, k), 127, dtype=torch.int8)
-    panels = cpu.pack(q8=q8, scale=torch.ones(2), in_features=k)
+    panels = cpu.pack(int8_weight(q8, torch.ones(2)))
     assert cpu.accumulate(xq, panels).tolist() == [[127 * 127 * k, -127 * 127 * k]]
     assert cpu.accumulate(-xq, panels).tolist() == [[-127 * 127 * k, 127 * 127 * k]]
 
@@ -117,14 +129,14 @@ def test_extreme_tokens(isa, dtype):
     x[5, 0] = float("inf")
     x[6, 50] = -float("inf")
     x[7] = torch.finfo(dtype).max
-    q8, scale, bias = int8_weight(70, 100)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=100)
+    weight, bias = int8(70, 100)
+    panels = cpu.pack(weight, bias)
     xq, sx = reference.quantize_activations(x)
     ours_q, ours_s = cpu.quantize_activations(x)
     assert torch.equal(ours_q, xq)
     torch.testing.assert_close(ours_s, sx, rtol=0, atol=0, equal_nan=True)
     ours = cpu.linear_a8(x, panels)
-    theirs = reference.linear_w8a8_ref(x, q8, scale, bias)
+    theirs = reference.linear_w8a8_ref(x, weight, bias)
     torch.testing.assert_close(ours, theirs, equal_nan=True)
     assert torch.isnan(ours[4:7]).all()
     assert torch.isnan(cpu.linear_a16(x, panels)[4:7]).any()
@@ -132,18 +144,19 @@ def test_extreme_tokens(isa, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weight_only_is_as_exact_as_torch(isa, dtype):
-    q8, scale, bias = int8_weight(70, 600)
+    weight, bias = int8(70, 600)
     x = activations(13, 600).to(dtype)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=600)
-    exact = x.double() @ (q8.double() * scale.double()[:, None]).t() + bias.double()
-    theirs = (reference.linear_a16_ref(x, q8, scale, bias.to(dtype)).double() - exact).norm()
+    panels = cpu.pack(weight, bias)
+    dense = weight.codes.double() * weight.scale.double()[:, None]
+    exact = x.double() @ dense.t() + bias.double()
+    theirs = (reference.linear_a16_ref(x, weight, bias.to(dtype)).double() - exact).norm()
     for bf16 in (False, True) if dtype == torch.bfloat16 and cpu.has_bf16() else (False,):
         ours = (cpu.linear_a16(x, panels, bf16=bf16).double() - exact).norm()
         assert ours <= 2 * theirs
 
 
 def test_bf16_products_only_where_there_are_some(isa):
-    panels = cpu.pack(q8=torch.ones(2, 64, dtype=torch.int8), scale=torch.ones(2), in_features=64)
+    panels = cpu.pack(int8_weight(torch.ones(2, 64, dtype=torch.int8), torch.ones(2)))
     x = torch.ones(1, 64, dtype=torch.bfloat16)
     assert cpu.linear_a16(x, panels).tolist() == [[64.0, 64.0]]
     if not cpu.has_bf16():
@@ -153,8 +166,8 @@ def test_bf16_products_only_where_there_are_some(isa):
 
 
 def test_strides_and_gelu(isa):
-    q8, scale, bias = int8_weight(66, 100)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=100)
+    weight, bias = int8(66, 100)
+    panels = cpu.pack(weight, bias)
     wide = activations(40, 300)
     for x in (
         wide[:, 50:150],
@@ -162,7 +175,7 @@ def test_strides_and_gelu(isa):
         activations(100, 7).t(),
         wide[:1, :100].expand(4, 100),
     ):
-        plain = reference.linear_w8a8_ref(x, q8, scale, bias)
+        plain = reference.linear_w8a8_ref(x, weight, bias)
         torch.testing.assert_close(cpu.linear_a8(x, panels), plain, rtol=1e-5, atol=1e-5)
         bent = torch.nn.functional.gelu(plain, approximate="tanh")
         torch.testing.assert_close(cpu.linear_a8(x, panels, gelu=True), bent, rtol=1e-4, atol=1e-5)
@@ -170,9 +183,8 @@ def test_strides_and_gelu(isa):
 
 def test_gelu_of_any_number(isa):
     # One input and weight 1: the linear passes x through, whatever its size.
-    panels = cpu.pack(
-        q8=torch.ones(1, 1, dtype=torch.int8) * 127, scale=torch.tensor([1 / 127]), in_features=1
-    )
+    one = torch.full((1, 1), 127, dtype=torch.int8)
+    panels = cpu.pack(int8_weight(one, torch.tensor([1 / 127])))
     x = torch.cat([torch.linspace(-12, 12, 999), torch.tensor([-1e30, 1e30, 0.0, 1e-30])])[:, None]
     exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
     ours = cpu.linear_a8(x, panels, gelu=True)
@@ -248,8 +260,7 @@ def test_attention_of_nan(isa, dim):
 
 
 def test_results_do_not_depend_on_the_threads(isa):
-    q8, scale, bias = int8_weight(200, 128)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=128)
+    panels = cpu.pack(*int8(200, 128))
     x, qkv = activations(500, 128), torch.randn(2, 150, 3, 2, 32)
     before = torch.get_num_threads()
     found = []
@@ -267,8 +278,7 @@ def test_results_do_not_depend_on_the_threads(isa):
 def test_many_callers_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
-    q8, scale, bias = int8_weight(200, 128)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=128)
+    panels = cpu.pack(*int8(200, 128))
     inputs = [activations(50 + i, 128, seed=i) for i in range(16)]
     alone = [cpu.linear_a8(x, panels) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
@@ -280,9 +290,7 @@ def test_a_linear_does_not_wait_for_another_threads():
     """A small linear starts after the first rows of a large one are written, and ends before the
     last ones are: no time is compared. The large one is run again if the system let it end first.
     """
-    q8, scale, bias = int8_weight(512, 1024)
-    large = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=1024)
-    small = cpu.pack(q8=q8[:64], scale=scale[:64], bias=bias[:64], in_features=1024)
+    large, small = cpu.pack(*int8(512, 1024)), cpu.pack(*int8(64, 1024))
     wide, row = activations(800, 1024), activations(1, 1024)
     cpu.use_instruction_set("portable")  # the slowest, so that the large one takes long
     try:
@@ -309,8 +317,7 @@ def test_a_linear_does_not_wait_for_another_threads():
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_computes_whatever_its_parent_was_at(isa):
     """Threads of the parent hold memory and pools of the engine, which no child returns."""
-    q8, scale, bias = int8_weight(256, 256)
-    panels = cpu.pack(q8=q8, scale=scale, bias=bias, in_features=256)
+    panels = cpu.pack(*int8(256, 256))
     x = activations(64, 256)
     stop, before = threading.Event(), torch.get_num_threads()
 
@@ -357,18 +364,18 @@ def test_the_variable_forces_a_set_and_refuses_unknown_ones():
 
 
 def test_refusals():
-    q8, scale, _ = int8_weight(4, 8)
-    panels = cpu.pack(q8=q8, scale=scale, in_features=8)
+    panels = cpu.pack(int8(4, 8)[0])
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 8\)"):
         cpu.linear_a8(torch.zeros(2, 9), panels)
     with pytest.raises(TypeError, match="float64"):
         cpu.linear_a8(torch.zeros(2, 8, dtype=torch.float64), panels)
     with pytest.raises(ValueError, match="overflow"):
-        cpu.pack(q8=torch.zeros(1, 140000, dtype=torch.int8), scale=scale[:1], in_features=140000)
-    with pytest.raises(ValueError, match="group size 48"):
-        cpu.pack(
-            q4=torch.zeros(1, 32, dtype=torch.uint8), group=torch.zeros(1, 1, dtype=torch.uint8),
-            group_size=48, scale=scale[:1], in_features=8,
-        )  # fmt: skip
-    with pytest.raises(ValueError, match="q8, or q4"):
-        cpu.pack(scale=scale, in_features=8)
+        cpu.pack(int8_weight(torch.zeros(1, 140000, dtype=torch.int8), torch.ones(1)))
+    other = WeightLayout("w4-b64-g48-v1", 4, "q4", "U8", block=64, group=48)
+    with pytest.raises(ValueError, match=r"does not read layout w4-b64-g48-v1 \(int4 group 48\)"):
+        cpu.pack(int4(1, 8, other, torch.ones(1)))
+    with pytest.raises(ValueError, match="a weight in w4-b64-g32-v1 holds q4, group, scale"):
+        cpu.pack(PackedWeight(W4[0], {"scale": torch.ones(1)}, 8))
+    away = int8_weight(torch.zeros(1, 8, dtype=torch.int8, device="meta"), torch.ones(1))
+    with pytest.raises(ValueError, match="expected a weight on cpu, found one on meta"):
+        cpu.pack(away)

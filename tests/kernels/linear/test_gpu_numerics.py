@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import run as gpu
 from vitapack.kernels.linear import support
+from vitapack.kernels.linear.layouts import LAYOUTS, W8, WeightLayout
 
 pytestmark = pytest.mark.gpu
+W4 = LAYOUTS["w4-b64-g64-v1"]
 SHAPES = [(1, 64, 64), (1, 1024, 1024), (37, 50, 200), (16, 1, 7), (300, 1024, 1024),
           (2100, 256, 1024)]  # fmt: skip
 
@@ -45,8 +47,8 @@ def test_expansion_and_row_kernels(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("compute", ["a16", "a8"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -> None:
+@pytest.mark.parametrize("layout", [W8, W4])
+def test_a_step_as_a_cuda_graph(device: torch.device, layout: WeightLayout, compute: str) -> None:
     """The graph gives the eager step's numbers, also for inputs that it was not recorded with."""
     from vitapack.runtime.engines.cuda_graph import Recording
     from vitapack.runtime.networks.linear import PackedLinear
@@ -54,7 +56,7 @@ def test_a_step_as_a_cuda_graph(device: torch.device, bits: int, compute: str) -
 
     config = gpu.mini(128, 1, 1, 8, 16)
     with torch.inference_mode():
-        dit = gpu.random_network(config, bits, 64, device)
+        dit = gpu.random_network(config, layout, device)
         for module in dit.modules():
             if isinstance(module, PackedLinear):
                 module.compute = compute
@@ -73,7 +75,7 @@ def test_a_step_compiles(device: torch.device, compute: str) -> None:
     from vitapack.runtime.networks.modulation import StepModulation
 
     with torch.inference_mode():
-        dit = gpu.random_network(gpu.mini(128, 1, 1, 8, 16), 8, 64, device)
+        dit = gpu.random_network(gpu.mini(128, 1, 1, 8, 16), W8, device)
         for module in dit.modules():
             if isinstance(module, PackedLinear):
                 module.compute = compute
@@ -91,15 +93,12 @@ def test_tuning(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "TILES", tune.TILES[:3])
-    caches = (gemm_table._cached, gemm_table._choose)
-    for cache in caches:
-        cache.cache_clear()
-    chosen = tune.tune(device, [tune.Shape(256, 256, 64)], [300])
+    gemm_table.forget()
+    chosen = tune.tune(device, [tune.Shape(256, 256, W4)], [300])
     assert len(chosen) == 4
     key = gemm_table.key_of("w4a8", 300, 256, 256, 64)
     found = gemm_table.choose("w4a8", device, 300, 256, 256, 64)
     assert found is not None
     assert found.source == "tuned on this GPU"
     assert key in chosen
-    for cache in caches:
-        cache.cache_clear()
+    gemm_table.forget()

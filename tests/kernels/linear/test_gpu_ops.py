@@ -12,30 +12,40 @@ import torch
 from torch import Tensor
 
 from vitapack.kernels.linear import gemm_table, gpu_ops, reference
+from vitapack.kernels.linear.epilogue import Epilogue
+from vitapack.kernels.linear.layouts import LAYOUTS, W8, WeightLayout
+from vitapack.kernels.linear.weights import PackedWeight, int8_weight
 
 ops = gpu_ops.ops
 
 
-def gemm_arguments(a8: bool, w4: bool) -> tuple[object, ...]:
-    m, n, k = 6, 20, 70
-    x = torch.randn(m, k)
-    first, sx = reference.quantize_activations(x) if a8 else (x, None)
-    w8 = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    w, group = w8, None
-    if w4:
-        w = torch.randint(0, 256, (n, 64), dtype=torch.uint8)
-        group = torch.full((n, 2), 0x17, dtype=torch.uint8)  # s = 2, z = 7
-    return (
-        first, sx, w, group, 64 if w4 else 0, torch.rand(n), torch.randn(n), 5,
-        torch.randn(m, n), torch.randn(2, n), 3, torch.float32,
-    )  # fmt: skip
+M, N, K = 6, 20, 70
+COMPUTES = ("a16", "a8")
+W4 = LAYOUTS["w4-b64-g64-v1"]
+
+
+def random_weight(layout: WeightLayout) -> PackedWeight:
+    scale = torch.rand(N)
+    if layout == W8:
+        return int8_weight(torch.randint(-127, 128, (N, K), dtype=torch.int8), scale)
+    codes = torch.randint(0, 256, (N, 64), dtype=torch.uint8)
+    group = torch.full((N, 2), 0x17, dtype=torch.uint8)  # s = 2, z = 7
+    return PackedWeight(layout, {"q4": codes, "group": group, "scale": scale}, K)
+
+
+def gemm_arguments(compute: str, layout: WeightLayout) -> tuple[object, ...]:
+    x = torch.randn(M, K)
+    first, sx = reference.quantize_activations(x) if compute == "a8" else (x, None)
+    epilogue = Epilogue(torch.randn(N), 5, torch.randn(M, N), torch.randn(2, N), 3)
+    return first, sx, *random_weight(layout).flat(), *epilogue.flat(), torch.float32
 
 
 CASES: list[tuple[str, tuple[object, ...]]] = [
-    *(("gemm", gemm_arguments(a8, w4)) for a8 in (False, True) for w4 in (False, True)),
-    ("expand", (*gemm_arguments(False, True)[2:6], 70, torch.float16)),
-    ("expand", (*gemm_arguments(False, True)[2:6], 70, torch.int8)),
-    ("expand", (*gemm_arguments(False, False)[2:6], 70, torch.bfloat16)),
+    *(("gemm", gemm_arguments(compute, layout)) for compute in COMPUTES for layout in (W8, W4)),
+    ("expand", (*random_weight(W4).flat(), K, torch.float16)),
+    ("expand", (*random_weight(W4).flat(), K, torch.int8)),
+    ("expand", (*random_weight(W8).flat(), K, torch.bfloat16)),
+    ("expand", (*random_weight(W8).flat(), K, torch.int8)),
     *(
         (name, (*tensors, quantize))
         for quantize in (False, True)
@@ -59,14 +69,12 @@ def test_operators_trace_as_they_run(name: str, arguments: tuple[object, ...]) -
 
 
 def test_a_block_compiles_without_a_graph_break() -> None:
-    _, _, w, group, group_size, scale, bias, *_ = gemm_arguments(True, True)
+    weight, epilogue = random_weight(W4), Epilogue(torch.randn(N), 0)
 
     def layer(x: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
         codes, steps = ops.modulate(x, shift, gate, True)
         flat = codes.flatten(0, 1), steps.flatten()
-        y = ops.gemm(
-            *flat, w, group, group_size, scale, bias, 0, None, None, 1, torch.float32
-        )  # fmt: skip
+        y = gpu_ops.gemm(*flat, weight, epilogue, torch.float32)
         return y.unflatten(0, x.shape[:2])
 
     x, shift, gate = torch.randn(2, 3, 70), torch.randn(1, 1, 70), torch.randn(1, 1, 70)
@@ -76,9 +84,10 @@ def test_a_block_compiles_without_a_graph_break() -> None:
 
 def test_the_shipped_table_covers_every_size_of_every_architecture() -> None:
     table = json.loads(gemm_table.TABLE.read_text())
-    assert set(table) == set(gemm_table.OPS)
+    assert set(table) == set(gemm_table.ops())
+    assert len(table) == 8
     pytest.importorskip("triton")
-    for op in gemm_table.OPS:
+    for op in gemm_table.ops():
         assert set(table[op]) == {str(arch) for arch in gemm_table.ARCHS}
         for arch in gemm_table.ARCHS:
             rows = [row["rows"] for row in table[op][str(arch)]]
@@ -111,10 +120,8 @@ def test_the_cache_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     triton_gemm = pytest.importorskip("vitapack.kernels.linear.triton_gemm", exc_type=ImportError)
     monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
     gpu = (86, "NVIDIA RTX A6000")
-    monkeypatch.setattr(gemm_table, "_properties", lambda index: gpu)
-    for cache in (gemm_table._cached, gemm_table._choose):
-        monkeypatch.setattr(gemm_table, cache.__name__, cache)
-        cache.cache_clear()
+    monkeypatch.setattr(gemm_table, "properties", lambda index: gpu)
+    gemm_table.forget()
     device = torch.device("cuda:0")
     before = gemm_table.choose("w8a8", device, 4000, 1024, 4096, 0)
     assert before == gemm_table.default_choice("w8a8", 86, 4000)
@@ -130,12 +137,10 @@ def test_the_cache_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     gemm_table.save(*gpu, {"w4a8 rows 1 2x64 group 64": gemm_table.Choice("expand", None, "")}, {})
     assert len(json.loads(path.read_text())["choices"]) == 2  # merged
     path.write_text('{"choices": {"w8a8 x": {"how": "magic"}}}')
-    gemm_table._cached.cache_clear()
-    gemm_table._choose.cache_clear()
+    gemm_table.forget()
     with pytest.raises(ValueError, match="delete it, or run"):
         gemm_table.choose("w8a8", device, 4000, 1024, 4096, 0)
-    gemm_table._cached.cache_clear()
-    gemm_table._choose.cache_clear()
+    gemm_table.forget()
 
 
 def test_tuning_times_on_the_gpu_that_it_tunes(
@@ -156,11 +161,10 @@ def test_tuning_times_on_the_gpu_that_it_tunes(
         return gemm_table.Choice("dense", None, ""), {}
 
     monkeypatch.setenv("VITAPACK_CACHE", str(tmp_path))
-    monkeypatch.setattr(gemm_table, "_properties", lambda index: (86, "NVIDIA RTX A6000"))
+    monkeypatch.setattr(gemm_table, "properties", lambda index: (86, "NVIDIA RTX A6000"))
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(tune, "_fastest", fastest)
-    gemm_table._cached.cache_clear()
-    tune.tune(torch.device("cuda:1"), [tune.Shape(16, 64, 0)], [4], ("a16",))
+    gemm_table.forget()
+    tune.tune(torch.device("cuda:1"), [tune.Shape(16, 64, W8)], [4], ("a16",))
     assert seen == 2 * [torch.device("cuda:1")]
-    gemm_table._cached.cache_clear()
-    gemm_table._choose.cache_clear()
+    gemm_table.forget()

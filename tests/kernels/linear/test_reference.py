@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitapack.kernels.linear import dispatch, reference, support
+from vitapack.kernels.linear import dispatch, reference, support, weights
+from vitapack.kernels.linear.layouts import W4
+from vitapack.kernels.linear.weights import PackedWeight, int8_weight
 
 
 @settings(max_examples=50, deadline=None)
@@ -16,35 +18,35 @@ from vitapack.kernels.linear import dispatch, reference, support
 def test_pack_round_trip(rows, blocks, seed):
     rng = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, blocks * 64), generator=rng, dtype=torch.uint8)
-    packed = reference.pack_int4(codes)
+    packed = weights.pack_int4(codes)
     assert packed.shape == (rows, blocks * 32)
-    assert torch.equal(reference.unpack_int4(packed), codes)
-    assert torch.equal(reference.pack_int4(reference.unpack_int4(packed)), packed)
+    assert torch.equal(weights.unpack_int4(packed), codes)
+    assert torch.equal(weights.pack_int4(weights.unpack_int4(packed)), packed)
 
 
 def test_byte_j_holds_inputs_j_and_j_plus_32():
     codes = torch.zeros(1, 128, dtype=torch.uint8)
     codes[0, 64 + 5], codes[0, 64 + 37] = 3, 9
-    packed = reference.pack_int4(codes)
+    packed = weights.pack_int4(codes)
     assert packed[0, 32 + 5] == 3 | (9 << 4)
     assert int((packed != 0).sum()) == 1
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("layout", W4, ids=lambda layout: layout.id)
 @pytest.mark.parametrize("k", [1, 33, 64, 100, 160, 192, 256])
-def test_expansion_is_the_integer_formula(group_size, k):
-    rng = np.random.default_rng(k * group_size)
-    padded, groups = reference.padded_k(k), reference.group_count(k, group_size)
+def test_expansion_is_the_integer_formula(layout, k):
+    rng = np.random.default_rng(k * layout.group)
+    padded, groups = layout.padded(k), layout.groups(k)
     codes = rng.integers(0, 16, (5, padded))
     z = rng.integers(0, 16, (5, groups))
     # s small enough that nothing leaves int8, as the quantizer guarantees.
     s = rng.integers(1, 9, (5, groups))
     expected = np.empty((5, k), np.int64)
     for i in range(k):
-        expected[:, i] = s[:, i // group_size] * (codes[:, i] - z[:, i // group_size])
-    q4 = reference.pack_int4(torch.from_numpy(codes.astype(np.uint8)))
-    group = reference.pack_group(torch.from_numpy(s), torch.from_numpy(z))
-    w8 = reference.expand_int4(q4, group, group_size, k)
+        expected[:, i] = s[:, i // layout.group] * (codes[:, i] - z[:, i // layout.group])
+    group = weights.pack_group(torch.from_numpy(s), torch.from_numpy(z))
+    codes = torch.from_numpy(codes.astype(np.uint8))
+    w8 = weights.expand(weights.from_codes(layout, k, codes, torch.ones(5), group))
     assert w8.dtype == torch.int8
     assert np.array_equal(w8.numpy(), expected)
 
@@ -52,24 +54,40 @@ def test_expansion_is_the_integer_formula(group_size, k):
 def test_check_int4_finds_overflow_and_dirty_padding():
     codes = torch.zeros(1, 64, dtype=torch.uint8)
     codes[0, 0] = 15
-    q4 = reference.pack_int4(codes)
     group = torch.full((1, 2), 15 << 4, dtype=torch.uint8)  # s = 16, z = 0: 240
-    with pytest.raises(ValueError, match="240, beyond 127"):
-        reference.check_int4(q4, group, 32, 64)
+    with pytest.raises(ValueError, match="int4 group 32 expands to 240, beyond 127"):
+        weights.check(weights.from_codes(W4[0], 64, codes, torch.ones(1), group))
     codes[0, 0], codes[0, 50] = 0, 1
     with pytest.raises(ValueError, match="padding"):
-        reference.check_int4(reference.pack_int4(codes), group % 16, 32, 40)
+        weights.check(weights.from_codes(W4[0], 40, codes, torch.ones(1), group % 16))
+    low = torch.full((1, 8), -128, dtype=torch.int8)
+    with pytest.raises(ValueError, match="int8 expands to 128, beyond 127"):
+        weights.check(int8_weight(low, torch.ones(1)))
+
+
+def test_other_tensors_than_the_layouts_are_refused():
+    codes, group = torch.zeros(3, 32, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.uint8)
+    tensors = {"q4": codes, "group": group, "scale": torch.ones(3)}
+    assert weights.expand(PackedWeight(W4[0], tensors, 40)).shape == (3, 40)
+    for name, wrong in (
+        ("q4", codes.to(torch.int8)), ("q4", codes[:, :20]), ("group", group[:, :1]),
+        ("group", group[:2]), ("scale", torch.ones(3).half()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} in w4-b64-g32-v1: expected torch"):
+            weights.expand(PackedWeight(W4[0], tensors | {name: wrong}, 40))
+    with pytest.raises(ValueError, match="holds q4, group, scale; found q4, scale"):
+        weights.expand(PackedWeight(W4[0], {"q4": codes, "scale": torch.ones(3)}, 40))
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 63, dtype=torch.uint8), torch.zeros(2, 64)])
 def test_pack_refuses_other_shapes_and_dtypes(bad):
     with pytest.raises(ValueError, match="int4 codes must be uint8"):
-        reference.pack_int4(bad)
+        weights.pack_int4(bad)
 
 
 def test_pack_refuses_codes_above_15():
     with pytest.raises(ValueError, match="found 16"):
-        reference.pack_int4(torch.full((1, 64), 16, dtype=torch.uint8))
+        weights.pack_int4(torch.full((1, 64), 16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,8 @@ def test_zero_denormal_and_broken_tokens():
     assert not xq[0].any()
     assert torch.isfinite(sx[1])
     assert torch.isnan(sx[2:]).all()
-    out = reference.linear_w8a8_ref(x, torch.ones(2, 8, dtype=torch.int8), torch.ones(2), None)
+    ones = int8_weight(torch.ones(2, 8, dtype=torch.int8), torch.ones(2))
+    out = reference.linear_w8a8_ref(x, ones, None)
     assert not out[0].any()
     assert torch.isnan(out[2:]).all()
 
@@ -136,7 +155,7 @@ def test_w8a8_epilogue(dtype):
     x = torch.randn(2, 3, 40, generator=rng).to(dtype)
     w8 = torch.randint(-127, 128, (6, 40), generator=rng, dtype=torch.int8)
     scale, bias = torch.rand(6, generator=rng) * 0.01, torch.randn(6, generator=rng)
-    out = reference.linear_w8a8_ref(x, w8, scale, bias)
+    out = reference.linear_w8a8_ref(x, int8_weight(w8, scale), bias)
     assert out.dtype == dtype
     assert out.shape == (2, 3, 6)
     xq, sx = reference.quantize_activations(x)
@@ -151,10 +170,10 @@ def test_w8a8_epilogue(dtype):
 
 def test_dispatch_says_its_path_once(caplog):
     support.announce.cache_clear()
-    x, w8 = torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8)
+    x, weight = torch.ones(2, 8), int8_weight(torch.ones(3, 8, dtype=torch.int8), torch.ones(3))
     with caplog.at_level(logging.INFO, logger="vitapack.kernels"):
         for _ in range(3):
-            dispatch.linear_int8(x, w8, torch.ones(3), None, "a16")
-            dispatch.linear_int8(x, w8, torch.ones(3), None, "a8")
+            dispatch.linear(x, weight, None, "a16")
+            dispatch.linear(x, weight, None, "a8")
     assert len(caplog.messages) == 2
     assert all("plain PyTorch" in message for message in caplog.messages)

@@ -11,7 +11,9 @@ from tiny_model import PRUNED, tiny_checkpoint, tiny_map
 from vitapack.compressor.packing.compress import compress
 from vitapack.kernels.linear import cpu, support
 from vitapack.kernels.linear.cpu_plans import DitPlan, StreamWeights
+from vitapack.kernels.linear.weights import int8_weight
 from vitapack.runtime.engines.cpu_dit import CpuDiT, fused
+from vitapack.runtime.engines.cpu_linear import CpuLinear
 from vitapack.runtime.format.header import read_header
 from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.dit import DiT
@@ -80,7 +82,7 @@ def test_the_last_block_computes_only_what_is_read(isa, hidden):
 
     def panels(n, k):
         codes = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
-        return cpu.pack(q8=codes, scale=torch.full((n,), 1e-3), in_features=k)
+        return cpu.pack(int8_weight(codes, torch.full((n,), 1e-3)))
 
     norm = torch.ones(hidden // 2)
     weights = StreamWeights(panels(3 * hidden + mlp, hidden), norm, norm)
@@ -127,7 +129,7 @@ def test_rows_do_not_depend_on_their_block(isa, dim):
 
     def panels(n, k):
         codes = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
-        return cpu.pack(q8=codes, scale=torch.full((n,), 1e-3), in_features=k)
+        return cpu.pack(int8_weight(codes, torch.full((n,), 1e-3)))
 
     weights = StreamWeights(panels(3 * hidden + mlp, hidden), *norms)
     linear2, modulation = panels(hidden, hidden + mlp), torch.randn(1, 3 * hidden, generator=rng)
@@ -201,10 +203,9 @@ def test_weights_are_held_once_and_come_back(packed):
     assert engine.state_dict().keys() == exact.state_dict().keys()
     stored = exact.state_dict()
     assert all(torch.equal(value, stored[name]) for name, value in engine.state_dict().items())
-    held = sum(
-        buffer.nbytes for name, buffer in engine.named_buffers() if name.endswith((".q8", ".q4"))
-    )
-    assert held == 0
+    names = {name.rpartition(".")[2] for name, _ in engine.named_buffers()}
+    assert not names & {"q8", "q4", "group", "scale"}
+    assert sum(isinstance(module, CpuLinear) for module in engine.modules()) > 0
     args = (*inputs(), guidance)
     before = engine(*args)
     assert torch.equal(copy.deepcopy(engine)(*args), before)

@@ -134,7 +134,7 @@ def test_a_step_touches_no_host(
     x, cond = (value.half().to("meta") for value in inputs(network))
     t = evaluation_times(sampler_of(packed_files[name]))[0]
     eager = network.step_modulation(torch.tensor([t], dtype=torch.float64), guidance)
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda layer, x: True)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda layer, layout, x: True)
     step = network.velocity if isinstance(network, GpuDiT) else network
     without_values(network.half())
     field = "vector" if name == "int8" else "rows"

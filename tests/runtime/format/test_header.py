@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tiny_config
 
-from vitapack.kernels.linear.reference import check_int4
+from vitapack.kernels.linear.weights import check, dequantize
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import file_digest, lay_out, write_container
 from vitapack.runtime.format.describe import describe
 from vitapack.runtime.format.header import KEY, read_header
 from vitapack.runtime.format.layermap import LayerMap
-from vitapack.runtime.format.layouts import GROUP_OF
 from vitapack.runtime.format.reader import verify
 from vitapack.runtime.format.tensors import model_tensors
 from vitapack.runtime.loading.packed import embedded_tensors, load_packed_dit
@@ -65,20 +64,18 @@ def test_golden_weights_decoded_by_hand():
     name = "double_blocks.1.img_mlp.2"  # (4, 8) in 4 bits, groups of 32
     codes, groups = data(f"model.{name}.weight.q4"), data(f"model.{name}.weight.group")
     scale = np.frombuffer(data(f"model.{name}.weight.scale"), "<f4")
-    weight = dit.get_submodule(name).dequantized().numpy()
+    weight = dequantize(dit.get_submodule(name).packed()).numpy()
     for n in range(4):
         s, z = (groups[2 * n] >> 4) + 1, groups[2 * n] & 15  # group 0 holds inputs 0..31
         for k in range(8):
             q = codes[32 * n + k] & 15
             assert weight[n, k] == np.float32(s * (q - z)) * scale[n]
-    for name, layout in header.linears.items():
-        if layout in GROUP_OF:
-            linear = dit.get_submodule(name)
-            check_int4(linear.q4, linear.group, linear.group_size, linear.in_features)
+    for name in header.linears:
+        check(dit.get_submodule(name).packed())
     name = "single_blocks.0.linear2"
     codes = np.frombuffer(data(f"model.{name}.weight.q8"), np.int8).reshape(4, 12)
     scale = np.frombuffer(data(f"model.{name}.weight.scale"), "<f4")
-    weight = dit.get_submodule(name).dequantized().numpy()
+    weight = dequantize(dit.get_submodule(name).packed()).numpy()
     assert np.array_equal(weight, codes.astype(np.float32) * scale[:, None])
     table = dit.single_blocks["0"].modulation.table
     expected = np.frombuffer(data("model.single_blocks.0.modulation.lin.table"), "<f2")
@@ -95,7 +92,7 @@ def test_the_loaded_network_runs_and_says_what_it_is(tmp_path):
     assert out.shape == (1, 3, 2)
     half = load_packed_dit(GOLDEN, dtype=torch.bfloat16)
     assert half.cond_in.weight.dtype == torch.bfloat16
-    assert half.single_blocks["0"].linear1.scale.dtype == torch.float32
+    assert half.single_blocks["0"].linear1.packed().scale.dtype == torch.float32
     assert torch.equal(
         embedded_tensors(GOLDEN, "shape_decoder")["post_kl.weight"].float(),
         torch.from_numpy(arrays()["vae.post_kl.weight"].astype(np.float32)),
@@ -396,5 +393,5 @@ def test_the_documents_worked_example_is_true():
     for offset, data in rows:
         expected = bytes.fromhex(data)
         assert raw[int(offset, 16) :][: len(expected)] == expected
-    weight = load_packed_dit(GOLDEN).double_blocks["1"].img_mlp[2].dequantized()
+    weight = dequantize(load_packed_dit(GOLDEN).double_blocks["1"].img_mlp[2].packed())
     assert weight[0, 0] == -1.875

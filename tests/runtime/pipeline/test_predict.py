@@ -9,6 +9,7 @@ import torch
 from alive_tensors import peak
 from torch import nn
 
+from vitapack.kernels.linear.weights import int8_weight
 from vitapack.runtime.condition.dinov2 import Dinov2Config, _network
 from vitapack.runtime.decode.grid import refine_bytes
 from vitapack.runtime.decode.mesh import surface_bytes
@@ -170,9 +171,7 @@ def packed(network, compute):
             owner, _, leaf = name.rpartition(".")
             codes = torch.empty(linear.weight.shape, dtype=torch.int8)
             scale = torch.empty(linear.out_features)
-            layer = PackedLinear(
-                linear.in_features, scale, linear.bias.detach(), q8=codes, compute=compute
-            )
+            layer = PackedLinear(int8_weight(codes, scale), linear.bias.detach(), compute)
             setattr(network.get_submodule(owner), leaf, layer)
     return network
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import run as gpu
 from vitapack.kernels.linear import support
+from vitapack.kernels.linear.layouts import W4, W8
 from vitapack.runtime.engines import gpu_dit as dit_gpu
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.networks.blocks import Condition
@@ -21,14 +22,14 @@ GOLDEN = Path(__file__).parents[2] / "data" / "packed_v1.safetensors"
 def test_the_shapes_are_those_of_the_file() -> None:
     shapes = shapes_of(GOLDEN)
     assert len(shapes) == len(set(shapes))
-    assert {group for _, _, group in shapes} == {0, 32}  # its single block has 8 bits
+    assert {layout for *_, layout in shapes} == {W8, W4[0]}  # its single block has 8 bits
     assert all(n > 0 and k > 0 for n, k, _ in shapes)
 
 
 def test_the_rows_are_those_of_a_guided_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both passes: with the picture's tokens, and with the one that stands for all others."""
     config = gpu.mini(64, 1, 1, 8, 16)
-    network = gpu.random_network(config, 8, 64, torch.device("cpu"))
+    network = gpu.random_network(config, W8, torch.device("cpu"))
     seen, project = set(), dit_gpu.project
 
     def noted(linear: object, rows: tuple[torch.Tensor, object], *rest: object, **more: object):
