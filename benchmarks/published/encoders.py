@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.published import run as published
 from benchmarks.published.page import ENCODERS
 from vitapack.compressor.tools.random_checkpoint import write
+from vitapack.runtime.engines.choose import choose
 from vitapack.runtime.families import hunyuan3d, step1x3d
 from vitapack.runtime.families.furniture import family as furniture
 from vitapack.runtime.loading.checkpoint_files import open_weights
@@ -70,7 +71,9 @@ def one(base: int, name: str, folder: str, form: str, images: str, out: str) -> 
     keep_no_holes()
     dtype, bits = FORMS[form]
     family = hunyuan3d if name.startswith("hunyuan3d") else step1x3d
-    conditioner = family.conditioner(source_of(name, Path(folder)), dtype, "cpu", bits)
+    conditioner = family.conditioner(
+        source_of(name, Path(folder)), choose("cpu", dtype=dtype), bits
+    )
     start = time.perf_counter()
     conditioner.component()
     loaded = time.perf_counter()

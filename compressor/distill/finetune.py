@@ -208,7 +208,7 @@ def write(header: PackedHeader, out: Path, trained: dict[str, Tensor], note: dic
     fields = {name: getattr(header, name) for name in FIELDS}
     fields |= {"tool": f"vitapack {vitapack.__version__}", "layer_map": layer_map}
     specs = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
-    with TensorReader(header, "cpu") as reader:
+    with TensorReader(header) as reader:
         tensors = (
             (name, as_bytes(trained[name] if name in trained else reader.read(name), dtype, name))
             for name, (dtype, _) in specs.items()

@@ -19,7 +19,7 @@ from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.format.layermap import BLOCK_FIELDS
 from vitapack.runtime.format.reader import torch_dtype
 from vitapack.runtime.format.schedules import SamplerDefaults
-from vitapack.runtime.loading.packed import replace_module
+from vitapack.runtime.loading.fill import replace_module
 from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.network import Network

@@ -30,7 +30,7 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
   alignas(64) std::int32_t squares[2][kSquare * kSquare];
   alignas(64) std::int32_t acc[kTile * kPanel];
   const Tiles tiles;
-  const std::int64_t bytes = w.bits * kPanel * w.kp / 8, steps = w.kp / 4;
+  const std::int64_t bytes = w.panel_bytes(), steps = w.kp / 4;
   // A last tile of up to 16 rows is no square. Squares fetch the next panel into L2.
   const std::int64_t squared = (rows + kTile - 1) / kTile / 2 * kSquare;
   const std::int64_t pace = squared ? bytes / (squared / kSquare * 2 * w.kp) + 1 : 0;
@@ -38,11 +38,7 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
   int turn = 0;
   Square before{w, sx, e};
   for (std::int64_t p = first; p < last; ++p) {
-    const std::int8_t* panel = work;
-    if (w.bits == 4)
-      expand_panel(w, p, work);
-    else
-      panel = reinterpret_cast<const std::int8_t*>(w.panels) + p * bytes;
+    const std::int8_t* panel = panel_i8(w, p, work);
     const auto* next = reinterpret_cast<const char*>(w.panels + (p + 1 < last ? p + 1 : p) * bytes);
     for (std::int64_t r = 0; r < squared; r += kSquare)
       for (int half = 0; half < 2; ++half) {

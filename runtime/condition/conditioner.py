@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vitapack.runtime.choices import VIEWS
 from vitapack.runtime.condition.dinov2 import MEAN, STD, config_of, is_packable, load
 from vitapack.runtime.condition.recipes import Prepare
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError, UserError
-from vitapack.runtime.loading.fill import Q8, filled_bytes
+from vitapack.runtime.loading.fill import filled_bytes
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.source import Source
 
@@ -120,8 +121,7 @@ def view_embedding(index: int, channels: int) -> Tensor:
 
 def encoder_part(
     source: Source,
-    dtype: torch.dtype,
-    device: str | torch.device,
+    execution: Execution,
     bits: int,
     settings: Mapping[str, Any] | None = None,
     *,
@@ -138,20 +138,22 @@ def encoder_part(
     tail = "embeddings.cls_token"
     starts = [name.removesuffix(tail) for name in source.shapes if name.endswith(tail)]
     if len(starts) != 1:
-        raise FormatError(f"{source.where}: the image encoder should be a DINOv2; found no {tail}")
+        raise FormatError(f"{source.label}: the image encoder should be a DINOv2; found no {tail}")
     inner = source.below(starts[0])
-    config = config_of(inner.weights(), settings or {}, source.where)
+    config = config_of(inner.unpacked_shapes(), settings or {}, source.label)
 
     def loaded() -> nn.Module:
-        network = load(inner, config, dtype, device, bits)
+        network = load(inner, config, execution, bits)
         if plain_norm:
             network.layernorm = nn.LayerNorm(config.hidden, eps=1e-5, elementwise_affine=False)
         return network
 
-    packed = bits == 8 or any(name.endswith(Q8) for name in inner.shapes)
+    packed = bits == 8 or bool(inner.layouts)
     working = config.working_bytes(
         pixels or config.places * config.patch,
-        dtype,
-        expands=packed and torch.device(device).type == "cuda",
+        execution.dtype,
+        expands=packed and not execution.on_cpu,
     )
-    return Part(loaded, filled_bytes(inner, dtype, bits, is_packable), working)
+    return Part(
+        loaded, filled_bytes(inner, execution.dtype, is_packable if bits == 8 else None), working
+    )

@@ -1,6 +1,6 @@
 """DINOv2, the published models' image encoder: transformers' networks, filled from any source.
 
-    config = config_of(source.weights(), settings, label)    # checked, without transformers
+    config = config_of(source.unpacked_shapes(), settings, label)  # checked, without transformers
     encoder = load(source, config, torch.float32, "cpu", bits=8)
     encoder(images).last_hidden_state                         # (B, 1 + registers + patches, h)
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.format.container import one_line
 from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
@@ -211,9 +212,7 @@ def is_packable(name: str, shape: tuple[int, ...]) -> bool:
     return LAYER in name and name.endswith(".weight") and len(shape) == 2
 
 
-def load(
-    source: Source, config: Dinov2Config, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> nn.Module:
+def load(source: Source, config: Dinov2Config, execution: Execution, bits: int) -> nn.Module:
     """transformers' network, made on the meta device and filled tensor by tensor.
 
     `bits` 8 packs the linears while they are loaded; packed ones are kept.
@@ -224,7 +223,7 @@ def load(
         network = _network(config)
     network.embeddings.mask_token = None
     inner = as_installed(source, network.state_dict().keys())
-    return fill(lambda: network, inner, dtype, device, bits, (MASK,))
+    return fill(lambda: network, inner, execution, bits=bits, ignored=(MASK,))
 
 
 def _network(config: Dinov2Config) -> Any:
@@ -246,7 +245,7 @@ def _network(config: Dinov2Config) -> Any:
 def as_installed(source: Source, wanted: Set[str]) -> Source:
     """The released tensors under the names of the installed transformers, packed ones too."""
     reads: dict[str, Callable[[], Tensor]] = {}
-    shapes = {}
+    shapes, layouts = {}, {}
     for name, shape in source.shapes.items():
         names = [name]
         if found := _OWNED.fullmatch(name):
@@ -258,8 +257,11 @@ def as_installed(source: Source, wanted: Set[str]) -> Source:
         each = [whole] if len(names) == 1 else in_parts(whole, len(names))
         for new, read in zip(names, each, strict=True):
             reads[new] = read
+            linear, _, stored = name.rpartition(".weight.")
+            if (layout := source.layouts.get(linear)) and stored == layout.codes:
+                layouts[new.rpartition(".weight.")[0]] = layout
             shapes[new] = shape if len(names) == 1 else (shape[0] // len(names), *shape[1:])
-    return Source(source.where, source.config, shapes, lambda name: reads[name]())
+    return Source(source.label, source.config, shapes, lambda name: reads[name](), layouts)
 
 
 def from_hub(weights: Weights) -> Weights:

@@ -17,6 +17,7 @@ from vitapack.runtime.decode.grid import CHUNKS, coarse_to_fine, dense, refine_b
 from vitapack.runtime.decode.mesh import surface_bytes
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.loading.fill import Net, fill, filled_bytes
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.memory import holes_kept
@@ -133,29 +134,22 @@ class OccupancyGrid(Decoder):
 
 
 def volume_decoder(
-    source: Source, config: ShapeDecoderConfig, dtype: torch.dtype, device: str | torch.device
+    source: Source, config: ShapeDecoderConfig, execution: Execution
 ) -> VolumeDecoder:
-    working = config.working_bytes(CHUNKS[torch.device(device).type], dtype)
-    part = _part(lambda: ShapeDecoder(config), source, dtype, device, working)
-    return VolumeDecoder(part, config, torch.device(device).type)
-
-
-def occupancy_grid(
-    source: Source, config: OccupancyConfig, dtype: torch.dtype, device: str | torch.device
-) -> OccupancyGrid:
-    part = _part(
-        lambda: OccupancyDecoder(config), source, dtype, device, config.working_bytes(dtype)
+    kind = torch.device(execution.device).type
+    working = config.working_bytes(CHUNKS[kind], execution.dtype)
+    return VolumeDecoder(
+        _lazy(lambda: ShapeDecoder(config), source, execution, working), config, kind
     )
-    return OccupancyGrid(part, config, torch.device(device).type)
 
 
-def _part(
-    make: Callable[[], Net],
-    source: Source,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    working: int,
-) -> Part[Net]:
-    """A decoder in `dtype`, loaded on first use."""
-    nbytes = filled_bytes(source, dtype, 16, lambda _name, _shape: False)
-    return Part(lambda: fill(make, source, dtype, device), nbytes, working)
+def occupancy_grid(source: Source, config: OccupancyConfig, execution: Execution) -> OccupancyGrid:
+    working = config.working_bytes(execution.dtype)
+    component = _lazy(lambda: OccupancyDecoder(config), source, execution, working)
+    return OccupancyGrid(component, config, torch.device(execution.device).type)
+
+
+def _lazy(make: Callable[[], Net], source: Source, execution: Execution, working: int) -> Part[Net]:
+    """A decoder that is loaded on first use."""
+    nbytes = filled_bytes(source, execution.dtype)
+    return Part(lambda: fill(make, source, execution), nbytes, working)

@@ -111,7 +111,7 @@ def surface_from_grid(
     if bad:
         raise UserError(
             f"{bad} of {values.size} values of the shape grid are NaN or infinite; the weights may "
-            "be damaged, or overflow in this precision: try --device cpu"
+            "be damaged, or overflow in this precision"
         )
     inside = int((values > level).sum())
     if inside == 0 or inside == values.size:

@@ -77,6 +77,11 @@ class Checkpoint:
         """A tensor of a part in its stored dtype. Raises: FormatError: for NaN or infinity."""
         return self.weights.read(f"{PARTS[part]}.{name}")
 
+    def network(self) -> Source:
+        """The network's tensors."""
+        shapes = {name: self.shape(name) for name in self.names()}
+        return Source(str(self.path), {}, shapes, self.tensor)
+
     def component(self, part: str) -> Source:
         """The part's settings and tensors. Raises: UserError: if the checkpoint lacks the part."""
         shapes = {name: shape for name, (_, shape) in self.part_shapes(part).items()}

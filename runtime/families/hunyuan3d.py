@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
 from vitapack.runtime.condition.recipes import hunyuan_framing
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
 from vitapack.runtime.families.family import Family
@@ -222,25 +221,23 @@ def _sections(probe: PathProbe) -> dict[str, Any]:
     return sections
 
 
-def conditioner(
-    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> ImageConditioner:
+def conditioner(source: Source, execution: Execution, bits: int) -> ImageConditioner:
     """DINOv2-giant on a white background; CLS and patches are the tokens."""
     main = source.config.get("main_image_encoder")
     main = main if isinstance(main, dict) else {}
     kwargs = main.get("kwargs") if isinstance(main.get("kwargs"), dict) else {}
-    image = Params(source.config.get("image_processor") or {}, f"{source.where}: image_processor")
-    encoder = Params(kwargs or {}, f"{source.where}: main_image_encoder")
+    image = Params(source.config.get("image_processor") or {}, f"{source.label}: image_processor")
+    encoder = Params(kwargs or {}, f"{source.label}: main_image_encoder")
     pixels = encoder.size("image_size", 518)
     prepare = hunyuan_framing(
         image.size("size", 512), pixels, image.take("border_ratio", float, 0.15)
     )
     if pixels % 14 or pixels > 4096:
-        raise FormatError(f"{source.where}: image_size {pixels} is no multiple of 14 below 4096")
+        raise FormatError(f"{source.label}: image_size {pixels} is no multiple of 14 below 4096")
     views = str(main.get("type", "")).endswith("MV")
     settings = kwargs.get("config") if isinstance(kwargs, dict) else None
     settings = settings if isinstance(settings, dict) else None
-    part = encoder_part(source, dtype, device, bits, settings, pixels=pixels)
+    part = encoder_part(source, execution, bits, settings, pixels=pixels)
     return ImageConditioner(part, prepare, views=views)
 
 
@@ -250,8 +247,8 @@ def condition_tokens(variant: str) -> int:
     return 1 + (side // 14) ** 2
 
 
-def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
-    return volume_decoder(source, decoder_config(source.config, source.where), dtype, device)
+def shape_decoder(source: Source, execution: Execution) -> VolumeDecoder:
+    return volume_decoder(source, decoder_config(source.config, source.label), execution)
 
 
 def _dit(

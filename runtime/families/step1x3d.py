@@ -20,6 +20,7 @@ from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_par
 from vitapack.runtime.condition.recipes import step1x_framing
 from vitapack.runtime.decode.decoders import VolumeDecoder, volume_decoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
 from vitapack.runtime.families.family import Family
@@ -294,17 +295,15 @@ def read(probe: PathProbe) -> Checkpoint:
     )
 
 
-def conditioner(
-    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> ImageConditioner:
+def conditioner(source: Source, execution: Execution, bits: int) -> ImageConditioner:
     """DINOv2-large with registers on a white background; the label tokens, if any, are last."""
     labels = source.below(LABELS)
     names = [n for n in source.shapes if not n.startswith(LABELS)]
-    visual = Source(source.where, source.config, {n: source.shapes[n] for n in names}, source.read)
+    visual = Source(source.label, source.config, {n: source.shapes[n] for n in names}, source.read)
     # The configuration of Step1X-3D's own encoder class holds no sizes.
     settings = source.config if "hidden_size" in source.config else None
     return ImageConditioner(
-        encoder_part(visual, dtype, device, bits, settings),
+        encoder_part(visual, execution, bits, settings),
         step1x_framing(518, 0.95),
         extra=label_tokens(labels) if labels.shapes else None,
     )
@@ -317,13 +316,13 @@ def label_tokens(source: Source) -> Tensor:
         names = [n for n, s in source.shapes.items() if n.endswith(table) and len(s) == 2 and s[0]]
         if len(names) != 1:
             raise FormatError(
-                f"{source.where}: its label encoder should hold the table {table} once, and has it "
+                f"{source.label}: its label encoder should hold the table {table} once, and has it "
                 f"{len(names)} times; it holds {first_names(sorted(source.shapes), 6)}"
             )
         rows.append(source.read(names[0])[0].float())
     if len({row.shape for row in rows}) != 1:
         raise FormatError(
-            f"{source.where}: the label encoder's tables have {[len(row) for row in rows]} "
+            f"{source.label}: the label encoder's tables have {[len(row) for row in rows]} "
             "columns; expected as many in each"
         )
     return torch.stack(rows)[None]
@@ -334,8 +333,8 @@ def condition_tokens(variant: str) -> int:
     return 1370 + (len(LABEL_TABLES) if variant.endswith("-label") else 0)
 
 
-def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> VolumeDecoder:
-    return volume_decoder(source, decoder_config(source.config, source.where), dtype, device)
+def shape_decoder(source: Source, execution: Execution) -> VolumeDecoder:
+    return volume_decoder(source, decoder_config(source.config, source.label), execution)
 
 
 def _variant(config: DiTConfig, labelled: bool) -> str:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vitapack.runtime.condition.conditioner import ImageConditioner, encoder_part
 from vitapack.runtime.condition.dinov2 import from_hub
 from vitapack.runtime.condition.recipes import trellis_framing
 from vitapack.runtime.decode.decoders import OccupancyGrid, occupancy_grid
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
 from vitapack.runtime.families.family import Family
@@ -212,19 +211,17 @@ def image_encoder(folder: Path) -> Path | None:
     return None
 
 
-def conditioner(
-    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> ImageConditioner:
+def conditioner(source: Source, execution: Execution, bits: int) -> ImageConditioner:
     """DINOv2-large with registers on a black background; all tokens, normalised without affine."""
-    part = encoder_part(source, dtype, device, bits, plain_norm=True)
+    part = encoder_part(source, execution, bits, plain_norm=True)
     return ImageConditioner(part, trellis_framing(518), registers=True)
 
 
-def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> OccupancyGrid:
+def shape_decoder(source: Source, execution: Execution) -> OccupancyGrid:
     params = dict(source.config)
     resolution = params.pop("resolution", 16)
-    config = decoder_config(params, source.where, resolution)
-    return occupancy_grid(source, config, dtype, device)
+    config = decoder_config(params, source.label, resolution)
+    return occupancy_grid(source, config, execution)
 
 
 def recognises(probe: PathProbe) -> bool:

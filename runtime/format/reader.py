@@ -12,9 +12,6 @@ from vitapack.runtime.format.header import PackedHeader
 if TYPE_CHECKING:
     import torch
 
-    from vitapack.kernels.linear.layouts import WeightLayout
-    from vitapack.kernels.linear.weights import PackedWeight
-
 
 # Up to this size the content's sha256 is checked on every load (0.2 s here); beyond, on request.
 VERIFY_BELOW = 256 << 20
@@ -34,8 +31,8 @@ def verify(path: str | os.PathLike[str]) -> str:
 class TensorReader:
     """Reads tensors of a checked file one by one, straight into memory of their own."""
 
-    def __init__(self, header: PackedHeader, device: str | torch.device) -> None:
-        self.header, self.device = header, device
+    def __init__(self, header: PackedHeader) -> None:
+        self.header = header
         self.file = header.path.open("rb")
 
     def __enter__(self) -> TensorReader:
@@ -45,6 +42,20 @@ class TensorReader:
         self.file.close()
 
     def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, on the CPU.
+
+        Raises FormatError if a value is NaN or infinite, or a scale of a packed weight not above 0.
+        """
+        tensor = self._stored(name)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FormatError(f"{self.header.path}: tensor {name!r} holds NaN or infinite values")
+        if name.endswith(".weight.scale") and not (tensor > 0).all():
+            raise FormatError(
+                f"{self.header.path}: tensor {name!r} holds {tensor.min():.3g}; scales are above 0"
+            )
+        return tensor
+
+    def _stored(self, name: str) -> torch.Tensor:
         import torch
 
         info = self.header.tensors[name]
@@ -59,38 +70,7 @@ class TensorReader:
         self.file.seek(self.header.data_start + info.start)
         if self.file.readinto(buffer.numpy().data) != info.nbytes:
             raise FormatError(f"{self.header.path}: tensor {name!r} is cut off")
-        return buffer.view(dtype).view(info.shape).to(self.device)
-
-    def floats(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """As `read`, in another float dtype; FormatError if a value is NaN or infinite."""
-        import torch
-
-        tensor = self.read(name)
-        if not torch.isfinite(tensor).all():
-            raise FormatError(f"{self.header.path}: tensor {name!r} holds NaN or infinite values")
-        return tensor.to(dtype)
-
-    def weight(self, name: str, layout: WeightLayout, in_features: int) -> PackedWeight:
-        """The packed weight of a linear, `name` ending in ".weight". FormatError if a scale is not
-        above 0."""
-        from vitapack.kernels.linear.weights import PackedWeight
-
-        tensors = {
-            part: (self.scales if part == "scale" else self.read)(f"{name}.{part}")
-            for part in layout.names
-        }
-        return PackedWeight(layout, tensors, in_features)
-
-    def scales(self, name: str) -> torch.Tensor:
-        """As `floats`, in float32; FormatError if one is not above 0."""
-        import torch
-
-        scales = self.floats(name, torch.float32)
-        if not (scales > 0).all():
-            raise FormatError(
-                f"{self.header.path}: tensor {name!r} holds {scales.min():.3g}; scales are above 0"
-            )
-        return scales
+        return buffer.view(dtype).view(info.shape)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,99 +1,156 @@
-"""Networks beside the DiT: where their tensors come from, and that they come only when needed.
+"""Fills modules with stored tensors, whatever the source: checkpoints, packed files, components.
 
-source = checkpoint.component("conditioner")        # or packed_part(header, "conditioner", None)
-encoder = Part(lambda: ..., source.nbytes)
-encoder()                                           # loads it the first time
-encoder.free()
+    network = fill(lambda: network_of(config, execution), source, execution)
+
+The module is made on the meta device and filled tensor by tensor, so the peak is the module plus
+one tensor. Packed weights stay packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vitapack.kernels.linear import cpu, reference
 from vitapack.kernels.linear.layouts import W8
-from vitapack.kernels.linear.weights import int8_weight
-from vitapack.runtime.engines.choose import choose
+from vitapack.kernels.linear.weights import PackedWeight, int8_weight
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.engines.cpu_linear import linear_for
-from vitapack.runtime.errors import UserError
-from vitapack.runtime.loading.packed import empty, replace_module
+from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.source import Source
 
-if TYPE_CHECKING:  # families build their parts with this module
-    pass
-
 Net = TypeVar("Net", bound=nn.Module)
-Q8, SCALE = ".weight.q8", ".weight.scale"
 
 
 def fill(
     make: Callable[[], Net],
     source: Source,
-    dtype: torch.dtype,
-    device: str | torch.device,
+    execution: Execution,
+    *,
     bits: int = 16,
     ignored: tuple[str, ...] = (),
+    compute_of: Callable[[str], str] | None = None,
 ) -> Net:
-    """A module made on the meta device and filled tensor by tensor, in eval mode.
+    """A module in eval mode, without gradients, filled from `source`.
 
-    `bits` 8 packs the linears as they come (round to nearest, a scale a row), so that the module in
-    `dtype` never exists as a whole; linears that are stored packed stay so in any case.
-    UserError where tensors are missing, left over or of another shape.
+    bits: 8 packs the plain linears while they are loaded (round to nearest, one scale per row), so
+    that the module never exists as floats. ignored: prefixes of tensors that the module does not
+    need. compute_of: compute mode by linear name; weight-only by default. Tensors that `make` has
+    put on a real device are left as they are. Raises UserError if tensors are missing, left over or
+    of another shape, FormatError for values that cannot be used, naming file and tensor.
     """
     with torch.device("meta"):
         module = make()
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {n: s for n, s in source.weights().items() if not n.startswith(ignored or ("\0",))}
-    if wanted != found:
-        odd = sorted(set(wanted.items()) ^ set(found.items()))
-        raise UserError(
-            f"{source.where}: the tensors do not fit {type(module).__name__}: {odd[0][0]} "
-            f"{list(odd[0][1])} ({len(odd)} differ in all)"
-        )
-    for name, part in list(module.named_modules()):
-        if not isinstance(part, nn.Linear):
+    _expect_tensors(module, source, ignored)
+    device, path = execution.device, execution.path
+    for name, linear in list(module.named_modules()):
+        layout = source.layouts.get(name)
+        if not isinstance(linear, nn.Linear) or not (layout or bits == 8):
             continue
-        stored = f"{name}{Q8}" in source.shapes
-        if not stored and bits != 8:
-            continue
-        if stored:
-            q8, scale = source.read(f"{name}{Q8}"), source.read(f"{name}{SCALE}")
+        bias = _floats(source, f"{name}.bias", execution) if linear.bias is not None else None
+        if layout:
+            tensors = {part: source.read(f"{name}.weight.{part}") for part in layout.names}
+            weight = PackedWeight(layout, tensors, linear.in_features).to(device)
+            del tensors
         else:
-            q8, scale = in_8_bits(source.read(f"{name}.weight"))
-        bias = None if part.bias is None else source.read(f"{name}.bias").to(device, dtype)
-        weight = int8_weight(q8.to(device), scale.to(device))
-        replace_module(module, name, linear_for(weight, bias, "a16", choose(device).path))
-        del q8, weight  # held by nothing else, so the engine's order takes their place
-    for name in list(empty(module)):
-        parent, _, leaf = name.rpartition(".")
-        value = source.read(name).to(device=device, dtype=dtype)
-        owner = module.get_submodule(parent)
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            weight = int8_weight(*in_8_bits(source.read(f"{name}.weight"))).to(device)
+        compute = compute_of(name) if compute_of else "a16"
+        replace_module(module, name, linear_for(weight, bias, compute, path))
+        del weight  # no other reference: the engine's panels replace it in memory
+    for name in list(unfilled(module)):
+        set_tensor(module, name, _floats(source, name, execution))
     return module.eval().requires_grad_(False)
 
 
+def _expect_tensors(module: nn.Module, source: Source, ignored: tuple[str, ...]) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name in unfilled(module):
+        owner, _, leaf = name.rpartition(".")
+        shape = tuple(getattr(module.get_submodule(owner), leaf).shape)
+        layout = source.layouts.get(owner) if leaf == "weight" else None
+        packed = layout.tensors(*shape) if layout else {}
+        wanted |= {f"{name}.{part}": spec[1] for part, spec in packed.items()} or {name: shape}
+    found = {n: tuple(s) for n, s in source.shapes.items() if not n.startswith(ignored or ("\0",))}
+    if wanted != found:
+        odd = sorted(set(wanted.items()) ^ set(found.items()))
+        raise UserError(
+            f"{source.label}: the tensors do not fit {type(module).__name__}: {odd[0][0]} "
+            f"{list(odd[0][1])} ({len(odd)} differ in all)"
+        )
+
+
+def _floats(source: Source, name: str, execution: Execution) -> Tensor:
+    """A stored float tensor in the execution's dtype on its device."""
+    tensor, dtype = source.read(name), execution.dtype
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        largest = tensor.abs().max().item() if tensor.numel() else 0.0
+        if largest > torch.finfo(dtype).max:
+            raise FormatError(
+                f"{source.label}: tensor {name!r} reaches {largest:.3g}, too large for {dtype}; "
+                "use float32"
+            )
+    return tensor.to(device=execution.device, dtype=dtype)
+
+
 def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as int8 and a scale a row, float32 (N): rows are quantized as tokens are, by
-    their largest value. DINOv2 giant takes the CPU engine 0.8 s, plain PyTorch 7.5."""
+    """A weight (N, K) as int8 codes and one float32 scale per row (N), by its largest value.
+
+    DINOv2 giant takes the CPU engine 0.8 s, plain PyTorch 7.5.
+    """
     if cpu.available() and weight.dtype in cpu.TYPES:
         codes, scale = cpu.quantize_activations(weight)
-    else:  # in slices: the float32 copies of a whole one take eight times its packed bytes
+    else:  # in slices: float32 copies of a whole weight take eight times its packed bytes
         sliced = [reference.quantize_activations(rows) for rows in weight.split(512)]
-        codes, scale = (torch.cat(parts) for parts in zip(*sliced, strict=True))
+        codes, scale = (torch.cat(pieces) for pieces in zip(*sliced, strict=True))
     return codes, scale[:, 0]
 
 
 def filled_bytes(
-    source: Source, dtype: torch.dtype, bits: int, linear: Callable[[str, tuple[int, ...]], bool]
+    source: Source,
+    dtype: torch.dtype,
+    packable: Callable[[str, tuple[int, ...]], bool] | None = None,
 ) -> int:
-    """Bytes of the module that `fill` makes; `linear(name, shape)`: may it be packed?"""
+    """Bytes of the module that `fill` makes; `packable`: the weights that `bits=8` packs."""
     total = 0
-    for name, shape in source.weights().items():
+    for name, shape in source.unpacked_shapes().items():
+        layout = source.layouts.get(name.removesuffix(".weight"))
+        if layout is None and packable is not None and packable(name, shape):
+            layout = W8
         count = torch.Size(shape).numel()
-        packed = f"{name}.q8" in source.shapes or (bits == 8 and linear(name, shape))
-        total += W8.nbytes(*shape) if packed else count * dtype.itemsize
+        total += layout.nbytes(*shape) if layout else count * dtype.itemsize
     return total
+
+
+def unfilled(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters and persistent buffers that are on the meta device.
+
+    Not from state_dict(), which would unpack every weight that the CPU engine holds.
+    """
+    for prefix, owner in module.named_modules():
+        buffers = {
+            name: tensor
+            for name, tensor in owner._buffers.items()
+            if name not in owner._non_persistent_buffers_set
+        }
+        for name, tensor in {**owner._parameters, **buffers}.items():
+            if tensor is not None and tensor.is_meta:
+                yield f"{prefix}.{name}" if prefix else name
+
+
+def replace_module(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts `new` in the place of the submodule `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, new)
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` in the place of the parameter or buffer `name`."""
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value

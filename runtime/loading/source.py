@@ -1,67 +1,91 @@
-"""Where the tensors of an image encoder or a shape decoder come from."""
+"""Sources of tensors: the names, shapes and layouts that a module is filled from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from vitapack.kernels.linear.layouts import W8, WeightLayout
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import PARTS, PackedHeader
 from vitapack.runtime.format.reader import TensorReader
 
-Q8, SCALE = ".weight.q8", ".weight.scale"
-
 
 @dataclass(frozen=True)
 class Source:
-    """A part's settings and tensors, read one by one."""
+    """The stored tensors of one module, read one by one.
 
-    where: str  # for messages
+    `read(name)` gives a tensor as it is stored, and raises FormatError naming file and tensor if a
+    float is not finite or a scale not above 0. `layouts` holds the layout of each packed linear by
+    its module name; tensors of all others are floats.
+    """
+
+    label: str  # names the file or folder in messages
     config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    layouts: Mapping[str, WeightLayout] = field(default_factory=dict)
 
     def below(self, prefix: str) -> Source:
-        """The tensors whose names start so, without that start."""
+        """The tensors whose names start with `prefix`, without it."""
         names = {n.removeprefix(prefix): n for n in self.shapes if n.startswith(prefix)}
-        shapes = {name: self.shapes[full] for name, full in names.items()}
-        return Source(self.where, self.config, shapes, lambda name: self.read(names[name]))
+        return self.renamed(names)
 
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """Shapes as the unpacked network has them."""
-        return {
-            n.replace(Q8, ".weight"): s for n, s in self.shapes.items() if not n.endswith(SCALE)
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """Some of the tensors under other names: new -> old."""
+        linears = {
+            new.removesuffix(f".weight.{self.layouts[linear].codes}"): self.layouts[linear]
+            for new, old in names.items()
+            for linear in [old.rpartition(".weight.")[0]]
+            if linear in self.layouts and old == f"{linear}.weight.{self.layouts[linear].codes}"
         }
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        return Source(self.label, self.config, shapes, lambda name: self.read(names[name]), linears)
+
+    def unpacked_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the module with plain linears; K is padded in layouts of blocks."""
+        shapes = dict(self.shapes)
+        for linear, layout in self.layouts.items():
+            rows, row_bytes = shapes[f"{linear}.weight.{layout.codes}"]
+            for name in layout.names:
+                del shapes[f"{linear}.weight.{name}"]
+            shapes[f"{linear}.weight"] = rows, row_bytes * 8 // layout.bits
+        return shapes
 
 
-def packed_part(
-    header: PackedHeader, part: str, original: Callable[[str], Source] | None
+def packed_component(
+    header: PackedHeader, component: str, original: Callable[[str], Source] | None
 ) -> Source:
-    """The component inside a packed file, else `original(part)` of the file it refers to.
+    """A component inside a packed file, else `original(component)` of the file it refers to.
 
-    Raises UserError where neither is there.
+    Raises UserError if the file neither holds it nor is given its original.
     """
-    entry = getattr(header, part)
+    entry = getattr(header, component)
     if entry["storage"] != "embedded":
         if original is not None:
-            return original(part)
-        what = entry["source"]["name"] if entry["source"] else "an original checkpoint"
+            return original(component)
+        named = entry["source"]["name"] if entry["source"] else "an original checkpoint"
         raise UserError(
-            f"{header.path} does not hold the {part.replace('_', ' ')}; give the folder of {what} "
-            "with --parts, or compress again with --embed"
+            f"{header.path} does not hold the {component.replace('_', ' ')}; give the folder of "
+            f"{named} with --parts, or compress again with --embed"
         )
-    prefix = f"{PARTS[part]}."
-    shapes = {
-        name.removeprefix(prefix): info.shape
-        for name, info in header.tensors.items()
-        if name.startswith(prefix)
-    }
+    prefix = f"{PARTS[component]}."
+    shapes = {name: info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
+    # Components have one packed layout, told by the name of its codes (docs/format.md).
+    suffix = f".weight.{W8.codes}"
+    layouts = {n.removesuffix(suffix): W8 for n in shapes if n.endswith(suffix)}
+    whole = Source(str(header.path), entry["config"], shapes, reading(header), layouts)
+    return whole.below(prefix)
+
+
+def reading(header: PackedHeader) -> Callable[[str], Tensor]:
+    """`Source.read` of a packed file, which is opened for each tensor."""
 
     def read(name: str) -> Tensor:
-        with TensorReader(header, "cpu") as reader:
-            return reader.read(prefix + name)
+        with TensorReader(header) as reader:
+            return reader.read(name)
 
-    return Source(str(header.path), entry["config"], shapes, read)
+    return read

@@ -13,14 +13,14 @@ import torch
 
 from vitapack.runtime.choices import COMPUTES, check_choice
 from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
-from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
-from vitapack.runtime.engines.choose import network_of
+from vitapack.runtime.decode.shape_vae import ShapeDecoder
+from vitapack.runtime.engines.choose import choose, network_of
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
 from vitapack.runtime.families.open import open_checkpoint, resolve
 from vitapack.runtime.format.header import PackedHeader
-from vitapack.runtime.loading.build import build
 from vitapack.runtime.loading.checkpoint_files import is_packed
+from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.networks.network import Network
 
 
@@ -60,8 +60,8 @@ def dit_of(
     device: str | torch.device = "cpu",
 ) -> Network:
     """The network of an open original checkpoint; see `load_dit`."""
-    tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.names())
-    return build(lambda: network_of(checkpoint.config), tensors, dtype, device)
+    execution = choose(device, dtype=dtype, packed=False)
+    return fill(lambda: network_of(checkpoint.config), checkpoint.network(), execution)
 
 
 def original_of(header: PackedHeader, parts: str | os.PathLike[str]) -> Checkpoint:
@@ -84,14 +84,9 @@ def load_shape_decoder(
 ) -> ShapeDecoder | OccupancyDecoder:
     """The shape decoder of an original checkpoint, in eval mode without gradients: a ShapeVAE's,
     or TRELLIS' occupancy decoder."""
-    config = checkpoint.decoder
-    names = list(checkpoint.part_shapes("shape_decoder"))
-    tensors = ((name, checkpoint.part_tensor("shape_decoder", name)) for name in names)
-    if names and isinstance(config, ShapeDecoderConfig):
-        return build(lambda: ShapeDecoder(config), tensors, dtype, device)
-    if names and isinstance(config, OccupancyConfig):
-        return build(lambda: OccupancyDecoder(config), tensors, dtype, device)
-    raise UserError(f"{checkpoint.path} ({checkpoint.variant}) holds no shape decoder")
+    config, source = checkpoint.decoder, checkpoint.component("shape_decoder")
+    make = OccupancyDecoder if isinstance(config, OccupancyConfig) else ShapeDecoder
+    return fill(lambda: make(config), source, choose(device, dtype=dtype, packed=False))
 
 
 def _packed_file(path: Path) -> Path | None:

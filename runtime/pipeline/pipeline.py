@@ -41,7 +41,7 @@ from vitapack.runtime.loading import packed
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.memory import keep_no_holes
-from vitapack.runtime.loading.source import packed_part
+from vitapack.runtime.loading.source import packed_component
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
@@ -176,15 +176,16 @@ class Pipeline:
         config = header.network
         family = _family(header.family, config, str(path))
         original = None if parts is None else original_of(header, parts).component
-        conditioner = packed_part(header, "conditioner", original)
-        decoder = family.shape_decoder(packed_part(header, "shape_decoder", original), dtype, where)
+        conditioner = packed_component(header, "conditioner", original)
+        around = replace(execution, compute="a16")  # image encoder and shape decoder
+        decoder = family.shape_decoder(packed_component(header, "shape_decoder", original), around)
         return cls(
             Part(
                 lambda: packed.load_packed(path, execution, verify_content=False),
                 packed.loaded_bytes(header, dtype),
             ),
             SamplerDefaults.from_json(header.sampler),
-            family.conditioner(conditioner, dtype, where, encoder_bits),
+            family.conditioner(conditioner, around, encoder_bits),
             decoder,
             family=header.family,
             source=str(path),
@@ -220,14 +221,15 @@ class Pipeline:
         if cuda_graphs:
             expect_gpu(where)  # before its files are hashed
         conditioner = checkpoint.component("conditioner")
-        decoder = family.shape_decoder(checkpoint.component("shape_decoder"), dtype, where)
+        around = choose(device, packed=encoder_bits == 8)  # image encoder and shape decoder
+        decoder = family.shape_decoder(checkpoint.component("shape_decoder"), around)
         return cls(
             Part(
                 lambda: dit_of(checkpoint, dtype=dtype, device=where),
                 checkpoint.parameters() * dtype.itemsize,
             ),
             checkpoint.sampler,
-            family.conditioner(conditioner, dtype, where, encoder_bits),
+            family.conditioner(conditioner, around, encoder_bits),
             decoder,
             family=checkpoint.family,
             source=str(checkpoint.path),
@@ -377,15 +379,22 @@ class Pipeline:
             progress=progress,
         )
         if not torch.isfinite(out).all():
-            raise FormatError(
-                f"{self.source}: the network gave NaN or infinite values; the file is damaged, or "
-                "its dtype too narrow (try --device cpu)"
-            )
+            raise self._not_finite("network")
         return out.cpu()
 
     def grid(self, latents: Tensor) -> np.ndarray:
         """Logits (R, R, R) float32, positive inside."""
-        return self.decoder(latents)
+        grid = self.decoder(latents)
+        if not np.isfinite(grid).all():
+            raise self._not_finite("shape decoder")
+        return grid
+
+    def _not_finite(self, component: str) -> FormatError:
+        narrow = "" if self.device == "cpu" else ", or fp16 is too narrow for it: try --device cpu"
+        return FormatError(
+            f"{self.source}: the {component} gave NaN or infinite values; the file is "
+            f"damaged{narrow}"
+        )
 
     def surface(self, grid: np.ndarray) -> Mesh:
         """The cleaned zero level of a grid; UserError if there is none."""

@@ -22,9 +22,10 @@ from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.condition.images import recentre, separate
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.decode.mesh import surface_bytes
+from vitapack.runtime.engines.choose import PLAIN, Execution
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
-from vitapack.runtime.families.family import Device, Family
+from vitapack.runtime.families.family import Family
 from vitapack.runtime.families.furniture.networks import (
     ANCHOR_CHANNELS,
     GRID,
@@ -92,8 +93,8 @@ class FurnitureConditioner(Conditioner):
     """An image to condition tokens (1, 50, width), by an encoder of 1.9 M parameters."""
 
     def __init__(self, source: Source) -> None:
-        config = encoder_config(source.config, f"{source.where}: conditioner")
-        self.encoder = fill(lambda: FurnitureEncoder(config), source, torch.float32, "cpu")
+        config = encoder_config(source.config, f"{source.label}: conditioner")
+        self.encoder = fill(lambda: FurnitureEncoder(config), source, PLAIN)
 
     @torch.no_grad()
     def __call__(self, image: Picture, name: str = "image") -> Tensor:
@@ -107,10 +108,10 @@ class FurnitureGrid(Decoder):
 
     bounds = BOUNDS
 
-    def __init__(self, source: Source, device: Device) -> None:
-        config = decoder_config(source.config, f"{source.where}: shape decoder")
-        self.config, self.on_cpu = config, torch.device(device).type == "cpu"
-        self.network = fill(lambda: FurnitureDecoder(config), source, torch.float32, "cpu")
+    def __init__(self, source: Source, execution: Execution) -> None:
+        config = decoder_config(source.config, f"{source.label}: shape decoder")
+        self.config, self.on_cpu = config, execution.on_cpu
+        self.network = fill(lambda: FurnitureDecoder(config), source, PLAIN)
         self.latent_shape = (LATENT_TOKENS, config.latent_channels)
         self.anchors = anchors()
 
@@ -128,15 +129,13 @@ class FurnitureGrid(Decoder):
         return np.pad(logits.numpy(), 1, constant_values=-4.0)
 
 
-def conditioner(
-    source: Source, dtype: torch.dtype, device: str | torch.device, bits: int
-) -> FurnitureConditioner:
+def conditioner(source: Source, execution: Execution, bits: int) -> FurnitureConditioner:
     """Both components are small: in memory from the start, in float32, on the CPU."""
     return FurnitureConditioner(source)
 
 
-def shape_decoder(source: Source, dtype: torch.dtype, device: str | torch.device) -> FurnitureGrid:
-    return FurnitureGrid(source, device)
+def shape_decoder(source: Source, execution: Execution) -> FurnitureGrid:
+    return FurnitureGrid(source, execution)
 
 
 def encoder_config(values: Mapping[str, Any], label: str) -> FurnitureEncoderConfig:

@@ -10,6 +10,7 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.packing.quantizers import QUANTIZERS, Quantizer, rounded
 from vitapack.kernels.linear.layouts import LAYOUTS, W4, W8
 from vitapack.kernels.linear.weights import check, dequantize, expand
+from vitapack.runtime import choices
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.header import read_header
 
@@ -160,6 +161,7 @@ def test_a_calibrated_quantizer_sees_the_model_first(tmp_path, monkeypatch):
             return QUANTIZERS["rtn"]().quantize(name, weight, layout)
 
     monkeypatch.setitem(QUANTIZERS, "noting", Noting)
+    monkeypatch.setattr(choices, "QUANTIZERS", tuple(QUANTIZERS))
     checkpoint, _ = tiny_checkpoint(tmp_path / "model")
     compress(checkpoint, tiny_map(4), tmp_path / "m.safetensors", quantizer="noting")
     assert seen[0] == ("hunyuan3d", None)

@@ -28,6 +28,7 @@ from vitapack.runtime.condition.dinov2 import (
     released_shapes,
 )
 from vitapack.runtime.condition.recipes import hunyuan_framing, step1x_framing, trellis_framing
+from vitapack.runtime.engines.choose import choose
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.checkpoint_files import StoredTensor, Weights
 from vitapack.runtime.loading.source import Source
@@ -50,7 +51,7 @@ def source(name, prefix=""):
 @pytest.mark.parametrize("size", ["70", "98"])  # 98: places are interpolated
 def test_reference_output(name, size, relative):
     tensors = load_file(GOLDEN / f"{name}.safetensors")
-    encoder = encoder_part(source(name, "any.prefix."), torch.float32, "cpu", 16)()
+    encoder = encoder_part(source(name, "any.prefix."), choose("cpu"), 16)()
     with torch.no_grad():
         found = encoder(tensors[f"inputs/{size}"]).last_hidden_state
     assert relative(found, tensors[f"output/{size}"]) <= 1e-5
@@ -74,7 +75,7 @@ def test_released_sizes():
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_bits_keep_the_features(name):
     tensors = load_file(GOLDEN / f"{name}.safetensors")
-    part, packed = (encoder_part(source(name), torch.float32, "cpu", bits) for bits in (16, 8))
+    part, packed = (encoder_part(source(name), choose("cpu"), bits) for bits in (16, 8))
     with torch.no_grad():
         a, b = (p()(tensors["inputs/70"]).last_hidden_state for p in (part, packed))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)
@@ -139,7 +140,7 @@ def test_a_tensor_taken_apart_is_read_once():
 
     for bits in (16, 8):
         counts.clear()
-        encoder_part(Source("x", {}, whole.shapes, read), torch.float32, "cpu", bits)()
+        encoder_part(Source("x", {}, whole.shapes, read), choose("cpu"), bits)()
         assert set(counts) == set(whole.shapes) - {MASK}
         assert set(counts.values()) == {1}
     rows = torch.arange(6).view(6, 1)
@@ -168,7 +169,7 @@ def test_the_checkpoint_s_own_settings():
         with pytest.raises(FormatError, match=re.escape(message)):
             config_of(shapes, config.settings() | changed, "x")
     # What it makes of them: heads and eps reach the network.
-    part = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16, own)
+    part = encoder_part(source(NAMES[0]), choose("cpu"), 16, own)
     network = part()
     assert network.encoder.layer[0].norm1.eps == network.layernorm.eps == 1e-5
     assert network.config.num_attention_heads == 4
@@ -181,12 +182,12 @@ def test_no_network_access(monkeypatch):
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    encoder = encoder_part(source(NAMES[1]), torch.float32, "cpu", 8)
+    encoder = encoder_part(source(NAMES[1]), choose("cpu"), 8)
     assert ImageConditioner(encoder, hunyuan_framing(64, 70, 0.15))(chair()).shape == (1, 26, 128)
 
 
 def test_without_transformers(monkeypatch):
-    part = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16)  # opens without it
+    part = encoder_part(source(NAMES[0]), choose("cpu"), 16)  # opens without it
     assert part.nbytes > 0
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"not installed; .* pip install 'vitapack\[dinov2\]'"):
@@ -219,20 +220,20 @@ def test_transformers_is_imported_for_a_dinov2_only():
 def test_what_is_no_dinov2():
     whole = source(NAMES[0])
     with pytest.raises(FormatError, match=r"should be a DINOv2; found no embeddings\.cls_token"):
-        encoder_part(Source("m", {}, {"x": (2,)}, whole.read), torch.float32, "cpu", 16)
+        encoder_part(Source("m", {}, {"x": (2,)}, whole.read), choose("cpu"), 16)
     shapes = {n: s for n, s in whole.shapes.items() if "patch" not in n}
     with pytest.raises(FormatError, match=r"projection\.weight is missing"):
-        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
+        encoder_part(Source("m", {}, shapes, whole.read), choose("cpu"), 16)
     shapes = whole.shapes | {"embeddings.position_embeddings": (1, 8, 128)}
     with pytest.raises(FormatError, match="places form a square"):
-        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
+        encoder_part(Source("m", {}, shapes, whole.read), choose("cpu"), 16)
     name = "encoder.layer.1.norm1.bias"
     shapes = {n: s for n, s in whole.shapes.items() if n != name}
     with pytest.raises(FormatError, match=r"a DINOv2 of its size: encoder\.layer\.1\.norm1\.bias"):
-        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
+        encoder_part(Source("m", {}, shapes, whole.read), choose("cpu"), 16)
     shapes = whole.shapes | {"encoder.layer.0.mlp.weights_out.weight": (128, 300)}
     with pytest.raises(FormatError, match="128 channels with 300 in its MLP is no DINOv2"):
-        encoder_part(Source("m", {}, shapes, whole.read), torch.float32, "cpu", 16)
+        encoder_part(Source("m", {}, shapes, whole.read), choose("cpu"), 16)
 
 
 def box_of(pixels, ground):
@@ -279,7 +280,7 @@ def test_translucent_pixels_blend_with_the_ground(prepare):
 
 
 def test_views():
-    encoder = encoder_part(source(NAMES[0]), torch.float32, "cpu", 16)
+    encoder = encoder_part(source(NAMES[0]), choose("cpu"), 16)
     several = ImageConditioner(encoder, hunyuan_framing(64, 70, 0.15), views=True)
     flipped = chair().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     both = several({"back": flipped, "front": chair()}, "two")

@@ -7,10 +7,12 @@ import torch
 
 from vitapack.runtime.decode.grid import dense
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig, fourier
+from vitapack.runtime.engines.choose import PLAIN
 from vitapack.runtime.errors import FormatError
 from vitapack.runtime.families.checkpoint import shapes_of
 from vitapack.runtime.families.open import open_checkpoint
-from vitapack.runtime.loading.build import build
+from vitapack.runtime.loading.fill import fill
+from vitapack.runtime.loading.source import Source
 from vitapack.runtime.pipeline.load import load_shape_decoder
 
 HUNYUAN = ["shapevae_tiny", "shapevae_tiny_turbo"]
@@ -58,16 +60,13 @@ def test_step1x_variant(golden, relative, tmp_path):
         eps=1e-5,
         bounds=1.05,
     )
-    decoder = build(lambda: ShapeDecoder(config), reference.weights.items(), torch.float32, "cpu")
+    shapes = {name: tuple(value.shape) for name, value in reference.weights.items()}
+    source = Source("reference", {}, shapes, reference.weights.__getitem__)
+    decoder = fill(lambda: ShapeDecoder(config), source, PLAIN)
     with torch.no_grad():
         out = decoder(reference.inputs["latents"], reference.inputs["queries"])
         assert relative(out, reference.output) <= 1e-5
-        other = build(
-            lambda: ShapeDecoder(replace(config, eps=1e-3)),
-            reference.weights.items(),
-            torch.float32,
-            "cpu",
-        )
+        other = fill(lambda: ShapeDecoder(replace(config, eps=1e-3)), source, PLAIN)
         assert relative(other(**rename(reference.inputs)), reference.output) > 1e-5
 
 

@@ -22,9 +22,10 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.decode.mesh import report
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint, check_part, network_shapes, shapes_of
-from vitapack.runtime.families.family import Device, Family
+from vitapack.runtime.families.family import Family
 from vitapack.runtime.families.open import FAMILIES, open_checkpoint
 from vitapack.runtime.families.probe import PathProbe, read_json
 from vitapack.runtime.format.layermap import LayerMap
@@ -42,9 +43,9 @@ TOKENS, LATENTS = 4, (8, CONFIG.in_channels)
 class Colours(Conditioner):
     """The mean colours of an image's quarters, (1, 4, 6): a linear of three channels."""
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: Device) -> None:
+    def __init__(self, source: Source, execution: Execution) -> None:
         self.component = Part(
-            lambda: fill(lambda: nn.Linear(3, CONFIG.cond_channels), source, dtype, device), 84
+            lambda: fill(lambda: nn.Linear(3, CONFIG.cond_channels), source, execution), 84
         )
 
     @torch.inference_mode()
@@ -105,8 +106,8 @@ TOY = Family(
     looks_for="toy.json of class Toy",
     recognises=toy_json,
     read=read,
-    conditioner=lambda source, dtype, device, bits: Colours(source, dtype, device),
-    shape_decoder=lambda source, dtype, device: Balls(source),
+    conditioner=lambda source, execution, bits: Colours(source, execution),
+    shape_decoder=lambda source, execution: Balls(source),
     condition_tokens=lambda variant: TOKENS,
 )
 

@@ -23,7 +23,8 @@ from vitapack.runtime.format.header import KEY, read_header
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.reader import verify
 from vitapack.runtime.format.tensors import model_tensors
-from vitapack.runtime.loading.packed import embedded_tensors, load_packed_dit
+from vitapack.runtime.loading.packed import load_packed_dit
+from vitapack.runtime.loading.source import packed_component
 from vitapack.runtime.networks.dit import DiT
 from vitapack.runtime.networks.linear import PackedLinear
 
@@ -93,12 +94,13 @@ def test_the_loaded_network_runs_and_says_what_it_is(tmp_path):
     half = load_packed_dit(GOLDEN, dtype=torch.bfloat16)
     assert half.cond_in.weight.dtype == torch.bfloat16
     assert half.single_blocks["0"].linear1.packed().scale.dtype == torch.float32
+    decoder = packed_component(read_header(GOLDEN), "shape_decoder", None)
     assert torch.equal(
-        embedded_tensors(GOLDEN, "shape_decoder")["post_kl.weight"].float(),
+        decoder.read("post_kl.weight").float(),
         torch.from_numpy(arrays()["vae.post_kl.weight"].astype(np.float32)),
     )
-    with pytest.raises(UserError, match="the conditioner is not embedded"):
-        embedded_tensors(GOLDEN, "conditioner")
+    with pytest.raises(UserError, match="does not hold the conditioner"):
+        packed_component(read_header(GOLDEN), "conditioner", None)
 
 
 def test_the_table_of_tensors_is_the_networks_own_state_dict():

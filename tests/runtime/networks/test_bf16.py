@@ -14,6 +14,7 @@ from plain_networks import (
 from released_layouts import Step1X, Trellis
 
 from vitapack.runtime.condition.conditioner import encoder_part
+from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.families.open import open_checkpoint
 from vitapack.runtime.loading.source import Source
 from vitapack.runtime.pipeline.load import load_dit, load_shape_decoder
@@ -89,7 +90,7 @@ def test_image_encoders(name, golden, relative):
     reference = golden(name)
     weights = reference.weights
     shapes = {tensor: tuple(value.shape) for tensor, value in weights.items()}
-    part = encoder_part(Source(name, {}, shapes, weights.__getitem__), BF16, "cpu", 16)
+    part = encoder_part(Source(name, {}, shapes, weights.__getitem__), Execution("cpu", BF16), 16)
     check(
         dinov2, lambda given: part()(given["images"]).last_hidden_state, reference,
         reference.tensors["output/70"],

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vitapack.runtime.engines.choose import PLAIN
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.families.open import open_checkpoint
-from vitapack.runtime.loading.build import build
+from vitapack.runtime.loading.fill import fill
+from vitapack.runtime.loading.source import Source
 from vitapack.runtime.pipeline import load as load_module
 from vitapack.runtime.pipeline.load import load_dit, load_shape_decoder
 
@@ -94,7 +96,7 @@ def test_values_too_large_for_the_dtype_are_named(released, tmp_path):
     folder = made.save(tmp_path / "model")
     load_dit(folder)
     load_dit(folder, dtype=torch.bfloat16)
-    with pytest.raises(FormatError, match=r"latent_in.weight reaches 1e\+05, too large for"):
+    with pytest.raises(FormatError, match=r"'latent_in.weight' reaches 1e\+05, too large for"):
         load_dit(folder, dtype=torch.float16)
 
 
@@ -129,7 +131,9 @@ def test_building_takes_one_network_s_memory(tmp_path):
     code = f"""
 import torch
 from pathlib import Path
-from vitapack.runtime.pipeline.load import build
+from vitapack.runtime.engines.choose import PLAIN
+from vitapack.runtime.loading.fill import fill
+from vitapack.runtime.loading.source import Source
 from vitapack.runtime.loading.checkpoint_files import open_weights
 
 def peak():  # MiB; ru_maxrss would start from the parent's
@@ -139,7 +143,8 @@ def peak():  # MiB; ru_maxrss would start from the parent's
 weights = open_weights(Path({str(path)!r}))
 make = lambda: torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(32)))
 before = peak()
-build(make, ((name, weights.read(name)) for name in weights), torch.float32, "cpu")
+shapes = {{name: weights.shape(name) for name in weights}}
+fill(make, Source("w", {{}}, shapes, weights.read), PLAIN)
 print(peak() - before)
 """
     root = Path(load_module.__file__).parents[2]
@@ -149,6 +154,7 @@ print(peak() - before)
     assert 90 < float(done.stdout) < 180
 
 
-def test_a_tensor_that_never_comes_is_a_bug():
-    with pytest.raises(AssertionError, match="bias"):
-        build(lambda: torch.nn.Linear(2, 2), [("weight", torch.zeros(2, 2))], torch.float32, "cpu")
+def test_a_missing_tensor_is_named():
+    source = Source("w", {}, {"weight": (2, 2)}, lambda name: torch.zeros(2, 2))
+    with pytest.raises(UserError, match="w: the tensors do not fit Linear: bias"):
+        fill(lambda: torch.nn.Linear(2, 2), source, PLAIN)
