@@ -33,8 +33,10 @@ from vitapack.runtime import choices
 from vitapack.runtime.condition.images import decode_image
 from vitapack.runtime.decode.mesh import encode
 from vitapack.runtime.errors import FormatError, UserError
+from vitapack.runtime.options import GenerateOptions, PipelineOptions
 from vitapack.runtime.pipeline.pipeline import Pipeline
-from vitapack.terminal import COUNT
+from vitapack.runtime.progress import Control
+from vitapack.terminal import COUNT, filled
 
 PARAMETERS: dict[str, Callable[[str], Any]] = {
     "seed": choices.seed,
@@ -55,8 +57,8 @@ class Refused(Exception):
         self.status, self.headers = status, headers
 
 
-def parameters(query: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"format": "glb"}
+def parameters(query: str) -> GenerateOptions:
+    found: dict[str, Any] = {}
     given = parse_qsl(query, keep_blank_values=True)
     for name, text in given:
         if name not in PARAMETERS or [n for n, _ in given].count(name) > 1:
@@ -65,9 +67,9 @@ def parameters(query: str) -> dict[str, Any]:
             found[name] = PARAMETERS[name](text)
         except (ValueError, UserError) as error:
             raise Refused(400, f"{name}: {error}") from None
-    if found["format"] not in TYPES:
+    if found.get("format", "glb") not in TYPES:
         raise Refused(400, f"format: {found['format']!r}: expected one of {', '.join(TYPES)}")
-    return found
+    return GenerateOptions(**found)  # UserError
 
 
 class Server(ThreadingHTTPServer):
@@ -119,11 +121,11 @@ class Server(ThreadingHTTPServer):
             self.jobs.add(job)
         return job
 
-    def make(self, client: "Handler", suffix: str, settings: dict[str, Any]) -> bytes:
+    def make(self, client: "Handler", options: GenerateOptions) -> bytes:
         start = time.monotonic()
         image = decode_image(client.picture, "picture")
-        mesh = self.pipeline(image, name="picture", progress=client.expect, **settings)
-        body = encode(mesh, f"mesh.{suffix}")
+        mesh = self.pipeline(image, options, name="picture", control=client.control)
+        body = encode(mesh, f"mesh.{options.format}")
         self.meshes, self.seconds = self.meshes + 1, time.monotonic() - start
         return body
 
@@ -163,6 +165,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.control = Control()  # of the mesh that this request asks for
         self.rfile = io.BufferedReader(Incoming(self.connection, self.server.options.timeout))
 
     def finish(self) -> None:
@@ -197,6 +200,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.refuse(Refused(500, "an error inside the server; its log says more"))
         finally:
             self.picture = b""  # the worker keeps what is cancelled until it comes to it
+            self.control.cancel()  # a mesh that nobody waits for ends within a step
             if self.job:
                 self.job.cancel()
                 self.job.add_done_callback(self.server.jobs.discard)  # now, if it does not run
@@ -218,15 +222,14 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, json.dumps(state).encode() + b"\n")
 
     def mesh(self, query: str) -> None:
-        settings = parameters(query)
-        suffix = settings.pop("format")
-        self.server.pipeline.settings(settings.get("steps"), settings.get("guidance"), None)
+        options = parameters(query)
+        self.server.pipeline.settings(options.steps, options.guidance, None)
         self.picture = self.body()
-        self.job = self.server.submit(self, suffix, settings)
+        self.job = self.server.submit(self, options)
         while not self.job.done():
-            self.expect()
+            self.expect_client()
             wait([self.job], timeout=1)
-        self.reply(200, self.job.result(), TYPES[suffix])
+        self.reply(200, self.job.result(), TYPES[options.format])
 
     def body(self) -> bytes:
         """The picture's bytes, read only once nothing speaks against it."""
@@ -248,8 +251,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"the body ended after {len(data)} of {length} bytes")
         return data
 
-    def expect(self, *_: int) -> None:
-        """ConnectionError where the client has hung up; asked each second and after each step."""
+    def expect_client(self) -> None:
+        """ConnectionError if the client has hung up."""
         readable = select.select([self.connection], [], [], 0)[0]
         if readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError("the client has hung up")
@@ -282,9 +285,9 @@ def main() -> None:
     option("--host", default="127.0.0.1")
     option("--port", type=int, default=8000, help="0: any that is free")
     option("--parts", metavar="MODEL", help="original that holds encoder and decoder")
-    option("--device", default="auto")
-    option("--compute", choices=choices.COMPUTES, default="a16")
-    option("--memory", choices=choices.MEMORY_MODES, default="resident")
+    option("--device")
+    option("--compute", choices=choices.COMPUTES)
+    option("--memory", choices=choices.MEMORY_MODES)
     option("--cuda-graphs", action="store_true")
     option("--resolution", type=COUNT, help="cells a side of the decoded grid")
     option("--queue", type=COUNT, default=8, help="pictures that may wait")
@@ -292,11 +295,8 @@ def main() -> None:
     option("--timeout", type=COUNT, default=60, help="seconds to send one, or take a mesh")
     options = parser.parse_args()
     try:
-        pipeline = Pipeline.open(
-            options.model, device=options.device, compute=options.compute, parts=options.parts,
-            memory=options.memory, cuda_graphs=options.cuda_graphs, resolution=options.resolution,
-        )  # fmt: skip
-        if options.memory == "resident":
+        pipeline = Pipeline.open(options.model, filled(PipelineOptions, options))
+        if pipeline.memory == "resident":
             pipeline.load()  # before it listens: the first client waits for none, errors show now
         server = Server(pipeline, options)
     except (UserError, OSError, OverflowError) as error:

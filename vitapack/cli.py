@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(
             _complain(
-                "interrupted; nothing half-written has a final name; run it again (analyze with "
-                "--resume) to go on",
+                "interrupted; nothing half-written has a final name; run it again (analyze and "
+                "generate with --resume) to go on",
                 130,
             )
         )

@@ -169,7 +169,7 @@ def condition_all(
         key = hashlib.sha256(f"{pipeline.source_sha256} {pipeline.device} {digest}".encode())
         places.append(folder / f"{key.hexdigest()[:32]}.npy")
         if not places[-1].exists():
-            cond = pipeline.condition(load_image(path), str(path))
+            cond = pipeline.condition(load_image(path), str(path), control.quiet())
             with atomic_path(places[-1]) as part:
                 np.save(part, cond.cpu().numpy())
     control.report("conditions", len(images), len(images))
@@ -197,6 +197,7 @@ def record(
         return Paths.record(
             pipeline, rows[some], seeds[some], settings.sampler, folder, settings.batch,
             lambda done: control.step("paths", (some.start or 0) + done, len(rows)),
+            control.quiet(),
         )  # fmt: skip
 
     return part(slice(0, count)), part(slice(count, None))

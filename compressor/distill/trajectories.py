@@ -27,6 +27,7 @@ from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling import solvers as sampling
 from vitapack.runtime.sampling.guidance import velocity_of
 
@@ -70,9 +71,11 @@ class Paths:
         folder: Path,
         batch: int,
         report: Callable[[int], None],
+        control: Control | None = None,
     ) -> Paths:
         """A path of each condition file's tokens (1, N, D) from the noise of its seed, into the
-        folder; what is there already stays. `batch` walk together, always the same ones."""
+        folder; what is there already stays. `batch` walk together, always the same ones. `report`
+        is told how many are done; `control` cancels within a step."""
         named = zip(conditions, seeds, strict=True)
         how = hashlib.sha256(repr(sampler).encode()).hexdigest()[:8]
         files = [folder / f"path-{place.stem}-{seed}-{how}.npy" for place, seed in named]
@@ -83,7 +86,7 @@ class Paths:
             if not all(file.exists() for file in files[some]):
                 cond = torch.cat([torch.from_numpy(np.load(place)) for place in conditions[some]])
                 noise = torch.cat([pipeline.noise(seed) for seed in seeds[some]])
-                walked = paths.walk(pipeline.dit, sampler, cond, noise)
+                walked = paths.walk(pipeline.dit, sampler, cond, noise, control)
                 for file, path in zip(files[some], walked, strict=True):
                     with atomic_path(file) as part, part.open("wb") as out:
                         np.save(out, path)
@@ -92,14 +95,19 @@ class Paths:
 
     @torch.inference_mode()
     def walk(
-        self, network: Network, sampler: SamplerDefaults, cond: Tensor, noise: Tensor
+        self,
+        network: Network,
+        sampler: SamplerDefaults,
+        cond: Tensor,
+        noise: Tensor,
+        control: Control | None = None,
     ) -> np.ndarray:
         """(B, times, 3, *latents) float16: x, velocity with the picture, without."""
         found = np.zeros((len(noise), len(self.times), 3, *noise.shape[1:]), np.float16)
         recorder = Recorder(network, {t: found[:, i] for i, t in enumerate(self.times)})
         velocity = velocity_of(cast(Network, recorder), sampler, cond)
         where = next(network.parameters()).device
-        for _ in sampling.trajectory(velocity, noise.to(where), sampler):
+        for _ in sampling.trajectory(velocity, noise.to(where), sampler, control):
             pass
         return found
 

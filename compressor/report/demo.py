@@ -77,11 +77,16 @@ class Made:
 
 
 def grid_of(
-    pipeline: Pipeline, picture: HeldOut, seed: int, dit: Network | None = None
+    pipeline: Pipeline,
+    picture: HeldOut,
+    seed: int,
+    dit: Network | None = None,
+    control: Control | None = None,
 ) -> np.ndarray:
     """The logits that a model makes of a held-out picture; `dit` stands in for its network."""
-    cond = pipeline.condition(Image.open(picture.image_path), picture.name)
-    return pipeline.grid(pipeline.latents(cond, pipeline.noise(seed), dit=dit))
+    cond = pipeline.condition(Image.open(picture.image_path), picture.name, control)
+    latents = pipeline.latents(cond, pipeline.noise(seed), dit=dit, control=control)
+    return pipeline.grid(latents, control)
 
 
 def make_all(
@@ -91,7 +96,7 @@ def make_all(
     made = []
     for number, picture in enumerate(pictures):
         control.step(phase, number, len(pictures))
-        grid = grid_of(pipeline, picture, number)
+        grid = grid_of(pipeline, picture, number, control=control.quiet())
         try:
             mesh = pipeline.surface(grid)
         except UserError:
@@ -227,7 +232,7 @@ def random_pruning(
         scores = []
         for index, picture in enumerate(pictures):
             control.step("pruned at random", number * len(pictures) + index, total)
-            grid = grid_of(pipeline, picture, index, dit=network)
+            grid = grid_of(pipeline, picture, index, network, control.quiet())
             scores.append(float(grid_iou(full[index].grid, grid)))
         found.append(
             {

@@ -83,9 +83,9 @@ class Measure:
     def full(self, digest: str, name: str, image: Image.Image) -> dict[str, Any]:
         noise_seed = _seed(self.settings.seed, digest, "noise") % 2**31
         try:
-            cond = self.pipeline.condition(image, name)
+            cond = self.pipeline.condition(image, name, self.control)
             latents = self._latents(cond, noise_seed)
-            grid = self.pipeline.grid(latents)
+            grid = self.pipeline.grid(latents, self.control)
             mesh = self.pipeline.surface(grid)
         except UserError as error:
             return {"skipped": str(error)}
@@ -127,7 +127,7 @@ class Measure:
             both = (full.latents, latents.numpy())
             before, after = (z[..., own].astype(np.float64) for z in both)
             latent_mse = float(np.square(after - before).sum() / np.square(before).sum())
-            grid = self.pipeline.grid(latents)
+            grid = self.pipeline.grid(latents, self.control)
             iou = grid_iou(grid, full.solid)
             mesh = self.pipeline.surface(grid)
         except UserError:  # NaN latents, or a grid without a surface
@@ -169,6 +169,7 @@ class Measure:
             steps=sampler["steps"],
             guidance=sampler["guidance"],
             dit=dit,
+            control=self.control,
         )
 
     def _sample(
@@ -238,7 +239,6 @@ def _start(pipeline: Pipeline, settings: Settings, cache: Path, flag: Flag, thre
 
 def _do(task: Task) -> dict[str, Any]:
     assert _worker is not None
-    _worker.control.check()
     return getattr(_worker, task[0])(*task[1])
 
 

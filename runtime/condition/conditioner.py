@@ -26,6 +26,8 @@ from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.fill import filled_bytes
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.cancellation import cancellable
+from vitapack.runtime.progress import Control
 
 Picture = Image.Image | Mapping[str, Image.Image]
 
@@ -48,10 +50,13 @@ class Conditioner(ABC):
         return 0
 
     @abstractmethod
-    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+    def __call__(
+        self, image: Picture, name: str = "image", control: Control | None = None
+    ) -> Tensor:
         """Condition tokens (1, N, D) float32 on the CPU; `name` is the image's in messages.
 
-        Raises: UserError for an image without an object.
+        Reports the phase "condition". Raises: UserError for an image without an object, Cancelled
+        by the `control`.
         """
 
 
@@ -80,7 +85,10 @@ class ImageConditioner(Conditioner):
         return self.component.working_bytes
 
     @torch.inference_mode()
-    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+    def __call__(
+        self, image: Picture, name: str = "image", control: Control | None = None
+    ) -> Tensor:
+        control = control or Control()
         if not isinstance(image, Mapping):
             image = {VIEWS[0]: image}
         elif not self.views and len(image) != 1:
@@ -89,23 +97,27 @@ class ImageConditioner(Conditioner):
             raise UserError(f"{name}: no view {odd[0]!r}; choose among {', '.join(VIEWS)}")
         if not image:
             raise UserError(f"{name}: no picture was given")
-        tokens = []
+        tokens: list[Tensor] = []
         for index, view in enumerate(VIEWS):
             if view in image:
-                found = self._encode(image[view], name if len(image) == 1 else f"{name}, {view}")
+                control.step("condition", len(tokens), len(image))
+                label = name if len(image) == 1 else f"{name}, {view}"
+                found = self._encode(image[view], label, control)
                 tokens.append(
                     found + view_embedding(index, found.shape[-1]) if self.views else found
                 )
+        control.report("condition", len(image), len(image))
         if self.extra is not None:
             tokens.append(self.extra)
         return torch.cat(tokens, dim=1)
 
-    def _encode(self, image: Image.Image, name: str) -> Tensor:
+    def _encode(self, image: Image.Image, name: str, control: Control) -> Tensor:
         pixels = self.prepare(image, name)
         mean, std = torch.tensor([MEAN, STD], dtype=torch.float32)[..., None, None]
         encoder = self.component()
         device = next(encoder.parameters()).device
-        tokens = encoder(((pixels - mean) / std)[None].to(device)).last_hidden_state
+        with cancellable(encoder, control):
+            tokens = encoder(((pixels - mean) / std)[None].to(device)).last_hidden_state
         registers = getattr(encoder.config, "num_register_tokens", 0)
         if registers and not self.registers:
             tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)

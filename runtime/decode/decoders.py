@@ -22,6 +22,8 @@ from vitapack.runtime.loading.fill import Net, fill, filled_bytes
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.memory import holes_kept
 from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.cancellation import cancellable
+from vitapack.runtime.progress import Control
 
 
 class Decoder(ABC):
@@ -59,8 +61,11 @@ class Decoder(ABC):
         return 0
 
     @abstractmethod
-    def __call__(self, latents: Tensor) -> np.ndarray:
-        """Latents (1, *latent_shape), with or without anchors, to logits (R, R, R) float32."""
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
+        """Latents (1, *latent_shape), with or without anchors, to logits (R, R, R) float32.
+
+        Reports the phase "decode". Raises: Cancelled by the `control`.
+        """
 
 
 class VolumeDecoder(Decoder):
@@ -90,13 +95,14 @@ class VolumeDecoder(Decoder):
     def surface_bytes(self) -> int:
         return surface_bytes(self.resolution) if self.device == "cpu" else 0
 
-    def __call__(self, latents: Tensor) -> np.ndarray:
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         network = self.component()
         device = network.post_kl.weight.device
         evaluate = dense if self.dense else coarse_to_fine
-        field = network.field(latents.to(device))
+        with cancellable(network, control or Control()):
+            field = network.field(latents.to(device))
         with holes_kept():
-            grid = evaluate(field, self.resolution, self.bounds, device=device)
+            grid = evaluate(field, self.resolution, self.bounds, device=device, control=control)
         self.queries = grid.queries
         return grid.values.numpy()
 
@@ -126,9 +132,13 @@ class OccupancyGrid(Decoder):
         return surface_bytes(self.config.side) if self.device == "cpu" else 0
 
     @torch.inference_mode()
-    def __call__(self, latents: Tensor) -> np.ndarray:
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         network = self.component()
-        logits = network(latents.to(network.input_layer.weight))[0, 0].float().cpu().numpy()
+        control = control or Control()
+        control.step("decode", 0, 1)
+        with cancellable(network, control):
+            logits = network(latents.to(network.input_layer.weight))[0, 0].float().cpu().numpy()
+        control.report("decode", 1, 1)
         turned = logits.transpose(0, 2, 1)[:, :, ::-1]  # (x, y, z) to (x, z, -y)
         return np.pad(turned, 1, constant_values=min(-1.0, float(logits.min())))
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitapack.runtime import choices
+from vitapack.runtime.progress import Control
 
 Field = Callable[[Tensor], Tensor]  # points (P, 3) -> logits (P,)
-Progress = Callable[[int, int], None]  # (points done, points known so far)
 
 # Grids of less than FAITHFUL cells a side lose whole legs of chairs (the reference starts at 63).
 # From COARSEST up to there, cells are also split where the field only varies, by a quarter of its
@@ -52,13 +52,13 @@ def dense(
     *,
     chunk: int | None = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    control: Control | None = None,
 ) -> Grid:
     """Every node of the grid: (R + 1)^3 queries, `chunk` of them a call (default: CHUNKS)."""
     _check(resolution, bounds)
     nodes = torch.arange((resolution + 1) ** 3, dtype=torch.int64)
     values = torch.empty(len(nodes), dtype=torch.float32)
-    asker = _Asker(field, resolution, bounds, chunk, device, progress)
+    asker = _Asker(field, resolution, bounds, chunk, device, control or Control())
     asker(nodes, values, resolution)
     side = resolution + 1
     return Grid(values.view(side, side, side), asker.queries, bounds)
@@ -73,7 +73,7 @@ def coarse_to_fine(
     contrast: float = CONTRAST,
     chunk: int | None = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    control: Control | None = None,
 ) -> Grid:
     """The same surface as `dense` from a small part of its queries.
 
@@ -95,7 +95,7 @@ def coarse_to_fine(
     sizes = [resolution]
     while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= COARSEST:
         sizes.append(sizes[-1] // 2)
-    asker = _Asker(field, resolution, bounds, chunk, device, progress)
+    asker = _Asker(field, resolution, bounds, chunk, device, control or Control())
     size = sizes.pop()
     values = torch.empty((size + 1) ** 3, dtype=torch.float32)
     asker(torch.arange(len(values)), values, size)
@@ -207,9 +207,9 @@ class _Asker:
         bounds: float,
         chunk: int | None,
         device: torch.device | str,
-        progress: Progress | None,
+        control: Control,
     ) -> None:
-        self.field, self.device, self.progress = field, device, progress
+        self.field, self.device, self.control = field, device, control
         self.chunk = CHUNKS[torch.device(device).type] if chunk is None else chunk
         if self.chunk < 1:
             raise ValueError(f"chunk {chunk}: expected at least 1")
@@ -221,11 +221,11 @@ class _Asker:
         axis = self.axis[:: (len(self.axis) - 1) // size]
         side, total = size + 1, self.queries + len(nodes)
         for part in nodes.split(self.chunk):
+            self.control.check()
             index = torch.stack([part // (side * side), part // side % side, part % side], dim=1)
             values[part] = self.field(axis[index].to(self.device)).to("cpu", torch.float32)
             self.queries += len(part)
-            if self.progress is not None:
-                self.progress(self.queries, total)
+            self.control.report("decode", self.queries, total)
 
 
 def refine_bytes(resolution: int) -> int:

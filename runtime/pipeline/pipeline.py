@@ -10,10 +10,11 @@ what else was in the batch.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 import vitapack
-from vitapack.runtime.choices import MEMORY_MODES, VIEWS, check_choice
+from vitapack.runtime.choices import VIEWS
 from vitapack.runtime.condition.conditioner import Conditioner, Picture
 from vitapack.runtime.decode.decoders import Decoder
 from vitapack.runtime.decode.mesh import Mesh, clean, surface_from_grid
@@ -43,12 +44,25 @@ from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.memory import keep_no_holes
 from vitapack.runtime.loading.source import packed_component
 from vitapack.runtime.networks.network import Network
+from vitapack.runtime.options import GenerateOptions, PipelineOptions, merged
 from vitapack.runtime.pipeline.load import dit_of, expect_floats, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, peaks
 from vitapack.runtime.pipeline.predict import base_bytes, imported_bytes, late_imported_bytes
+from vitapack.runtime.pipeline.result import Generated
+from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling.guidance import denoise
 
 PHASES = ("condition", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a pipeline runs."""
+
+    family: str
+    source: str  # path of the packed file or of the original's weights
+    sha256: str  # of its contents
+    variant: str = ""  # the released model's name
 
 
 class Pipeline:
@@ -60,35 +74,30 @@ class Pipeline:
         sampler: SamplerDefaults,
         conditioner: Conditioner,
         decoder: Decoder,
-        *,
-        family: str,
-        source: str,
-        sha256: str,
-        variant: str = "",
-        memory: str = "resident",
+        origin: Origin,
+        options: PipelineOptions | None = None,
         step_bytes: Callable[[int, int], int] | None = None,
-        device: str = "cpu",
-        cuda_graphs: bool = False,
     ) -> None:
         """A `dit` passed as a Part, like the conditioner's and the decoder's component, is loaded
         when its phase starts (on GPUs one phase earlier where memory allows) and freed after it if
-        `memory` is "lean". `step_bytes` predicts the working memory of a call of the DiT from the
-        count of views and the batch size. `cuda_graphs`: its calls are captured and
-        replayed as long as it is loaded; UserError unless `device` is a GPU."""
-        if cuda_graphs:
+        the memory mode is "lean". `options`: how it was opened, with a device that is there
+        (default "cpu"). `step_bytes` predicts the working memory of a call of the DiT from the
+        count of views and the batch size. UserError for CUDA graphs unless the device is a GPU."""
+        options = options or PipelineOptions(device="cpu")
+        device = options.device
+        if options.cuda_graphs:
             expect_gpu(device)
-        check_choice("memory mode", memory, MEMORY_MODES)
-        if memory == "lean":
+        if options.memory == "lean":
             keep_no_holes()
         self._dit, self.sampler = dit, sampler
         self.conditioner, self.decoder = conditioner, decoder
-        self.family, self.source, self.source_sha256 = family, source, sha256
-        self.variant, self.memory = variant, memory
+        self.family, self.variant = origin.family, origin.variant
+        self.source, self.source_sha256 = origin.source, origin.sha256
+        self.memory, self.device, self.cuda_graphs = options.memory, device, options.cuda_graphs
         self._step_bytes = step_bytes
-        self.device, self.cuda_graphs = device, cuda_graphs
         self._graphs: GraphedNetwork | None = None
         self._ahead = torch.device(device).type == "cuda"  # on a CPU loads and phases share cores
-        self._base = base_bytes(device, cuda_graphs)
+        self._base = base_bytes(device, options.cuda_graphs)
         if device == "cpu":
             self._base += imported_bytes(conditioner.imports)
         self._turn = threading.Lock()
@@ -113,46 +122,44 @@ class Pipeline:
     @classmethod
     def open(
         cls,
-        path: str | Path,
-        device: str = "auto",
-        compute: str = "a16",
-        *,
-        parts: str | Path | None = None,
-        memory: str = "resident",
-        cuda_graphs: bool = False,
-        resolution: int | None = None,
+        path: str | os.PathLike[str],
+        options: PipelineOptions | None = None,
+        **changes: Any,
     ) -> Pipeline:
         """A packed file, an original checkpoint (folder or file), or a bundled model's name.
 
-        `resolution`: cells a side of the decoded grid, by default the family's. UserError where an
-        original is to compute in "a8", or to take `parts` of another; where there is one grid only.
+        `changes` are fields of the options, as in open(path, device="cuda", memory="lean").
+        UserError where an original is to compute in "a8", or to take `parts` of another; where a
+        resolution is given and there is one grid only.
         """
+        options = merged(PipelineOptions, options, changes)
+        parts, memory, cuda_graphs = options.parts, options.memory, options.cuda_graphs
         place = Path(path)
         if str(path) not in BUNDLED and is_packed(place):
             pipeline = cls.from_packed(
-                place, device, compute, parts=parts, memory=memory, cuda_graphs=cuda_graphs
-            )
+                place, options.device, options.compute, parts=parts, memory=memory,
+                cuda_graphs=cuda_graphs,
+            )  # fmt: skip
         else:
-            expect_floats(path, compute)
+            expect_floats(path, options.compute)
             if parts is not None:
                 raise UserError(
                     f"{path} is an original, which has its own parts: leave --parts out"
                 )
-            pipeline = cls.from_model(path, device, memory=memory, cuda_graphs=cuda_graphs)
-        if resolution is not None:
-            if pipeline.decoder.resolution is None:
-                raise UserError(f"--resolution: the shapes of {pipeline.family} have one grid only")
-            pipeline.decoder.resolution = resolution
+            pipeline = cls.from_model(path, options.device, memory=memory, cuda_graphs=cuda_graphs)
+        if options.resolution is not None:
+            pipeline.expect_resolution()
+            pipeline.decoder.resolution = options.resolution
         return pipeline
 
     @classmethod
     def from_packed(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         device: str = "auto",
         compute: str = "a16",
         *,
-        parts: str | Path | None = None,
+        parts: str | os.PathLike[str] | None = None,
         memory: str = "resident",
         encoder_bits: int = 8,
         cuda_graphs: bool = False,
@@ -169,6 +176,7 @@ class Pipeline:
         header = read_header(path)
         if header.size <= VERIFY_BELOW:  # now, not when the network is first needed
             verify(path)
+        options = PipelineOptions(device, compute, parts, memory, cuda_graphs)
         execution = choose(device, compute, present=not absent)
         if cuda_graphs:
             expect_gpu(execution.device)  # before the original is looked at
@@ -187,26 +195,21 @@ class Pipeline:
             SamplerDefaults.from_json(header.sampler),
             family.conditioner(conditioner, around, encoder_bits),
             decoder,
-            family=header.family,
-            source=str(path),
-            sha256=header.sha256,
-            variant=header.variant,
-            memory=memory,
-            step_bytes=partial(
+            Origin(header.family, str(path), header.sha256, header.variant),
+            replace(options, device=where),
+            partial(
                 _run_bytes,
                 config,
                 decoder.latent_shape,
                 execution,
                 family.condition_tokens(header.variant),
             ),
-            device=where,
-            cuda_graphs=cuda_graphs,
         )
 
     @classmethod
     def from_model(
         cls,
-        model: str | Path,
+        model: str | os.PathLike[str],
         device: str = "auto",
         *,
         memory: str = "resident",
@@ -216,10 +219,12 @@ class Pipeline:
         """Opens an original checkpoint: float32 on CPUs, fp16 elsewhere."""
         checkpoint = open_checkpoint(model)
         family = _family(checkpoint.family, checkpoint.config, str(model))
+        options = PipelineOptions(device, memory=memory, cuda_graphs=cuda_graphs)
         execution = choose(device, packed=False)
         dtype, where = execution.dtype, execution.device
         if cuda_graphs:
             expect_gpu(where)  # before its files are hashed
+        digest = checkpoint.source(hashed=True)["sha256"]
         conditioner = checkpoint.component("conditioner")
         around = choose(device, packed=encoder_bits == 8)  # image encoder and shape decoder
         decoder = family.shape_decoder(checkpoint.component("shape_decoder"), around)
@@ -231,20 +236,15 @@ class Pipeline:
             checkpoint.sampler,
             family.conditioner(conditioner, around, encoder_bits),
             decoder,
-            family=checkpoint.family,
-            source=str(checkpoint.path),
-            sha256=checkpoint.source(hashed=True)["sha256"],
-            variant=checkpoint.variant,
-            memory=memory,
-            step_bytes=partial(
+            Origin(checkpoint.family, str(checkpoint.path), digest, checkpoint.variant),
+            replace(options, device=where),
+            partial(
                 _run_bytes,
                 checkpoint.config,
                 decoder.latent_shape,
                 execution,
                 family.condition_tokens(checkpoint.variant),
             ),
-            device=where,
-            cuda_graphs=cuda_graphs,
         )
 
     def load(self) -> None:
@@ -291,28 +291,40 @@ class Pipeline:
             parts[phase].free()
 
     @contextmanager
-    def _phases(self, views: int, one_batch: bool) -> Iterator[Callable[[str], Any]]:
-        """One picture's turn: gives the context of each phase, which measures it."""
-        predicted, early = self._peaks(views, one_batch)
-        parts = self._parts()
-        meter = PhaseMeter(predicted, self.device)
-
-        @contextmanager
-        def phase(name: str) -> Iterator[None]:
-            following = dict(pairwise(PHASES)).get(name)
-            with meter(name):
-                if name in early and following in parts:
-                    parts[following].begin(self.device)
-                yield
-
-        with self._turn:
+    def _phases(
+        self, views: int, options: GenerateOptions, control: Control
+    ) -> Iterator[Callable[[str], Any]]:
+        """One image's turn: gives the context of each phase, which measures it."""
+        while not self._turn.acquire(timeout=0.2):
+            control.check()
+        usual = self.decoder.resolution
+        try:
+            if options.resolution is not None:
+                self.expect_resolution()
+                self.decoder.resolution = options.resolution
+            predicted, early = self._peaks(views, options.one_batch)
+            parts = self._parts()
+            meter = PhaseMeter(predicted, self.device)
             self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
+
+            @contextmanager
+            def phase(name: str) -> Iterator[None]:
+                control.check()
+                following = dict(pairwise(PHASES)).get(name)
+                with meter(name):
+                    if name in early and following in parts:
+                        parts[following].begin(self.device)
+                    yield
+
             try:
                 yield phase
             except BaseException:
-                for name in PHASES:  # what has come early would be in the next picture's way
+                for name in PHASES:  # what has come early would be in the next image's way
                     self.free(name)
                 raise
+        finally:
+            self.decoder.resolution = usual
+            self._turn.release()
 
     def _stepper(self) -> Network | GraphedNetwork:
         """What the sampler calls: the network, or the graphs of its calls."""
@@ -327,9 +339,13 @@ class Pipeline:
     def settings(
         self, steps: int | None, guidance: float | None, sampler: str | None
     ) -> SamplerDefaults:
-        """The model's defaults with what the caller asked for."""
-        asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "name": sampler}
-        return replace(self.sampler, **{k: v for k, v in asked.items() if v is not None})
+        """The model's defaults with the given values; None keeps the default. UserError."""
+        return self.sampler.with_values(name=sampler, steps=steps, guidance=guidance)
+
+    def expect_resolution(self) -> None:
+        """UserError unless the grid's resolution can be chosen."""
+        if self.decoder.resolution is None:
+            raise UserError(f"--resolution: the shapes of {self.family} have one grid only")
 
     def check_views(self, views: Collection[str]) -> None:
         """UserError unless this model takes views of these names together."""
@@ -341,9 +357,11 @@ class Pipeline:
         if not views:
             raise UserError("no picture was given")
 
-    def condition(self, image: Picture, name: str = "image") -> Tensor:
-        """Condition tokens (1, N, D) of a picture, or of views by name ("front", "left", ...)."""
-        return self.conditioner(image, name)
+    def condition(
+        self, image: Picture, name: str = "image", control: Control | None = None
+    ) -> Tensor:
+        """Condition tokens (1, N, D) of an image, or of views by name ("front", "left", ...)."""
+        return self.conditioner(image, name, control)
 
     def noise(self, seed: int) -> Tensor:
         """(1, L, C), for TRELLIS (1, C, R, R, R): the same for the same seed on every device."""
@@ -364,7 +382,7 @@ class Pipeline:
         sampler: str | None = None,
         dit: Network | None = None,
         one_batch: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """Latents float32 on the CPU, of the noise's shape; `dit` stands in for the model's own
         network, such as one with a block left out. `one_batch`: guidance as one batch of two, as
@@ -376,15 +394,15 @@ class Pipeline:
             cond,
             noise,
             one_batch=one_batch,
-            progress=progress,
+            control=control,
         )
         if not torch.isfinite(out).all():
             raise self._not_finite("network")
         return out.cpu()
 
-    def grid(self, latents: Tensor) -> np.ndarray:
+    def grid(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         """Logits (R, R, R) float32, positive inside."""
-        grid = self.decoder(latents)
+        grid = self.decoder(latents, control)
         if not np.isfinite(grid).all():
             raise self._not_finite("shape decoder")
         return grid
@@ -403,57 +421,84 @@ class Pipeline:
     def __call__(
         self,
         image: Picture,
+        options: GenerateOptions | None = None,
         *,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
         name: str = "image",
-        one_batch: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        control: Control | None = None,
+        **changes: Any,
     ) -> Mesh:
-        """A mesh whose metadata says how it was made. `image`: a picture, or views by name
-        ("front", "left", "back", "right") for a model of several. Threads take turns. UserError for
-        a picture without an object, for a step count that the packed file has no tables for, for an
-        empty shape."""
-        settings = self.settings(steps, guidance, sampler)
+        """The mesh of `generate`."""
+        return self.generate(image, options, name=name, control=control, **changes).mesh
+
+    def generate(
+        self,
+        image: Picture,
+        options: GenerateOptions | None = None,
+        *,
+        name: str = "image",
+        control: Control | None = None,
+        **changes: Any,
+    ) -> Generated:
+        """A mesh whose metadata state how it was made, and what making it took.
+
+        `image`: an image, or views by name ("front", "left", "back", "right") for a multi-view
+        model; `name` is its name in messages. `changes` are fields of the options, as in
+        generate(image, seed=1, steps=20). Threads take turns. `control` reports the phases and
+        cancels within a step; the pipeline is then as it was before.
+
+        Raises UserError for an image without an object, for a step count that the packed file has
+        no tables for, for an empty shape.
+        """
+        options = merged(GenerateOptions, options, changes)
+        control = control or Control()
+        settings = self.settings(options.steps, options.guidance, options.sampler)
         views = 1
         if isinstance(image, Mapping):
             self.check_views(image)
             views = len(image)
             if not self.conditioner.views:
                 image = image[VIEWS[0]]
-        with self._phases(views, one_batch) as phase:
+        with self._phases(views, options, control) as phase:
             with phase("condition"):
-                cond = self.condition(image, name)
+                cond = self.condition(image, name, control)
                 self.free("condition")
             with phase("denoise"):
                 latents = self.latents(
                     cond,
-                    self.noise(seed),
-                    steps=steps,
-                    guidance=guidance,
-                    sampler=sampler,
-                    one_batch=one_batch,
-                    progress=progress,
+                    self.noise(options.seed),
+                    steps=options.steps,
+                    guidance=options.guidance,
+                    sampler=options.sampler,
+                    one_batch=options.one_batch,
+                    control=control,
                 )
                 self.free("denoise")
             with phase("decode"):
-                grid = self.grid(latents)
+                grid = self.grid(latents, control)
                 self.free("decode")
+                control.check()
                 mesh = self.surface(grid)
-        metadata = {
+            mesh = replace(mesh, metadata=self.metadata(options))
+            queries = self.decoder.queries
+            return Generated(mesh, options.seed, settings, self.seconds, self.bytes, queries)
+
+    def metadata(self, options: GenerateOptions) -> dict[str, Any]:
+        """The metadata of a mesh that is made with these options."""
+        settings = self.settings(options.steps, options.guidance, options.sampler)
+        found: dict[str, Any] = {
             "generator": f"vitapack {vitapack.__version__}",
             "family": self.family,
             "variant": self.variant,
             "model": Path(self.source).name,
             "sha256": self.source_sha256,
-            "seed": seed,
+            "seed": options.seed,
             "sampler": settings.name,
             "steps": settings.steps,
             "guidance": settings.guidance,
         }
-        return replace(mesh, metadata=metadata)
+        if options.resolution is not None:
+            found["resolution"] = options.resolution
+        return found
 
 
 def _run_bytes(

@@ -15,6 +15,7 @@ from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times,
 from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import Network
+from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling import solvers as sampling
 
 
@@ -26,7 +27,7 @@ def denoise(
     noise: Tensor,
     *,
     one_batch: bool = False,
-    progress: sampling.Progress | None = None,
+    control: Control | None = None,
 ) -> Tensor:
     """Latents of the noise's shape, float32, on the network's device.
 
@@ -35,7 +36,7 @@ def denoise(
     """
     device = next(network.parameters()).device
     velocity = velocity_of(network, settings, cond, one_batch=one_batch)
-    return sampling.sample(velocity, noise.to(device), settings, progress).float()
+    return sampling.sample(velocity, noise.to(device), settings, control).float()
 
 
 def velocity_of(

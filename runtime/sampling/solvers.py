@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vitapack.runtime.format.schedules import SamplerDefaults, Schedule, schedule
+from vitapack.runtime.progress import Control
 
 if TYPE_CHECKING:  # schedules alone need no torch
     from torch import Tensor
@@ -30,18 +31,17 @@ if TYPE_CHECKING:  # schedules alone need no torch
 
 Velocity = Callable[["Tensor", float], "Tensor"]
 Network = Callable[["Tensor", float, "Tensor"], "Tensor"]  # (x, t, cond) -> velocity
-Progress = Callable[[int, int], None]  # (evaluations done, evaluations in all)
 
 
 def sample(
     velocity: Velocity,
     noise: Tensor,
     settings: SamplerDefaults,
-    progress: Progress | None = None,
+    control: Control | None = None,
 ) -> Tensor:
     """Latents of the shape and dtype of `noise`: float32, also where the network's is lower."""
     x = noise
-    for x in trajectory(velocity, noise, settings, progress):  # noqa: B007
+    for x in trajectory(velocity, noise, settings, control):  # noqa: B007
         pass
     return x
 
@@ -50,19 +50,23 @@ def trajectory(
     velocity: Velocity,
     noise: Tensor,
     settings: SamplerDefaults,
-    progress: Progress | None = None,
+    control: Control | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the N + 1 states: the noise, then the state after every step."""
+    """Yields the N + 1 states: the noise, then the state after every step.
+
+    `control` reports the phase "denoise" in network evaluations and cancels before each of them.
+    """
+    control = control or Control()
     plan = schedule(settings)
     total = sum(plan.evaluated)
     done = 0
 
     def counted(x: Tensor, t: float) -> Tensor:
         nonlocal done
+        control.check()
         out = velocity(x, t)
         done += 1
-        if progress is not None:
-            progress(done, total)
+        control.report("denoise", done, total)
         return out
 
     if settings.name == "unipc":

@@ -15,10 +15,11 @@ as many tokens as its other flow has.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ from vitapack.runtime.loading import packed
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.memory import keep_holes, return_memory
 from vitapack.runtime.networks.network import Network
+from vitapack.runtime.options import BenchOptions, PipelineOptions, merged
 from vitapack.runtime.pipeline.load import dit_of, original_of
 from vitapack.runtime.pipeline.phases import PhaseMeter, memory_words
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.pipeline.predict import base_bytes
+from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling.guidance import velocity_of
 from vitapack.runtime.tools.flops import guided_flops
 
@@ -61,32 +64,30 @@ class Row:
 
 
 def bench(
-    path: str | Path,
+    path: str | os.PathLike[str],
+    options: BenchOptions | None = None,
     *,
-    original: str | Path | None = None,
-    device: str = "auto",
-    compute: str = "a16",
-    repeats: int = 5,
-    cond_tokens: int | None = None,
-    resolution: int | None = None,
-    sampling_steps: int | None = None,
-    whole_pass: bool = True,
-    cuda_graphs: bool = False,
     note: Callable[[str], None] = lambda line: None,
+    control: Control | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
-    """JSON of everything measured. `original`, of a packed file, is compared with it, and needed
-    for latents' sizes where the file holds no decoder. `whole_pass`: also a picture to a mesh by
-    each, in `sampling_steps` (default: the packed file's own). `cuda_graphs`: all of it through
-    graphs (cuda_graph.py). `note` is told what is predicted before each part runs. UserError.
+    """JSON of everything measured. `changes` are fields of the options.
+
+    The original of a packed file is compared with it, and needed for the latents' sizes if the file
+    holds no shape decoder. `note` is told the predicted memory before each part runs; `control`
+    cancels between the steps. UserError.
     """
+    options = merged(BenchOptions, options, changes)
+    control = control or Control()
     place = resolve(path)
     is_file = is_packed(place)
-    execution = choose(device, compute, packed=is_file)
+    original, compute = options.original, options.compute
+    execution = choose(options.device, compute, packed=is_file)
     where = execution.device
     if original is not None and not is_file:
         raise UserError(f"{path} is an original itself; --original goes with a packed file")
     checkpoint = None if is_file else open_checkpoint(path)
-    if cuda_graphs:
+    if options.cuda_graphs:
         expect_gpu(where)
     rows = []
     if is_file:
@@ -107,19 +108,20 @@ def bench(
     assert model is not None
     config = header.network if is_file else checkpoint.config  # type: ignore[union-attr]
     latents = _latents(config, place if is_file else None, checkpoint, where)
-    tokens = cond_tokens or family_of(model.family, path).condition_tokens(model.variant)
-    count = sampling_steps or rows[0].sampler.steps  # the tables of a packed file serve no other
-    passes = [(f"packed {compute}", path, original, compute)] if is_file else []
+    tokens = options.cond_tokens or family_of(model.family, path).condition_tokens(model.variant)
+    # The tables of a packed file serve no other count than its own.
+    options = replace(options, steps=options.steps or rows[0].sampler.steps)
+    lean = PipelineOptions(where, compute, original, "lean", options.cuda_graphs)
+    floats = replace(lean, compute="a16", parts=None)
+    passes = [(f"packed {compute}", path, lean)] if is_file else []
     if checkpoint is not None:
-        passes.append(("float32" if where == "cpu" else "float16", original or path, None, "a16"))
+        passes.append(("float32" if where == "cpu" else "float16", original or path, floats))
     phases = [
-        _phases(name, source, parts, computes, where, resolution, count, cuda_graphs, note)
-        for name, source, parts, computes in (passes if whole_pass else ())
+        _phases(name, source, how, options, note, control)
+        for name, source, how in (passes if options.whole_pass else ())
     ]
     keep_holes()  # which the lean passes have none of
-    steps = [
-        row for timed in rows for row in _time(timed, latents, tokens, repeats, cuda_graphs, note)
-    ]
+    steps = [found for row in rows for found in _time(row, latents, tokens, options, note, control)]
     return {
         "model": str(path),
         "variant": model.variant,
@@ -155,12 +157,13 @@ def _time(
     row: Row,
     latents: tuple[int, ...],
     tokens: int,
-    repeats: int,
-    cuda_graphs: bool,
+    options: BenchOptions,
     note: Callable[[str], None],
+    control: Control,
 ) -> list[dict[str, Any]]:
     """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
     return_memory()
+    repeats, cuda_graphs = options.repeats, options.cuda_graphs
     execution, sampler = row.execution, row.sampler
     device = execution.device
     base = base_bytes(device, cuda_graphs)
@@ -190,6 +193,7 @@ def _time(
         seconds = []
         with meter("step"), torch.inference_mode():
             for _ in range(repeats + 1):  # the first warms up
+                control.check()
                 start = time.perf_counter()
                 velocity(x, t)
                 if device != "cpu":
@@ -216,14 +220,11 @@ def _time(
 
 def _phases(
     name: str,
-    path: str | Path,
-    parts: str | Path | None,
-    compute: str,
-    device: str,
-    side: int | None,
-    steps: int,
-    cuda_graphs: bool,
+    path: str | os.PathLike[str],
+    how: PipelineOptions,
+    options: BenchOptions,
     note: Callable[[str], None],
+    control: Control,
 ) -> dict[str, Any]:
     """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be, or
     where it stopped: random weights may have no surface."""
@@ -231,19 +232,17 @@ def _phases(
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
     return_memory()
     try:
-        pipeline = Pipeline.open(
-            path, device, compute, parts=parts, memory="lean", cuda_graphs=cuda_graphs
-        )
-        if side is not None and pipeline.decoder.resolution is not None:
-            pipeline.decoder.resolution = side
+        pipeline = Pipeline.open(path, how)
+        if options.resolution is not None and pipeline.decoder.resolution is not None:
+            pipeline.decoder.resolution = options.resolution
         for phase, count in pipeline.predicted_bytes().items():
-            often = f", {steps} steps" * (phase == "denoise")
+            often = f", {options.steps} steps" * (phase == "denoise")
             note(f"{name}, {phase}{often}: predicted peak {count / 2**30:.2f} GiB")
     except UserError as error:
         return {"name": name, "skipped": str(error)}
     stopped = None
     try:
-        pipeline(image, steps=steps)
+        pipeline(image, steps=options.steps, control=control)
     except UserError as error:
         stopped = str(error)
     return {
@@ -251,7 +250,7 @@ def _phases(
         "stopped": stopped,
         "seconds": pipeline.seconds,
         "bytes": pipeline.bytes,
-        "steps": steps,
+        "steps": options.steps,
         "resolution": pipeline.decoder.resolution,
         "queries": pipeline.decoder.queries,
     }

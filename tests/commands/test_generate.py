@@ -63,10 +63,32 @@ def test_one_bad_picture_costs_only_its_own_mesh(packed: Path, tmp_path: Path, c
     assert "no object" in capsys.readouterr().err
 
 
+def test_an_interrupted_folder_is_resumed(packed: Path, tmp_path: Path, capsys) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a", "b"):
+        (photos / f"{name}.png").write_bytes(PICTURE.read_bytes())
+    words = ["-o", out, "--steps", "4", "--quiet"]
+    run("generate", packed, photos / "a.png", *words, "--json")
+    assert "kept" not in json.loads(capsys.readouterr().out)
+    before = (out / "a.glb").stat().st_mtime_ns
+    run("generate", packed, photos, *words, "--resume", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["kept"] == [str(out / "a.glb")]
+    assert [row["file"] for row in found["written"]] == [str(out / "b.glb")]
+    assert (out / "a.glb").stat().st_mtime_ns == before
+    run("generate", packed, photos, *words, "--resume")
+    assert capsys.readouterr().out == f"{out / 'a.glb'}  kept\n{out / 'b.glb'}  kept\n"
+    run("generate", packed, photos, *words, "--resume", "--json", "--seed", "1")
+    assert len(json.loads(capsys.readouterr().out)["written"]) == 2
+    line = complaint(capsys, "generate", packed, photos, *words, "--resume", "--format", "stl")
+    assert "--resume: an STL file has no room" in line
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     packed, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("vitapack.runtime.pipeline.pipeline.Pipeline.__call__", None)  # never asked
+    monkeypatch.setattr("vitapack.runtime.pipeline.pipeline.Pipeline.generate", None)  # never asked
     (tmp_path / "file").touch()
     line = complaint(capsys, "generate", packed, PICTURE, "-o", tmp_path / "file", "--quiet")
     assert "cannot write" in line

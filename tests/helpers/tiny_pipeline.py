@@ -16,7 +16,8 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.architecture import DiTConfig
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.networks.dit import DiT, hunyuan_time
-from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.pipeline.pipeline import Origin, Pipeline
+from vitapack.runtime.progress import Control
 
 HIDDEN = 16
 IDLE = (("double", 1), ("single", 2))  # blocks whose gates are zero: leaving them out is exact
@@ -26,7 +27,9 @@ STRONG = {"double": 0, "single": 0}  # blocks that add by far the most
 class Tokens(Conditioner):
     """A picture as (1, 4, 6) numbers; a black one has no object."""
 
-    def __call__(self, image: Image.Image, name: str = "image") -> Tensor:
+    def __call__(
+        self, image: Image.Image, name: str = "image", control: Control | None = None
+    ) -> Tensor:
         pixels = np.asarray(image.convert("RGB").resize((4, 2)), dtype=np.float32) / 127.5 - 1
         if pixels.max() == -1:
             raise UserError(f"{name}: no object in this picture")
@@ -43,7 +46,7 @@ class Ellipsoids(Decoder):
     def __init__(self, resolution: int = 20, shift: float = 0.0) -> None:
         self.resolution, self.shift = resolution, shift
 
-    def __call__(self, latents: Tensor) -> np.ndarray:
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         axis = np.linspace(-1, 1, self.resolution)
         nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
         z = np.tanh(latents[0].numpy().astype(np.float64) / 2)
@@ -86,9 +89,7 @@ def tiny_pipeline(decoder: Ellipsoids | None = None) -> Pipeline:
         SamplerDefaults("euler", steps=3, guidance=2.0),
         Tokens(),
         decoder or Ellipsoids(),
-        family="tiny",
-        source="tiny/model.safetensors",
-        sha256="0" * 64,
+        Origin("tiny", "tiny/model.safetensors", "0" * 64),
     )
 
 
@@ -110,7 +111,7 @@ def pictures(count: int) -> list[tuple[str, Image.Image]]:
 class Vanishing(Ellipsoids):
     """No surface for small latents, as they are without double block 0 (below 1.0, full above)."""
 
-    def __call__(self, latents: Tensor) -> np.ndarray:
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         grid = super().__call__(latents)
         return grid if latents.abs().mean() > self.least else np.full_like(grid, -1)
 

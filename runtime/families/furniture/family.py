@@ -43,6 +43,8 @@ from vitapack.runtime.families.probe import PathProbe
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.loading.source import Source
+from vitapack.runtime.networks.cancellation import cancellable
+from vitapack.runtime.progress import Control
 
 NAME = "furniture"
 FOLDER = Path(__file__).resolve().parents[2] / "bundled" / "furniture"
@@ -97,10 +99,17 @@ class FurnitureConditioner(Conditioner):
         self.encoder = fill(lambda: FurnitureEncoder(config), source, PLAIN)
 
     @torch.no_grad()
-    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+    def __call__(
+        self, image: Picture, name: str = "image", control: Control | None = None
+    ) -> Tensor:
         if isinstance(image, Mapping):
             raise UserError(f"{name}: this model takes one image, not {len(image)} views")
-        return self.encoder(preprocess(image, name))
+        control = control or Control()
+        control.step("condition", 0, 1)
+        with cancellable(self.encoder, control):
+            tokens = self.encoder(preprocess(image, name))
+        control.report("condition", 1, 1)
+        return tokens
 
 
 class FurnitureGrid(Decoder):
@@ -124,8 +133,12 @@ class FurnitureGrid(Decoder):
         return surface_bytes(GRID) if self.on_cpu else 0
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor) -> np.ndarray:
-        logits = self.network(latents.float())[0]
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
+        control = control or Control()
+        control.step("decode", 0, 1)
+        with cancellable(self.network, control):
+            logits = self.network(latents.float())[0]
+        control.report("decode", 1, 1)
         return np.pad(logits.numpy(), 1, constant_values=-4.0)
 
 

@@ -8,6 +8,7 @@ import torch
 from vitapack.runtime.decode import grid
 from vitapack.runtime.decode.grid import coarse_to_fine, dense
 from vitapack.runtime.errors import UserError
+from vitapack.runtime.progress import Cancelled, Control
 
 
 def sphere(points, radius=0.7):
@@ -194,11 +195,14 @@ def test_level_progress_and_an_empty_field():
         1.01,
         level=-4.0,
         chunk=50_000,
-        progress=lambda done, of: seen.append((done, of)),
+        control=Control(lambda at: seen.append((at.done, at.total))),
     )
     assert torch.equal(part.values > -4.0, dense(sphere, 128, 1.01, chunk=10**6).values > -4.0)
     assert seen[-1] == (part.queries, part.queries)
     assert all(done <= of for done, of in seen)
+    control = Control(lambda at: at.done >= 100_000 and control.cancel())
+    with pytest.raises(Cancelled):
+        coarse_to_fine(sphere, 128, 1.01, chunk=50_000, control=control)
     empty = coarse_to_fine(lambda p: torch.full((len(p),), -1.0), 128, 1.01, chunk=10**6)
     assert empty.queries == 65**3
     assert (empty.values == -1).all()

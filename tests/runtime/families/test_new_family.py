@@ -34,6 +34,7 @@ from vitapack.runtime.loading.fill import fill
 from vitapack.runtime.loading.lazy import Part
 from vitapack.runtime.loading.source import Source
 from vitapack.runtime.pipeline.pipeline import Pipeline
+from vitapack.runtime.progress import Control
 from vitapack.runtime.tools.bench import bench
 
 CONFIG = tiny_config()
@@ -49,7 +50,9 @@ class Colours(Conditioner):
         )
 
     @torch.inference_mode()
-    def __call__(self, image: Picture, name: str = "image") -> Tensor:
+    def __call__(
+        self, image: Picture, name: str = "image", control: Control | None = None
+    ) -> Tensor:
         if isinstance(image, Mapping):
             raise UserError(f"{name}: one image, no views")
         pixels = np.asarray(image.convert("RGB").resize((2, 2)), np.float32) / 255
@@ -66,7 +69,7 @@ class Balls(Decoder):
     def __init__(self, source: Source) -> None:
         self.radius = float(source.read("radius"))
 
-    def __call__(self, latents: Tensor) -> np.ndarray:
+    def __call__(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
         axis = np.linspace(-1, 1, 20)
         nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
         centres = 0.4 * np.tanh(latents[0, :, :3].double().numpy())
@@ -134,14 +137,14 @@ def image() -> Image.Image:
 
 @pytest.mark.parametrize("memory", ["resident", "lean"])
 def test_original_and_packed_file_give_meshes(folder: Path, memory: str, tmp_path: Path) -> None:
-    original = Pipeline.open(folder, "cpu", memory=memory)
+    original = Pipeline.open(folder, device="cpu", memory=memory)
     assert (original.family, original.variant) == ("toy", "toy-1")
     assert report(original(image(), seed=1)).watertight
     packed = tmp_path / "packed.safetensors"
     checkpoint = open_checkpoint(folder)
     compress(checkpoint, LayerMap.uniform("toy", {"double": 2, "single": 3}, 8), packed, embed=True)
     for compute in ("a16", "a8"):
-        pipeline = Pipeline.open(packed, "cpu", compute, memory=memory)
+        pipeline = Pipeline.open(packed, device="cpu", compute=compute, memory=memory)
         assert set(pipeline.predicted_bytes()) == {"condition", "denoise", "decode"}
         mesh = pipeline(image(), seed=1)
         assert report(mesh).watertight
@@ -159,9 +162,9 @@ def test_other_tools_know_it(folder: Path) -> None:
 
 def test_options_that_it_lacks_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="shapes of toy have one grid only"):
-        Pipeline.open(folder, "cpu", resolution=32)
+        Pipeline.open(folder, device="cpu", resolution=32)
     with pytest.raises(UserError, match="view 'left': toy-1 takes one picture, no views"):
-        Pipeline.open(folder, "cpu").check_views({"front": image(), "left": image()})
+        Pipeline.open(folder, device="cpu").check_views({"front": image(), "left": image()})
 
 
 def test_a_packed_file_of_an_unknown_family_is_refused(
@@ -172,6 +175,6 @@ def test_a_packed_file_of_an_unknown_family_is_refused(
     compress(checkpoint, LayerMap.uniform("toy", {"double": 2, "single": 3}, 8), packed, embed=True)
     monkeypatch.delitem(FAMILIES, "toy")
     with pytest.raises(UserError, match="no family 'toy' here; known are step1x3d, trellis"):
-        Pipeline.open(packed, "cpu")
+        Pipeline.open(packed, device="cpu")
     with pytest.raises(UserError, match="no model that is known here"):
         open_checkpoint(folder)

@@ -150,12 +150,12 @@ def test_threads_take_turns(packed_file):
     class Watched(Conditioner):
         component = condition.component
 
-        def __call__(self, image, name):
+        def __call__(self, image, name, control):
             inside.append(name)
             most.append(len(inside))
             time.sleep(0.02)
             inside.remove(name)
-            return condition(image, name)
+            return condition(image, name, control)
 
     pipeline.conditioner = Watched()
     with ThreadPoolExecutor(3) as threads:

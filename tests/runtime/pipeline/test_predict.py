@@ -182,7 +182,7 @@ from PIL import Image
 from vitapack.runtime.families.furniture import held_out
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
-pipeline = Pipeline.open("furniture", "cpu", memory=sys.argv[1])
+pipeline = Pipeline.open("furniture", device="cpu", memory=sys.argv[1])
 assert not {"torch._dynamo", "transformers", "scipy"} & sys.modules.keys()
 rows = []
 for sample in list(held_out())[:2]:

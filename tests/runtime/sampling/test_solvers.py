@@ -19,6 +19,7 @@ from vitapack.runtime.format.schedules import (
     schedule,
     times,
 )
+from vitapack.runtime.progress import Cancelled, Control, Progress
 from vitapack.runtime.sampling.solvers import classifier_free, sample, trajectory
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "schedulers.safetensors"
@@ -202,14 +203,24 @@ def test_classifier_free_guidance():
 
 
 def test_progress_counts_evaluations():
-    seen = []
-    sample(
-        lambda x, t: x,
-        torch.ones(1),
-        SamplerDefaults("euler", 5, 1.0),
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    seen, settings = [], SamplerDefaults("euler", 5, 1.0)
+    sample(lambda x, t: x, torch.ones(1), settings, Control(seen.append))
+    assert seen == [Progress("denoise", done, 4) for done in (1, 2, 3, 4)]
+
+
+def test_a_sampler_is_cancelled_before_its_next_evaluation():
+    called = []
+
+    def velocity(x, t):
+        called.append(t)
+        if len(called) == 2:
+            control.cancel()
+        return x
+
+    control = Control()
+    with pytest.raises(Cancelled):
+        sample(velocity, torch.ones(1), SamplerDefaults("euler", 5, 1.0), control)
+    assert len(called) == 2
 
 
 def test_settings_survive_json():

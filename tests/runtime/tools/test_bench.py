@@ -62,7 +62,7 @@ def test_phases_that_ended_are_kept_where_no_mesh_comes(made, monkeypatch):
     monkeypatch.setattr(Pipeline, "surface", no_surface)
     found = bench(
         out, original=folder, device="cpu", repeats=1, cond_tokens=10, resolution=8,
-        sampling_steps=3,
+        steps=3,
     )  # fmt: skip
     for row in found["phases"]:
         assert row["stopped"] == "the shape grid is empty"
