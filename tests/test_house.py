@@ -119,6 +119,8 @@ def test_public_names() -> None:
         "from vitapack.runtime.mesh import save as also\n"
         "from vitapack.kernels.emd import emd\n"
         "assert held_out is same and save is also and callable(emd)\n"
+        "import vitapack.runtime\n"
+        "assert all(getattr(vitapack.runtime, name) for name in vitapack.runtime.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -53,7 +53,7 @@ def test_what_is_there_stays(recorded, tmp_path, monkeypatch):
     paths.files[2].unlink()  # walks alone, as it did
     walked = []
     real = Paths.walk
-    monkeypatch.setattr(Paths, "walk", lambda self, *a: walked.append(len(a[-1])) or real(self, *a))
+    monkeypatch.setattr(Paths, "walk", lambda self, *a: walked.append(len(a[3])) or real(self, *a))
     again = Paths.record(
         pipeline, paths.conditions, seeds, pipeline.sampler, tmp_path, 2, lambda done: None
     )

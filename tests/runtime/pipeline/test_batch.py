@@ -52,7 +52,7 @@ def test_one_bad_image_costs_only_its_own_mesh(pipeline, photos, tmp_path):
     assert [outcome.job.name for outcome in outcomes] == ["a", "b", "c", "d"]
     assert [outcome.generated is not None for outcome in outcomes] == [True, False, True, False]
     assert str(outcomes[1].error) == f"{photos / 'b.png'}: no object in this picture"
-    assert "d.png: not a picture" in str(outcomes[3].error)
+    assert "d.png: not an image" in str(outcomes[3].error)
     assert sorted(path.name for path in out.iterdir()) == ["a.glb", "c.glb"]
     alone = pipeline(Image.open(photos / "c.png"), seed=3)
     save(alone, tmp_path / "alone.glb")
