@@ -1,4 +1,4 @@
-"""Opens networks: `load_dit` for original and packed files alike, `load_shape_decoder` beside it.
+"""Opens single networks, of packed files and of original checkpoints.
 
 dit = load_dit("hunyuan3d-dit-v2-mini", dtype=torch.float16, device="cuda")
 velocity = dit(x, t, cond)
@@ -10,14 +10,13 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vitapack.runtime.choices import COMPUTES, check_choice
-from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
-from vitapack.runtime.decode.shape_vae import ShapeDecoder
 from vitapack.runtime.engines.choose import choose, network_of
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.checkpoint import Checkpoint
-from vitapack.runtime.families.open import open_checkpoint, resolve
+from vitapack.runtime.families.open import FAMILIES, open_checkpoint, resolve
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.fill import fill
@@ -32,11 +31,10 @@ def load_dit(
 ) -> Network:
     """The network of a packed file, or of an original checkpoint (folder, file, bundled name).
 
-    Returns it in eval mode without gradients, called as dit(x, t, cond, guidance=None) in the
-    family's own conventions. Tensors are read, checked for NaN, converted and moved one by one: the
-    peak is the network in `dtype` plus one tensor. `compute` says how packed linears calculate:
-    "a16" on the activations as they are, "a8" on int8 ones; an original checkpoint has none.
-    Raises UserError or FormatError with one line.
+    In eval mode without gradients, called as dit(x, t, cond, guidance=None) with the family's
+    times. Tensors are read, checked, converted and moved one by one, so the peak is the network in
+    `dtype` plus one tensor. compute: "a16" (weight-only) or "a8" (int8 activations), for packed
+    files only. Raises: UserError, FormatError: in one line.
     """
     check_choice("compute mode", compute, COMPUTES)
     packed = _packed_file(resolve(path))
@@ -49,7 +47,7 @@ def load_dit(
 
 
 def expect_floats(path: str | os.PathLike[str], compute: str) -> None:
-    """UserError unless an original checkpoint can compute so: it has no packed linears."""
+    """UserError unless `compute` is "a16": an original checkpoint has no packed linears."""
     if compute != "a16":
         raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
 
@@ -65,13 +63,16 @@ def dit_of(
 
 
 def original_of(header: PackedHeader, parts: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint that a packed file was made from, by its family and size."""
+    """The checkpoint `parts`, which the packed file must have been made from, by family and size.
+
+    Raises: UserError: if it is another one.
+    """
     original = open_checkpoint(parts)
     found = original.source(hashed=False)
     if (original.family, found["bytes"]) != (header.family, header.source["bytes"]):
         raise UserError(
-            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not what "
-            f"{header.path} was made from: {header.variant}, {header.source['name']} of "
+            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not the "
+            f"original of {header.path}, which is {header.variant}, {header.source['name']} of "
             f"{header.source['bytes']} bytes"
         )
     return original
@@ -81,12 +82,16 @@ def load_shape_decoder(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> ShapeDecoder | OccupancyDecoder:
-    """The shape decoder of an original checkpoint, in eval mode without gradients: a ShapeVAE's,
-    or TRELLIS' occupancy decoder."""
-    config, source = checkpoint.decoder, checkpoint.component("shape_decoder")
-    make = OccupancyDecoder if isinstance(config, OccupancyConfig) else ShapeDecoder
-    return fill(lambda: make(config), source, choose(device, dtype=dtype, packed=False))
+) -> nn.Module:
+    """The shape decoder's network of an original checkpoint, in eval mode without gradients.
+
+    Raises: UserError: if the checkpoint holds none, or the family's is no component of its own.
+    """
+    family, source = FAMILIES[checkpoint.family], checkpoint.component("shape_decoder")
+    decoder = family.shape_decoder(source, choose(device, dtype=dtype, packed=False))
+    if decoder.component is None:
+        raise UserError(f"{checkpoint.variant} has no shape decoder that is loaded by itself")
+    return decoder.component()
 
 
 def _packed_file(path: Path) -> Path | None:

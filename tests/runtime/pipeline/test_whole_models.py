@@ -130,7 +130,7 @@ def test_parts_that_are_missing_or_another_model_s(folders, tmp_path):
     compress(checkpoint, resolve_plan("int8", checkpoint), out, steps=[3], embed=False)
     with pytest.raises(UserError, match="does not hold the conditioner; give the folder"):
         Pipeline.from_packed(out, "cpu")
-    with pytest.raises(UserError, match="is not what"):
+    with pytest.raises(UserError, match="is not the original of"):
         Pipeline.from_packed(out, "cpu", parts=folders("step1x-3d"))
     with pytest.raises(UserError, match="no memory mode 'tiny'"):
         Pipeline.from_packed(out, "cpu", parts=folder, memory="tiny")

@@ -79,7 +79,7 @@ def test_a_packed_file_alone_says_what_is_missing(made):
 def test_an_original_belongs_to_its_packed_file(made, tmp_path):
     folder, out, _ = made
     other = tiny_released("trellis-ss", tmp_path)
-    with pytest.raises(UserError, match="is not what"):
+    with pytest.raises(UserError, match="is not the original of"):
         bench(out, original=other, device="cpu")
     with pytest.raises(UserError, match="goes with a packed file"):
         bench(folder, original=folder, device="cpu")
