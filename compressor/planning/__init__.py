@@ -1,4 +1,4 @@
-"""From a vitality table to a layer map: which blocks stay, in how many bits.
+"""From a vitality table to a layer map: which blocks are kept, and in how many bits.
 
-One file a planner; files.py reads and names plans. May import: runtime, vitality's table.
+One file per planner; files.py reads and describes plans. May import: runtime, vitality's table.
 """

@@ -1,12 +1,12 @@
-"""From vitality to a layer map: which blocks stay, and in how many bits.
+"""Plans automatically from vitality: which blocks are kept, and in how many bits.
 
     vitality = Vitality.load("vitality.json")
     layer_map = plan_auto(vitality)
     print(describe(layer_map), predict_size(vitality, layer_map).total)
 
-Blocks below a threshold of their kind are pruned, kept ones above a second threshold get 8 bits and
-the others 4 (paper, sections 3.2.1 and 3.2.2). The published thresholds belong to another EMD
-implementation, so `plan_auto` finds them in the model's own curve. No torch needed.
+Blocks below a threshold of their kind are pruned; kept blocks above a second threshold get 8 bits,
+the others 4 (paper, sections 3.2.1 and 3.2.2). The published thresholds depend on the paper's EMD
+implementation, so `plan_auto` derives them from the model's own pruning curve. Needs no torch.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ JUMP = 0.05
 def plan_auto(
     vitality: Vitality, *, max_distance: float | None = None, group: int = 32
 ) -> LayerMap:
-    """Prunes until the distance to the full output jumps, then splits the rest into 8 and 4 bits.
+    """Prunes until the distance to the original output jumps; kept blocks get 8 or 4 bits.
 
-    Pruning walks the measured "balanced" curve (one kind only: that kind's), least vital blocks of
-    each kind first, in which every point is a threshold for doubles and one for singles. The unit
-    is the model's own, the distance between two unrelated outputs, since an EMD of 0.1 means
-    something else for chairs than for spheres. It stops before the first removal that leaves a
-    picture without a surface, or moves the output
+    Pruning follows the measured "balanced" curve (of the only kind, if there is one kind), least
+    vital blocks of each kind first; each of its points is one threshold per kind. The unit is the
+    model's own, the distance between two unrelated outputs, since an EMD of 0.1 means something
+    else for chairs than for spheres. It stops before the first removal that leaves an image
+    without a surface, or moves the output
 
-    - by more than 5 % further at once: the jump after redundant blocks. (In the paper's Table A
-      the least vital double that is kept moves Step1X-3D by 0.14 above the floor, some 30 %.) The
-      first removal has no step before it and is held to the second limit alone: a debiased
-      distance rises with the square root of a small change, so the first one looks large.
-    - further than 10 % in all. On a half-trained furniture model, where nothing jumps, that is an
-      IoU of 0.91 to the full output; the paper's pruned models have 0.71 to 0.79 (its Table C).
+    - by more than 5 % at once: the jump after redundant blocks. (In the paper's Table A the least
+      vital kept double block moves Step1X-3D by 0.14 above the floor, some 30 %.) The first removal
+      is held to the second limit alone: a debiased distance rises with the square root of a small
+      change, so the first one looks large.
+    - by more than 10 % in total. On a half-trained furniture model, in which nothing jumps, that is
+      an IoU of 0.91 to the original output; the paper's pruned models have 0.71 to 0.79 (Table C).
 
-    `max_distance` (debiased, in the unit of the vitality) replaces both limits. Without a curve
-    only the blocks that cannot be told from the sampling floor are pruned.
+    `max_distance` (debiased, in the unit of the vitality) replaces both limits. Without a curve,
+    only blocks that cannot be distinguished from the sampling floor are pruned.
 
-    Bits: per kind, the split of log vitality into two groups with the least variance inside them
-    (Otsu); the vital group gets 8. All get 8 where the largest is less than 1.5 times the smallest:
-    then there are no two groups.
+    Bits: per kind, log vitality is split into the two groups with the least variance within them
+    (Otsu); the vital group gets 8 bits. All blocks get 8 if the largest vitality is less than 1.5
+    times the smallest, since there are no two groups then.
     """
     if max_distance is not None:
         choices.distance(max_distance, "--max-distance")
@@ -61,10 +61,10 @@ def plan_auto(
     measured: CurvePoint | None = None
     if curve:
         pruned = set()
-        furthest: float | None = None  # that the output has moved so far; None before any step
+        furthest: float | None = None  # largest reach so far; None before the first removal
         for point in curve:
             if point.sigmas <= FLOOR_SIGMAS and not point.missing:
-                stop = False  # the output is still the full model's, as far as sampling can tell
+                stop = False  # not distinguishable from the original's output
             elif max_distance is not None:
                 stop = point.debiased > max_distance
             else:

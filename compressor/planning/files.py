@@ -1,4 +1,4 @@
-"""Reads, describes and resolves plans as users name them."""
+"""Reads and describes plans, and resolves those that users name."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from vitapack.runtime.options import merged
 
 
 def describe(layer_map: LayerMap) -> str:
-    """The map for people: per kind what is kept in how many bits, and where the borders lie."""
-    kept, total = len(layer_map.blocks), sum(layer_map.totals.values())
-    lines = [f"{layer_map.family}, {layer_map.how or 'by hand'}: {kept} of {total} blocks kept"]
+    """The layer map as text: kept blocks by kind and bits, pruned blocks and thresholds."""
+    count, total = len(layer_map.blocks), sum(layer_map.totals.values())
+    lines = [f"{layer_map.family}, {layer_map.how or 'by hand'}: {count} of {total} blocks kept"]
     for kind, count in layer_map.totals.items():
         lines.append(f"{kind} blocks ({count})")
         for bits in sorted({block.bits for block in layer_map.blocks}, reverse=True):
-            if some := [b.index for b in layer_map.blocks if (b.kind, b.bits) == (kind, bits)]:
-                lines.append(f"  {bits:>2} bits  {_spans(some)}")
-        if gone := layer_map.pruned(kind):
-            lines.append(f"  pruned   {_spans(gone)}")
+            if kept := [b.index for b in layer_map.blocks if (b.kind, b.bits) == (kind, bits)]:
+                lines.append(f"  {bits:>2} bits  {_spans(kept)}")
+        if pruned := layer_map.pruned(kind):
+            lines.append(f"  pruned   {_spans(pruned)}")
         for name, value in layer_map.notes.get("thresholds", {}).get(kind, {}).items():
             if value:
                 lines.append(f"  {name} {value:.4g}")
@@ -48,7 +48,7 @@ def describe(layer_map: LayerMap) -> str:
 
 
 def _spans(indices: Sequence[int]) -> str:
-    """0-3, 5, 8-9"""
+    """Indices as text, such as "0-3, 5, 8-9"."""
     spans: list[list[int]] = []
     for index in sorted(indices):
         if spans and index == spans[-1][-1] + 1:
@@ -59,7 +59,10 @@ def _spans(indices: Sequence[int]) -> str:
 
 
 def load_plan(path: str | Path) -> LayerMap:
-    """A plan file; FormatError naming the file and the field that is wrong."""
+    """Reads a plan file.
+
+    Raises UserError if it cannot be read, FormatError naming the file and the wrong field.
+    """
     path = Path(path)
     try:
         return LayerMap.from_json(parse_json(path.read_text(encoding="utf-8")))
@@ -70,8 +73,7 @@ def load_plan(path: str | Path) -> LayerMap:
 
 
 def from_options(path: str | Path, options: PlanOptions | None = None, **changes: Any) -> LayerMap:
-    """The plan that `vitapack plan` makes of a vitality table. `changes` are fields of the
-    options."""
+    """Makes the plan that `vitapack plan` makes; `changes` are fields of the options."""
     options = merged(PlanOptions, options, changes)
     vitality = Vitality.load(path)
     if options.target_size is not None:
@@ -90,7 +92,7 @@ def from_options(path: str | Path, options: PlanOptions | None = None, **changes
 def resolve_plan(plan: str | Path | LayerMap, checkpoint: Checkpoint) -> LayerMap:
     """A layer map for one checkpoint: a plan file, or `paper`, `int8`, `int4`, `fp16`.
 
-    Raises UserError for a plan of another family or other block counts.
+    Raises UserError for an unknown name, another family or other block counts.
     """
     totals = {
         kind: len(indices)

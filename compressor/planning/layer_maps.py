@@ -1,4 +1,4 @@
-"""Layer maps from a set of pruned blocks, and the groups that get 8 bits."""
+"""Builds layer maps from the bits of kept blocks; chooses the blocks that get 8 bits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import numpy as np
 from vitapack.compressor.vitality.table import BlockVitality, Vitality
 from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 
-# Of kept blocks: the paper gives the vital ones 8 bits and the others 4.
+# Bits of kept blocks: as in the paper, vital ones get 8 and the others 4.
 VITAL_BITS, OTHER_BITS = 8, 4
 
-# 8-bit and 4-bit blocks are told apart only where the vitalities of a kind differ by this factor.
+# A kind is split into 8-bit and 4-bit blocks only if its vitalities differ by this factor.
 LEAST_SPREAD = 1.5
-
 
 # Log-vitality below this share of the sampling floor is noise: a debiased value of 0.2 floors is
 # a raw value 2 % above the floor.
@@ -24,7 +23,7 @@ FLOOR_SHARE = 0.2
 
 
 class Checkpoint(Protocol):
-    """What a plan by name needs to know of an original."""
+    """The fields of an original that resolving a plan needs."""
 
     @property
     def family(self) -> str: ...
@@ -33,11 +32,11 @@ class Checkpoint(Protocol):
     def variant(self) -> str: ...
 
     @property
-    def config(self) -> Any: ...  # DiTConfig
+    def config(self) -> Any: ...  # an Architecture
 
 
 def plan_random(seed: int, like: LayerMap) -> LayerMap:
-    """As many blocks of each kind pruned, and as many in 8 bits, as in `like`, but drawn by lot."""
+    """Prunes as many random blocks of each kind as `like`, with as many blocks in 8 and 4 bits."""
     rng = np.random.default_rng(seed)
     blocks = []
     for kind, total in like.totals.items():
@@ -77,19 +76,19 @@ def _layer_map(
 
 def _floor_blocks(vitality: Vitality) -> set[tuple[str, int]]:
     """Blocks at the sampling floor, but never all of a kind."""
-    found = set()
+    blocks = set()
     for kind in vitality.kinds:
-        found |= {(b.kind, b.index) for b in vitality.ranked(kind)[:-1] if b.non_vital}
-    return found
+        blocks |= {(b.kind, b.index) for b in vitality.ranked(kind)[:-1] if b.non_vital}
+    return blocks
 
 
 def _vital_group(kept: Iterable[BlockVitality]) -> set[tuple[str, int]]:
-    """The upper of the two groups of one kind; all blocks where there are no two."""
+    """The more vital of the two groups of one kind; all blocks if there are no two groups."""
     blocks = sorted(kept, key=lambda block: (block.mean, -block.index))
     if not blocks:
         return set()
-    # Debiased, since a common floor squeezes the ratios; ascending as the raw values are, though
-    # floors differ a little from block to block.
+    # Debiased, since a common floor compresses the ratios. Floors differ slightly between blocks,
+    # so the values are made ascending like the raw ones.
     values = np.maximum.accumulate(
         [max(block.debiased, FLOOR_SHARE * block.floor, 1e-12) for block in blocks]
     )
@@ -100,7 +99,7 @@ def _vital_group(kept: Iterable[BlockVitality]) -> set[tuple[str, int]]:
 
 
 def _otsu(values: np.ndarray) -> int:
-    """Where to cut ascending values so that the two groups vary least inside."""
+    """Index that splits ascending values into two groups with the least variance within them."""
     cuts = range(1, len(values))
     inside = [values[:cut].var() * cut + values[cut:].var() * (len(values) - cut) for cut in cuts]
     return cuts[int(np.argmin(inside))]

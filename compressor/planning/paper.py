@@ -2,11 +2,11 @@
 
     layer_map = plan_paper("hunyuan3d-2mini")
 
-Counts of pruned, 8-bit and 4-bit blocks are those that reproduce the published sizes and FLOPs.
-Which blocks they are is published in part (Step1X-3D: section F.1, Table A; the fine-tuned
-"min-vital" kept blocks: A.2; TRELLIS: F.3 in words): the rest is assumed to be the deepest blocks,
-and each map says in its notes what was assumed. Every linear of a block gets the block's bits,
-where the paper left Step1X-3D's double-block feed-forwards and all modulation in fp16.
+The counts of pruned, 8-bit and 4-bit blocks reproduce the published sizes and FLOPs. The blocks
+themselves are only partly published (Step1X-3D: section F.1, Table A; the fine-tuned min-vital
+blocks: A.2; TRELLIS: F.3 in words). The others are assumed to be the deepest blocks, and the notes
+of each map list the assumptions. Every linear of a block gets the block's bits, whereas the paper
+left Step1X-3D's double-block feed-forwards and all modulation in fp16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 
 @dataclass(frozen=True)
 class PaperMap:
-    """Kept blocks by kind and bits; what is in neither is pruned."""
+    """Kept blocks by kind and bits; other blocks are pruned."""
 
     family: str
     totals: dict[str, int]
@@ -30,7 +30,7 @@ class PaperMap:
 
 
 def _span(*ranges: Iterable[int]) -> tuple[int, ...]:
-    return tuple(index for some in ranges for index in some)
+    return tuple(index for indices in ranges for index in indices)
 
 
 PAPER_MAPS = {
@@ -76,7 +76,7 @@ PAPER_MAPS = {
 
 
 def paper_variant(family: str, totals: Mapping[str, int]) -> str:
-    """The published model with this family and block counts; UserError if there is none."""
+    """The published model with this family and block counts. Raises UserError if there is none."""
     for variant, paper in PAPER_MAPS.items():
         if family == paper.family and paper.totals == dict(totals):
             return variant
@@ -88,7 +88,7 @@ def paper_variant(family: str, totals: Mapping[str, int]) -> str:
 
 
 def plan_paper(variant: str) -> LayerMap:
-    """The published layer map of one of PAPER_MAPS."""
+    """The published layer map of a variant in PAPER_MAPS. Raises UserError for another one."""
     if variant not in PAPER_MAPS:
         raise UserError(f"no published layer map {variant!r}: choose {', '.join(PAPER_MAPS)}")
     paper = PAPER_MAPS[variant]

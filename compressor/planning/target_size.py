@@ -24,12 +24,13 @@ def plan_target_size(
     modulation: str = "table",
     group: int = 32,
 ) -> LayerMap:
-    """The least harm that fits into `size` bytes of file, `beside` of them for embedded parts.
+    """Plans a file of at most `size` bytes, `beside` of them for embedded components.
 
-    All blocks start in 8 bits. Moves (a block to 4 bits; a 4-bit block away) are made in the order
-    of harm per byte saved, harm being the debiased vitality, or 1/16 of it for 4 bits. The order
-    does not depend on `size`, so a smaller size never keeps what a larger one gave up. One block
-    of each kind, the most vital one, always stays. UserError with the smallest reachable size.
+    All blocks start in 8 bits. Moves (a block to 4 bits, or a 4-bit block pruned) are made in order
+    of harm per byte saved; harm is the debiased vitality, or 1/16 of it for 4 bits. The order does
+    not depend on `size`, so a smaller size never keeps a block that a larger one prunes. The most
+    vital block of each kind is always kept. Raises UserError with the smallest reachable size if
+    `size` is below it.
     """
     ladder = _ladder(vitality, modulation, schedules, group)
 
@@ -47,14 +48,14 @@ def plan_target_size(
             f"{size} bytes ({size / 2**20:.3g} MiB) cannot be reached: with one 4-bit block of "
             f"each kind the file still takes {least} bytes ({least / 2**20:.3g} MiB)"
         )
-    found = ladder[step]
-    bits = {(block.kind, block.index): block.bits for block in found.blocks}
+    layer_map = ladder[step]
+    bits = {(block.kind, block.index): block.bits for block in layer_map.blocks}
     notes = {
         "target bytes": size,
         "predicted bytes": total(step),
         "thresholds": _thresholds(vitality, bits),
     }
-    return replace(found, notes=found.notes | notes)
+    return replace(layer_map, notes=layer_map.notes | notes)
 
 
 def _ladder(
@@ -76,11 +77,11 @@ def _ladder(
     moves = []
     whole = size(bits)
     saved = {}
-    for kind in vitality.kinds:  # blocks of a kind are of one size
+    for kind in vitality.kinds:  # all blocks of a kind have the same size
         first = (kind, 0)
         four = size(bits | {first: OTHER_BITS})
-        gone = size({key: value for key, value in bits.items() if key != first})
-        saved[kind] = whole - four, four - gone
+        pruned = size({key: value for key, value in bits.items() if key != first})
+        saved[kind] = whole - four, four - pruned
     for block in vitality.blocks:
         key = (block.kind, block.index)
         harm = 0.0 if block.non_vital else block.debiased

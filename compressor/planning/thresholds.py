@@ -10,7 +10,7 @@ from vitapack.runtime import choices
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.layermap import LayerMap
 
-DIGITS = 6  # of figures in notes
+DIGITS = 6  # decimals of figures in notes
 
 
 def plan_thresholds(
@@ -20,12 +20,12 @@ def plan_thresholds(
     *,
     group: int = 32,
 ) -> LayerMap:
-    """The paper's rule by hand: blocks with V below `tau` of their kind are pruned, those above
-    `tau8` of their kind get 8 bits.
+    """Plans by given thresholds per kind, as in the paper: blocks with a vitality below `tau` are
+    pruned, kept blocks above `tau8` get 8 bits, the others 4.
 
-    V is the mean distance as `analyze` shows it, sampling floor included. A kind without a `tau`
-    keeps all its blocks, one without a `tau8` has 8 bits in all of them. UserError for a kind that
-    this network does not have, and if a kind would lose all its blocks.
+    Vitality is the mean distance that `analyze` shows, sampling floor included. A kind without
+    `tau` keeps all its blocks; a kind without `tau8` gets 8 bits in all of them. Raises UserError
+    for a kind that this network does not have, and if a kind would lose all its blocks.
     """
     tau, tau8 = dict(tau or {}), dict(tau8 or {})
     for name, values in (("tau", tau), ("tau8", tau8)):
@@ -58,20 +58,20 @@ def plan_thresholds(
 def _thresholds(
     vitality: Vitality, bits: Mapping[tuple[str, int], int]
 ) -> dict[str, dict[str, float]]:
-    """The raw vitalities that separate pruned | 4 bits | 8 bits of each kind, where they do."""
-    found = {}
+    """The raw vitalities that separate pruned, 4-bit and 8-bit blocks of each kind, if they do."""
+    result = {}
     for kind in vitality.kinds:
         ranked = vitality.ranked(kind)
         level = [bits.get((block.kind, block.index), 0) for block in ranked]
-        found[kind] = {
+        result[kind] = {
             name: round(_border(ranked, sum(value <= most for value in level)), DIGITS)
             for name, most in (("prune below", 0), ("8 bits above", OTHER_BITS))
         }
-    return found
+    return result
 
 
 def _border(ranked: Sequence[BlockVitality], count: int) -> float:
-    """Half way between the first `count` blocks and the others; 0 for none of them."""
+    """Midway between the first `count` blocks and the others; 0 if count is 0."""
     if count == 0:
         return 0.0
     if count == len(ranked):

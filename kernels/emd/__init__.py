@@ -1,8 +1,7 @@
 """Earth Mover's Distance between point clouds, exact to a certified gap.
 
-`emd(x, y)` is the entry; solve.py prepares and checks the clouds, csrc/emd/auction.cpp solves them
-on CPUs, cuda.py and csrc/emd/auction.cu on GPUs. May import: nothing of vitapack but its compiled
-parts.
+Start at `emd(x, y)`. solve.py checks and prepares the clouds; csrc/emd/auction.cpp solves them on
+CPUs, cuda.py with csrc/emd/auction.cu on GPUs. May import: only vitapack's compiled modules.
 """
 
 from vitapack.kernels.emd.solve import (

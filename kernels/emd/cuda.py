@@ -1,8 +1,8 @@
-"""The CUDA side of `vitapack.kernels.emd`: tensors into csrc/emd/auction.cu and results out.
+"""The CUDA side of `vitapack.kernels.emd`: calls csrc/emd/auction.cu on tensors.
 
-The library is a C ABI without torch in it, built by nvcc alone and loaded with ctypes. All memory
-is torch's. `solve_with` is what `emd` uses on CUDA tensors; the tests hand it the same source
-compiled for the CPU, so this file is the same on both.
+The library has a C ABI and no dependency on torch; nvcc builds it and ctypes loads it. torch
+allocates all memory. `emd` uses `solve_with` for CUDA tensors; the tests pass it the same source
+compiled for the CPU, so both exercise this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import vitapack
 
 LIBRARY = Path(vitapack.__file__).parent / "libvitapack_cuda.so"
-# Pairs of one launch are limited by this; more go in turns, with the same results.
+# Limits the pairs per launch. Further pairs run in later launches, with the same results.
 _WORKSPACE_BYTES = 2**30
 _NO_LIMIT = 2**62
 
@@ -67,7 +67,7 @@ def _installed() -> ctypes.CDLL:
 def solve_cuda(
     x: torch.Tensor, y: torch.Tensor, *, p: int, gap: float, max_bids: int | None, prices: bool
 ) -> dict[str, torch.Tensor | None]:
-    """The fields of an EMDResult for CUDA tensors (B, N, 3) that `emd` has checked."""
+    """Solves CUDA tensors (B, N, 3) that `emd` has checked; returns the fields of an EMDResult."""
     with torch.cuda.device(x.device):
         return solve_with(
             _installed(),
@@ -94,16 +94,17 @@ def solve_with(
     blocks: int = -1,
     threads: int = 0,
 ) -> dict[str, torch.Tensor | None]:
-    """Runs the library on tensors (B, N, 3) of the device that it works on.
+    """Runs the library on tensors (B, N, 3) on the device that the library is built for.
 
-    `blocks`: of a cooperative launch a pair, 0 for one block a pair, -1 for the library's choice;
-    `threads` a block (a power of two, 32 to 512), 0 for its choice. The result does not depend on
-    `blocks`. Raises RuntimeError with CUDA's own message where a launch fails.
+    `blocks`: blocks per pair of a cooperative launch; 0 for one block per pair, -1 to let the
+    library choose. `threads`: threads per block (a power of two, 32 to 512); 0 to let the library
+    choose. The result does not depend on `blocks`. Raises RuntimeError with CUDA's message if a
+    launch fails.
     """
     count, n = x.shape[:2]
     device = x.device
     x, y = x.to(torch.float64), y.to(torch.float64)
-    found: dict[str, torch.Tensor | None] = {
+    result: dict[str, torch.Tensor | None] = {
         "distance": torch.empty(count, dtype=torch.float64, device=device),
         "lower_bound": torch.empty(count, dtype=torch.float64, device=device),
         "assignment": torch.empty(count, n, dtype=torch.int64, device=device),
@@ -113,18 +114,20 @@ def solve_with(
         "prices": torch.empty(count, n, dtype=torch.float64, device=device) if prices else None,
     }
     if count == 0:
-        return found
+        return result
     step = max(1, _WORKSPACE_BYTES // library.vitapack_emd_workspace(n, 1))
     for start in range(0, count, step):
-        part = slice(start, min(count, start + step))
-        solved = _solve_part(library, x[part], y[part], p, gap, max_bids, stream, blocks, threads)
-        for name, value in found.items():
+        pairs = slice(start, min(count, start + step))
+        solved = _solve_pairs(
+            library, x[pairs], y[pairs], p, gap, max_bids, stream, blocks, threads
+        )
+        for name, value in result.items():
             if value is not None:
-                value[part] = solved[name]
-    return found
+                value[pairs] = solved[name]
+    return result
 
 
-def _solve_part(
+def _solve_pairs(
     library: ctypes.CDLL,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -139,7 +142,7 @@ def _solve_part(
     device = x.device
     low = torch.minimum(x.amin(dim=1), y.amin(dim=1))  # (B, 3)
     high = torch.maximum(x.amax(dim=1), y.amax(dim=1))
-    # A power of two, so that scaling rounds nothing; taken on the host, where ldexp is exact.
+    # A power of two, so that scaling is exact; computed on the host because ldexp is exact there.
     exponent = np.frexp((high - low).amax(dim=1).cpu().numpy())[1]
     scale = torch.from_numpy(np.ldexp(1.0, -np.maximum(exponent, -900))).to(device)  # (B,)
     wide = scale[:, None]
@@ -186,7 +189,7 @@ def _rows(cloud: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _compact_order(cloud: torch.Tensor) -> torch.Tensor:
-    """Order of each cloud (B, N, 3) along a Morton curve of 2^21 steps a side: int64 (B, N)."""
+    """Order of each cloud (B, N, 3) along a Morton curve of 2^21 steps per side: int64 (B, N)."""
     low = cloud.amin(dim=1, keepdim=True)
     side = (cloud.amax(dim=1, keepdim=True) - low).amax(dim=2, keepdim=True)
     steps = (cloud - low) / side.clamp_min(torch.finfo(cloud.dtype).tiny) * (2**21 - 1)

@@ -4,9 +4,9 @@
     result.distance, result.lower_bound, result.assignment
 
 EMD(x, y) = min over permutations of (1/N) sum_i ||x_i - y_perm(i)||, solved by an auction in
-csrc/emd/auction.cpp (CPU) and csrc/emd/auction.cu (CUDA). The definition, the certificate and the
-measured figures are in docs/emd.md; `debiased_emd` and `sample_surface` are what the vitality of a
-block is measured with.
+csrc/emd/auction.cpp (CPU) and csrc/emd/auction.cu (CUDA). docs/emd.md has the definition, the
+certificate and measured figures. The vitality of a block is measured with `debiased_emd` and
+`sample_surface`.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _BUILD_HINT = (
     "the compiled part vitapack._C is not built; build it with `pip install -e .` or "
     "`python setup.py build_ext --inplace` in the checkout (needs a C++17 compiler)"
 )
-# Beyond this a squared coordinate no longer fits into float64.
+# The square of a larger coordinate could overflow float64.
 _LARGEST = 1e150
-# What max_bids=None means to the solver. An auction with positive epsilon always ends.
+# Passed to the solver for max_bids=None. An auction with positive epsilon always ends.
 _NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
 class EMDResult:
-    """What `emd` found: for (B, N, 3) input the fields have shape (B,) or (B, N).
+    """Result of `emd`: for (B, N, 3) input the fields have shape (B,) or (B, N).
 
-    For (N, 3) input the B axis is absent everywhere. numpy arrays for numpy input; for torch input
-    tensors on the input's device.
+    For (N, 3) input the B axis is absent. Fields are numpy arrays for numpy input, and tensors on
+    the input's device for torch input.
     """
 
     distance: Any  # float64: mean distance of `assignment`; for p=2 the root mean square
-    assignment: Any  # int64 (B, N): x[i] goes to y[assignment[i]]; always a permutation
-    lower_bound: Any  # float64: no assignment is shorter, by the dual of the auction's prices
-    gap: Any  # float64: (distance - lower_bound) / distance, 0 where distance is 0
+    assignment: Any  # int64 (B, N): a permutation: x[i] goes to y[assignment[i]]
+    lower_bound: Any  # float64: no assignment is shorter; the dual at the auction's prices
+    gap: Any  # float64: (distance - lower_bound) / distance, 0 if distance is 0
     converged: Any  # bool: distance - lower_bound <= gap * max(distance, 1e-6 * D)
     bids: Any  # int64: bids made
     phases: Any  # int64: epsilon phases run
@@ -50,7 +50,7 @@ class EMDResult:
 
 @dataclass(frozen=True)
 class EMDFloor:
-    """The EMD between independent samplings of the same surfaces: what "no change" measures as."""
+    """The EMD between independent samplings of the same surfaces: the value of "no change"."""
 
     mean: float
     deviation: float  # standard deviation over the draws, 0 for a single draw
@@ -59,7 +59,7 @@ class EMDFloor:
 
 @dataclass(frozen=True)
 class DebiasedEMD:
-    """A distance with its sampling noise taken out in quadrature, and both parts it came from."""
+    """A distance with its sampling noise removed in quadrature, and the two values behind it."""
 
     distance: float  # sqrt(max(0, raw^2 - floor^2))
     raw: float
@@ -78,21 +78,21 @@ def emd(
 ) -> EMDResult:
     """Solves min over permutations of (1/N) sum ||x_i - y_perm(i)|| to a certified relative gap.
 
-    x, y: (N, 3) or (B, N, 3), float32 or float64, numpy or torch; N >= 1, B >= 0. Gradients do not
-    flow. p=2 gives sqrt(min (1/N) sum ||x_i - y_perm(i)||^2) instead. `gap` is what counts as
-    solved: distance - lower_bound <= gap * max(distance, 1e-6 * D), D the bounding box's diagonal.
-    `max_bids` stops a pair early: its assignment is completed greedily, `converged` is False, and a
-    RuntimeWarning says so. `threads` work on different pairs (default: the cores that this process
-    may use; ignored on CUDA); the result has the same bits for any number of them and does not
-    depend on a pair's neighbours in the batch.
+    x, y: (N, 3) or (B, N, 3), float32 or float64, numpy or torch; N >= 1, B >= 0. Not
+    differentiable. p=2 gives sqrt(min (1/N) sum ||x_i - y_perm(i)||^2) instead. A pair is solved
+    when distance - lower_bound <= gap * max(distance, 1e-6 * D), with D the diagonal of the
+    bounding box. `max_bids` stops a pair early: its assignment is completed greedily, `converged`
+    is False, and a RuntimeWarning is issued. `threads` solve different pairs (default: the cores
+    that this process may use; ignored on CUDA). The result is bit-identical for any number of
+    threads and does not depend on the other pairs of the batch.
 
-    With `return_prices` anyone can check the bound, in units of the cost ||.||^p:
-    mean_i min_j (cost_ij + price_j) - mean_j price_j >= lower_bound^p, which keeps a rounding
-    margin of 8 (CUDA: 16) float64 epsilons of the sum of both means.
+    With `return_prices` the bound can be checked independently, in units of the cost ||.||^p:
+    mean_i min_j (cost_ij + price_j) - mean_j price_j >= lower_bound^p, with a rounding margin of 8
+    (CUDA: 16) float64 epsilons of the sum of both means.
 
-    Raises ValueError for shapes, dtypes, NaN or infinity, options out of range and mixed devices;
-    TypeError for what is no array; ImportError where the compiled part is not built;
-    KeyboardInterrupt within a second of Ctrl-C (CPU).
+    Raises ValueError for wrong shapes or dtypes, NaN or infinity, options out of range and mixed
+    devices; TypeError if an input is not an array; ImportError if the compiled module is not
+    built; KeyboardInterrupt within a second of Ctrl-C (CPU).
     """
     if isinstance(p, bool) or not isinstance(p, int | np.integer) or p not in (1, 2):
         raise ValueError(f"p={p!r}: expected 1 (mean distance) or 2 (root mean square)")
@@ -105,18 +105,18 @@ def emd(
     if single:
         x, y = x[None], y[None]
 
-    found: dict[str, Any]
+    result: dict[str, Any]
     if on_torch and x.device.type != "cpu":
         from vitapack.kernels.emd.cuda import solve_cuda
 
-        found = solve_cuda(
+        result = solve_cuda(
             x.detach(), y.detach(), p=p, gap=float(gap), max_bids=max_bids, prices=return_prices
         )
     else:
         if on_torch:
             x, y = x.detach().numpy(), y.detach().numpy()
         dtype = np.result_type(x.dtype, y.dtype)
-        found = _compiled().emd_auction(
+        result = _compiled().emd_auction(
             np.ascontiguousarray(x, dtype=dtype),
             np.ascontiguousarray(y, dtype=dtype),
             p=p,
@@ -128,23 +128,23 @@ def emd(
         if on_torch:
             import torch
 
-            found = {k: None if v is None else torch.from_numpy(v) for k, v in found.items()}
-    distance: Any = found["distance"]
-    lower_bound: Any = found["lower_bound"]
-    # A distance of 0 has the bound 0: costs are not negative.
-    found["gap"] = (distance - lower_bound) / (distance + (distance == 0))
-    _warn_if_open(found, gap, max_bids)
+            result = {k: None if v is None else torch.from_numpy(v) for k, v in result.items()}
+    distance: Any = result["distance"]
+    lower_bound: Any = result["lower_bound"]
+    # Costs are not negative, so a distance of 0 has the bound 0.
+    result["gap"] = (distance - lower_bound) / (distance + (distance == 0))
+    _warn_if_open(result, gap, max_bids)
     if single:
-        found = {name: None if value is None else value[0] for name, value in found.items()}
-    return EMDResult(**found)
+        result = {name: None if value is None else value[0] for name, value in result.items()}
+    return EMDResult(**result)
 
 
 def emd_floor(x: Any, x_again: Any, y: Any = None, y_again: Any = None, **options: Any) -> EMDFloor:
-    """The EMD that independent samplings of unchanged surfaces have: (EMD(x,x') + EMD(y,y')) / 2.
+    """Measures the EMD between samplings of unchanged surfaces: (EMD(x,x') + EMD(y,y')) / 2.
 
     x, y: (N, 3). x_again, y_again: (N, 3) or (K, N, 3), further independent samplings of the same
-    surfaces; K draws are averaged (one draw is noisy: take 3 or more). Without y, only x counts.
-    `options` as in `emd`; pass those that the raw distance is measured with.
+    surfaces; K draws are averaged (one draw is noisy: take 3 or more). Without y, only x is used.
+    `options` as in `emd`; pass the ones used for the raw distance.
     """
     if (y is None) != (y_again is None):
         raise ValueError("emd_floor: y and y_again go together; one of them is missing")
@@ -165,8 +165,8 @@ def debiased_emd(x: Any, y: Any, x_again: Any, y_again: Any = None, **options: A
 
     Two random samplings of one surface are about 0.03 apart at N=10,000 in [-1, 1]; quadrature
     tracks the distance of the surfaces better than plain subtraction does. The clamp at 0 is never
-    silent: `raw` and `floor` come along, and a change within two `floor.deviation` of the floor is
-    noise. Arguments as in `emd_floor`; without y_again the floor is that of x alone.
+    silent: `raw` and `floor` are returned too, and a change within two `floor.deviation` of the
+    floor is noise. Arguments as in `emd_floor`; without y_again the floor is that of x alone.
     """
     raw = float(emd(x, y, **options).distance)
     if y_again is None:
@@ -184,12 +184,12 @@ def sample_surface(
     seed: int | np.random.Generator = 0,
     stratified: bool = True,
 ) -> np.ndarray:
-    """`count` points, uniform by area, on a triangle mesh: float64 (count, 3).
+    """Samples `count` points, uniform by area, from a triangle mesh: float64 (count, 3).
 
     vertices: (V, 3) floats; faces: (F, 3) integers. Stratified sampling draws 8 * count points,
-    puts them in kd order and keeps a random one of each run of 8: every point is still uniform on
-    the surface, but the floor of the EMD between two samplings is lower (1.4 to 1.8 times). A
-    Generator as `seed` is advanced. Raises ValueError for bad shapes, indices or a mesh of no area.
+    sorts them in kd order and keeps a random one of each run of 8: each point is still uniform on
+    the surface, but the EMD floor between two samplings is 1.4 to 1.8 times lower. A Generator as
+    `seed` is advanced. Raises ValueError for wrong shapes or indices, or a mesh without area.
     """
     vertices, faces = np.asarray(vertices), np.asarray(faces)
     if vertices.ndim != 2 or vertices.shape[1] != 3 or vertices.dtype.kind not in "fiu":
@@ -210,7 +210,7 @@ def sample_surface(
 
     generator = np.random.default_rng(seed)
     drawn = 8 * count if stratified else count
-    # searchsorted over the cumulated areas: a face of no area is never met.
+    # searchsorted over the cumulative areas never selects a face without area.
     edge = np.cumsum(areas)
     face = np.searchsorted(edge, generator.random(drawn) * edge[-1], side="right")
     face = np.minimum(face, np.flatnonzero(areas)[-1])
@@ -239,7 +239,7 @@ def _self_distances(name: str, cloud: Any, again: Any, options: dict[str, Any]) 
 
 
 def _compiled() -> Any:
-    """The C++ module, or an ImportError that says how to build it."""
+    """The C++ module. Raises ImportError with build instructions if it is missing."""
     try:
         from vitapack import _C  # type: ignore[attr-defined]
     except ImportError as error:
@@ -271,12 +271,12 @@ def _describe(array: Any) -> str:
 
 
 def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")  # a tensor cannot exist before torch was imported
+    torch = sys.modules.get("torch")  # there are no tensors before torch is imported
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _check_arrays(x: Any, y: Any) -> bool:
-    """Raises for anything that is not a pair of clouds; True for torch tensors."""
+    """Raises unless x and y are a pair of clouds. Returns whether they are torch tensors."""
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, np.ndarray) and not _is_tensor(value):
             raise TypeError(
@@ -308,7 +308,7 @@ def _check_arrays(x: Any, y: Any) -> bool:
 
 
 def _check_values(name: str, value: Any, on_torch: bool) -> None:
-    # The largest magnitude first, without a mask: it is NaN if any coordinate is.
+    # A fast test without a mask: the largest magnitude is NaN if any coordinate is.
     if on_torch:
         value = value.detach()
     if math.prod(value.shape) == 0:
@@ -319,24 +319,24 @@ def _check_values(name: str, value: Any, on_torch: bool) -> None:
         value = value.cpu().numpy()
     bad = ~(np.abs(value, dtype=np.float64) <= _LARGEST)
     at = tuple(int(k) for k in np.unravel_index(int(bad.argmax()), bad.shape))
-    found = value[at]
-    if math.isfinite(found):
-        raise ValueError(f"{name}{list(at)} is {found}; expected magnitudes below {_LARGEST:g}")
-    raise ValueError(f"{name}{list(at)} is {found}; expected finite coordinates")
+    number = value[at]
+    if math.isfinite(number):
+        raise ValueError(f"{name}{list(at)} is {number}; expected magnitudes below {_LARGEST:g}")
+    raise ValueError(f"{name}{list(at)} is {number}; expected finite coordinates")
 
 
-def _warn_if_open(found: dict[str, Any], gap: float, max_bids: int | None) -> None:
-    open_pairs = [b for b, ok in enumerate(found["converged"].tolist()) if not ok]
+def _warn_if_open(result: dict[str, Any], gap: float, max_bids: int | None) -> None:
+    open_pairs = [b for b, ok in enumerate(result["converged"].tolist()) if not ok]
     if not open_pairs:
         return
-    worst = max(float(found["gap"][b]) for b in open_pairs)
+    worst = max(float(result["gap"][b]) for b in open_pairs)
     reason = (
         "gap is finer than float64 certifies"
         if max_bids is None
         else f"max_bids={max_bids} reached"
     )
     warnings.warn(
-        f"emd: {len(open_pairs)} of {len(found['converged'])} pairs not solved to gap={gap:g} "
+        f"emd: {len(open_pairs)} of {len(result['converged'])} pairs not solved to gap={gap:g} "
         f"({reason}); first pair {open_pairs[0]}, largest gap {worst:.3g}",
         RuntimeWarning,
         stacklevel=3,

@@ -1,8 +1,8 @@
-"""Measures the GEMM configurations on the GPU at hand and keeps the fastest right one.
+"""Times the GEMM configurations on this machine's GPU and keeps the fastest correct one.
 
-`vitapack tune` is the command; `gemm_table.save` the cache. Each candidate must reproduce the
-reference before it is timed: compilers have bugs for single tile sizes, and a fast wrong kernel
-would win. Also runs in Triton's interpreter (TRITON_INTERPRET=1), where its times mean nothing.
+`vitapack tune` is the command, `gemm_table.save` writes the cache. Each candidate must reproduce
+the reference before it is timed: compilers have bugs at single tile sizes, and a fast wrong kernel
+would win. Also runs in Triton's interpreter (TRITON_INTERPRET=1); its times mean nothing there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vitapack.kernels.linear.layouts import WeightLayout
 from vitapack.kernels.linear.triton_gemm import Tile
 
 log = logging.getLogger("vitapack.kernels")
-Report = Callable[[int, int, str], None]  # done, total, what
-# What compilers and drivers raise for a single configuration: too large for this chip, or refused.
+Report = Callable[[int, int, str], None]  # done, total, name of the GEMM
+# Errors of compilers and drivers for one configuration: too large for this chip, or rejected.
 REFUSALS = ("OutOfResources", "PTXASError", "CompilationError", "SplitWords")
 
-L2_BYTES = 256 << 20  # more than any GPU's L2 cache holds
+L2_BYTES = 256 << 20  # larger than the L2 cache of any GPU
 # Twelve hand-picked tiles: few enough to compile in a minute or two, and wide enough in shape that
 # the best of published tables lies near one of them. (bm, bn, warps, stages); bk follows the op.
 TILES = (
@@ -40,7 +40,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """One linear: N outputs, K inputs, and how its weight is stored."""
+    """One linear: N outputs, K inputs and its weight layout."""
 
     n: int
     k: int
@@ -48,7 +48,7 @@ class Shape:
 
 
 def candidates(op: str, m: int) -> Iterator[Choice]:
-    """The shipped choices' alternatives; tiles much higher than the rows are left out."""
+    """Configurations to try in addition to the shipped one, without tiles much taller than M."""
     for how in gemm_table.hows(op):
         if how != "fused":
             yield Choice(how, None, "candidate")
@@ -68,12 +68,12 @@ def tune(
     repeats: int = 9,
     report: Report = lambda done, total, what: None,
 ) -> dict[str, dict[str, object]]:
-    """Tunes every (linear, rows, activation mode, with and without gate), saved one by one.
+    """Tunes each linear for each row count and compute, with and without gate, saving each result.
 
-    Returns what was chosen now: {key: {"how", "tile", "us", "default_us"}}. Keys that the cache
-    holds are skipped unless `again`, so that an interrupted run goes on; so are, in this run, GEMMs
-    that the GPU has no memory for. Raises ValueError on hardware without kernels, RuntimeError
-    where no candidate is right.
+    Returns the new choices: {key: {"how", "tile", "us", "default_us"}}. Keys already in the cache
+    are skipped unless `again`, so an interrupted run can continue; GEMMs that do not fit into GPU
+    memory are skipped too. Raises ValueError on hardware without kernels, RuntimeError if no
+    candidate is correct.
     """
     arch, name = gemm_table.properties(device.index)
     if gemm_table.table_arch(arch) is None:
@@ -92,7 +92,7 @@ def tune(
     for number, (key, op, shape, m, gate) in enumerate(jobs):
         report(number, len(jobs), key)
         try:
-            # Events are recorded on the current device, which need not be this one.
+            # Events are recorded on the current device, which may be another one.
             with torch.cuda.device(device if device.type == "cuda" else -1):
                 best, row = _fastest(device, op, shape, m, gate, repeats)
         except torch.cuda.OutOfMemoryError:
@@ -107,7 +107,7 @@ def tune(
 def _fastest(
     device: torch.device, op: str, shape: Shape, m: int, gate: bool, repeats: int
 ) -> tuple[Choice, dict[str, object]]:
-    """The fastest candidate that is right, and its record."""
+    """The fastest correct candidate, and its record."""
     call, expected = _problem(device, op, shape, m, gate)
     default = gemm_table.default_choice(op, gemm_table.arch_of(device), m)
     assert default is not None
@@ -120,7 +120,7 @@ def _fastest(
             if type(error).__name__ not in REFUSALS:
                 raise
             continue
-        # fp16 output: 5e-4 of rounding, and of scratch weights as much again.
+        # fp16 output rounds by 5e-4, fp16 scratch weights by as much again.
         if not (out.float() - expected).abs().max().item() <= 2e-3 * size:
             continue
         times[choice] = _time(lambda choice=choice: call(choice), device, repeats)  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _fastest(
 def _problem(
     device: torch.device, op: str, shape: Shape, m: int, gate: bool
 ) -> tuple[Callable[[Choice], Tensor], Tensor]:
-    """A random GEMM as a function of the choice, and its float32 result."""
+    """A random GEMM as a function of the choice, and its expected float32 result."""
     rng = torch.Generator().manual_seed(0)
     n, k = shape.n, shape.k
     x = torch.randn(m, k, generator=rng).to(device).half()
@@ -158,7 +158,7 @@ def _problem(
 
 
 def _random_weight(shape: Shape, scale: Tensor, rng: torch.Generator) -> weights.PackedWeight:
-    """Random codes, in groups with s = 8 and z in the middle; padding that expands to 0."""
+    """A weight of random codes (groups: s = 8, z mid-range) whose padding expands to 0."""
     layout, n, k = shape.layout, shape.n, shape.k
     low, high, middle = -layout.largest, layout.largest + 1, layout.largest // 2
     group = None
@@ -172,7 +172,7 @@ def _random_weight(shape: Shape, scale: Tensor, rng: torch.Generator) -> weights
 
 
 def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
-    """Median microseconds of a call."""
+    """Median microseconds per call."""
     if device.type == "cuda":
         return statistics.median(kernel_us(call, repeats))
     start = time.perf_counter()
@@ -181,11 +181,11 @@ def _time(call: Callable[[], Tensor], device: torch.device, repeats: int) -> flo
 
 
 def kernel_us(call: Callable[[], object], count: int) -> list[float]:
-    """Microseconds of single calls on the current GPU, after two that warm up.
+    """Microseconds of single calls on the current GPU, after two warm-up calls.
 
-    Every call finds its inputs in the GPU's memory, as weights are that were last read a step ago,
-    and none waits for the host: that enqueues all of them while the GPU sleeps. Launching takes
-    some 50 us of Python, as long as a small GEMM, and would make all candidates equal.
+    L2 is flushed before each call, since in a generation a weight was last read one denoising step
+    ago. No call waits for the host, which enqueues all of them while the GPU sleeps: a launch takes
+    some 50 us of Python, as long as a small GEMM, and would make all candidates look equal.
     """
     call()
     torch.cuda.synchronize()
@@ -194,7 +194,7 @@ def kernel_us(call: Callable[[], object], count: int) -> list[float]:
     host = time.perf_counter() - start
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    # In cycles, of which there are 2 in a nanosecond at most; twice what the host should need.
+    # In cycles, at most 2 per nanosecond; twice the time that the host should need.
     torch.cuda._sleep(int(4e9 * count * (host + 1e-4)))
     for first, last in events:
         flush.zero_()

@@ -1,4 +1,4 @@
-"""The int8 engine for CPUs, seen from Python: packed weights, linears, attention.
+"""Python interface of the int8 engine for CPUs: packed weights, linears, attention.
 
     panels = pack(weight, bias)                       # a PackedWeight
     y = linear_a8(x, panels)                          # int8 activations, dynamic per token
@@ -6,7 +6,7 @@
 
 The C++ is in csrc/int8; its results agree with `vitapack.kernels.linear.reference`: integer
 products bit for bit, the float epilogue to rounding. VITAPACK_ISA names an instruction set to use
-instead of the best one of this CPU (`instruction_sets()` lists them). Threads are torch's. Whole
+instead of the CPU's best one (`instruction_sets()` lists them). The thread count is torch's. Whole
 blocks of networks are in `cpu_plans.py`.
 """
 
@@ -25,7 +25,7 @@ from vitapack.kernels.linear.layouts import WeightLayout
 from vitapack.kernels.linear.reference import MAX_K
 from vitapack.kernels.linear.weights import DTYPES, PackedWeight
 
-PANEL = 64  # output channels that lie together
+PANEL = 64  # output channels that are stored together
 BLOCK = 64  # inputs are padded to whole blocks
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 VARIABLE = "VITAPACK_ISA"
@@ -33,7 +33,7 @@ VARIABLE = "VITAPACK_ISA"
 
 @functools.cache
 def _engine() -> ModuleType | None:
-    """The compiled module with the wanted instruction set chosen, None where it is not built."""
+    """The compiled module, set to the chosen instruction set; None if it is not built."""
     try:
         from vitapack import _C  # type: ignore[attr-defined]
     except ImportError:
@@ -49,13 +49,12 @@ def _engine() -> ModuleType | None:
 
 
 def available() -> bool:
-    """Whether the engine is built. ValueError if VITAPACK_ISA names no instruction set of this
-    CPU."""
+    """Whether the engine is built. Raises ValueError if this CPU lacks the set in VITAPACK_ISA."""
     return _engine() is not None
 
 
 def built() -> Any:
-    """The compiled module; ValueError where it is not built."""
+    """The compiled module. Raises ValueError if it is not built."""
     engine = _engine()
     if engine is None:
         raise ValueError(
@@ -66,7 +65,7 @@ def built() -> Any:
 
 
 def instruction_sets() -> list[str]:
-    """What VITAPACK_ISA may be on this CPU, best first."""
+    """Values that VITAPACK_ISA accepts on this CPU, best first."""
     return list(built().int8_sets())
 
 
@@ -76,7 +75,7 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> None:
-    """Chooses another instruction set for this process; "" is the best. Results agree."""
+    """Sets the instruction set of this process; "" selects the best. Results agree."""
     built().int8_use(name)
 
 
@@ -91,16 +90,16 @@ def _bf16_pays(name: str) -> bool:
 
 
 def bf16_pays() -> bool:
-    """Whether it does so faster than float32, timed once: 2.3 times slower on Emerald Rapids."""
+    """Whether bf16 products are faster than float32, timed once (Emerald Rapids: 2.3x slower)."""
     return _bf16_pays(instruction_set())
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """A packed weight (N, K) with its bias in the engine's order; holds the tensors that `handle`
-    points to. Immutable, so copies and threads share it; a pickle holds the file's tensors.
+    """A packed weight (N, K) with its bias in the engine's layout; owns the tensors that `handle`
+    points to. Immutable, so copies and threads share it; pickling stores the file's tensors.
 
-    codes: uint8, as many bytes as the weight in the file with N and K padded to 64. group: uint8 or
+    codes: uint8, the bytes of the file's codes with N and K padded to 64. group: uint8 or
     None. scale, bias float32 and start int32, padded to N rounded up to 64.
     """
 
@@ -116,11 +115,11 @@ class Panels:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.group, self.scale, self.bias, self.start)
-        return sum(part.nbytes for part in parts if part is not None)
+        tensors = (self.codes, self.group, self.scale, self.bias, self.start)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def unpacked(self) -> tuple[PackedWeight, Tensor | None]:
-        """The tensors of the packed file again, and the bias float32 (N,)."""
+        """The tensors as in the packed file, and the bias float32 (N,)."""
         engine, layout = built(), self.layout
         tensors = {"scale": self.scale[: self.rows].clone()}
         specs = layout.tensors(self.rows, self.columns)
@@ -146,7 +145,7 @@ class Panels:
 
 
 def _row_bytes(layout: WeightLayout, k: int) -> int:
-    """Bytes of a row of codes in panels."""
+    """Bytes per row of codes in panels."""
     return -(-k // BLOCK) * BLOCK * layout.bits // 8
 
 
@@ -164,7 +163,10 @@ def serves(layout: WeightLayout) -> bool:
 
 
 def pack(weight: PackedWeight, bias: Tensor | None = None) -> Panels:
-    """A packed weight and its bias, on the CPU, to panels. ValueError where they do not fit."""
+    """Converts a packed weight and its bias, on the CPU, to panels.
+
+    Raises ValueError if the engine cannot read the layout, K is too large or a tensor is wrong.
+    """
     engine, threads = built(), torch.get_num_threads()
     layout, codes, k = weight.checked().layout, weight.codes.contiguous(), weight.in_features
     if not serves(layout):
@@ -200,21 +202,21 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _rows_of(x: Tensor, k: int) -> Tensor:
-    """x (..., K) as (M, K) whose rows are contiguous; a copy only where strides force one."""
+    """x (..., K) as (M, K) with contiguous rows; copied only if the strides require it."""
     if x.dtype not in TYPES:
         raise TypeError(f"expected float32, bfloat16 or float16, found {x.dtype}")
     if x.device.type != "cpu" or x.shape[-1] != k:
         raise ValueError(f"expected (..., {k}) on cpu, found {tuple(x.shape)} on {x.device}")
     x = x.detach().reshape(-1, k)
     usable = x.stride(1) == 1 or k == 1
-    # Rows that overlap or lie backwards are not worth a special case.
+    # Overlapping rows and negative strides are not worth a special case.
     return x if usable and (x.shape[0] < 2 or x.stride(0) >= k) else x.contiguous()
 
 
 def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = None) -> Tensor:
-    """x (..., K) through int8 activations and weights: (..., N) in x's dtype, bias included.
+    """Linear with int8 activations: x (..., K) to (..., N) in x's dtype, bias included.
 
-    `out`: contiguous memory for it, to save the allocation.
+    `out`: contiguous tensor for the result, to save the allocation.
     """
     rows = _rows_of(x, w.columns)
     shape = (*x.shape[:-1], w.rows)
@@ -230,9 +232,9 @@ def linear_a8(x: Tensor, w: Panels, gelu: bool = False, out: Tensor | None = Non
 
 
 def linear_a16(x: Tensor, w: Panels, bf16: bool | None = None) -> Tensor:
-    """Weight-only: exact integers times float activations, the scale at the end.
+    """Weight-only linear: integer weights times float activations, then the channel scale.
 
-    bf16 activations are multiplied in bf16 where the hardware gains by it (a test may say `bf16`),
+    bf16 activations are multiplied in bf16 if that is faster on this CPU (tests may set `bf16`),
     all others in float32 (float16 would lose bits in bf16).
     """
     if bf16 is None:
@@ -279,7 +281,7 @@ def accumulate(xq: Tensor, w: Panels) -> Tensor:
 class Attention:
     """softmax(q k^T / sqrt(d)) v in int8, with memory for one shape.
 
-    q and k pass an RMSNorm over d first where weights (d,) are given.
+    If norm weights (d,) are given, q and k are RMS-normalised over d first.
     """
 
     def __init__(self, batch: int, tokens: int, heads: int, dim: int) -> None:

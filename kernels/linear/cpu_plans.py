@@ -1,4 +1,4 @@
-"""Whole networks in the int8 engine: plans, which hold all memory beyond the weights.
+"""Whole networks in the int8 engine. A plan owns all memory of a forward except the weights.
 
     plan = FlowPlan(batch, tokens, hidden, heads, mlp, threads, in_channels, condition_channels)
     plan.enter(latent_in, x)
@@ -25,11 +25,10 @@ from vitapack.kernels.linear.cpu import TYPES, Panels, built
 
 @dataclass(frozen=True, eq=False)
 class StreamWeights:
-    """The packed linears and norms of one stream of a double block, of a single block or of a flow
-    transformer's.
+    """Packed linears and norms of a single or flow block, or of one stream of a double block.
 
-    qkv alone is a single block's linear1 (its MLP half included); norms are float32 (d,), or (H, d)
-    where each head has its own.
+    In a single block qkv is linear1, its MLP rows included, and there is no other linear. Norms are
+    float32 (d,), or (H, d) if each head has its own.
     """
 
     qkv: Panels
@@ -42,8 +41,8 @@ class StreamWeights:
 
 @dataclass(frozen=True, eq=False)
 class CrossWeights:
-    """Cross-attention of a block, and shift and scale of the LayerNorm before it: its bias and
-    weight - 1, float32 (h,)."""
+    """Cross-attention of a block. shift and scale, float32 (h,), are bias and weight - 1 of the
+    LayerNorm before it."""
 
     shift: Tensor
     scale: Tensor
@@ -54,14 +53,13 @@ class CrossWeights:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A linear that is kept in float: weight (N, K) contiguous of any float dtype, bias (N) float32
-    or None."""
+    """A float linear: contiguous weight (N, K) of any float dtype, bias (N) float32 or None."""
 
     weight: Tensor
     bias: Tensor | None = None
 
     def fields(self, inputs: int) -> dict[str, Any]:
-        """As the engine takes them; ValueError unless the linear has so many inputs."""
+        """The engine's arguments. Raises ValueError unless the linear has `inputs` inputs."""
         (n, k), bias = self.weight.shape, self.bias
         if k != inputs or not self.weight.is_contiguous() or self.weight.dtype not in TYPES:
             raise ValueError(
@@ -80,11 +78,11 @@ class Dense:
 
 
 class BlockPlan:
-    """All memory of a forward beyond its weights, for one shape.
+    """All memory of a forward except the weights, for one shape.
 
-    `tokens` is the residual stream (B, T, h) float32: `enter` it, run blocks, `leave` it. The key
-    starts with batch, tokens, hidden, heads, mlp, threads, inputs: the last is the widest row that
-    enters.
+    `tokens` is the residual stream (B, T, h) float32: fill it with `enter`, run the blocks, read it
+    with `leave`. The key starts with batch, tokens, hidden, heads, mlp, threads and inputs, the
+    widest row that `enter` accepts.
     """
 
     def __init__(self, kind: str, key: Sequence[int]) -> None:
@@ -96,9 +94,9 @@ class BlockPlan:
         self.tokens = torch.frombuffer(array, dtype=torch.float32).view(batch, tokens, hidden)
 
     def enter(self, linear: Dense, x: Tensor, token: int = 0) -> None:
-        """The tokens from `token` on = linear(x), computed in float32.
+        """Sets the tokens from `token` on to linear(x), computed in float32.
 
-        x (B or 1, n, K) of any float dtype, its rows contiguous.
+        x (B or 1, n, K) of any float dtype.
         """
         batch, tokens, hidden = self.tokens.shape
         inputs = self.key[6]
@@ -108,7 +106,7 @@ class BlockPlan:
                 f"{tuple(x.shape)} to {len(linear.weight)}"
             )
         if not 0 <= token <= tokens - x.shape[1]:
-            raise ValueError(f"{x.shape[1]} tokens from {token} on, of {tokens}")
+            raise ValueError(f"{x.shape[1]} tokens from {token} on do not fit into {tokens}")
         x = x if x.dtype in TYPES else x.float()
         x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         self._plan.enter(
@@ -119,19 +117,19 @@ class BlockPlan:
     def leave(
         self, linear: Dense, shift: Tensor, scale: Tensor, epsilon: float, out: Tensor
     ) -> None:
-        """out = linear((1 + scale) * LayerNorm(z) + shift) of the last tokens, computed in float32.
+        """Computes out = linear((1 + scale) * LayerNorm(z) + shift) of the last tokens in float32.
 
-        shift and scale (B or 1, h), rows of float32; out (B, n, N) contiguous, float32, bf16 or
+        shift and scale (B or 1, h) float32; out (B, n, N) contiguous, float32, bf16 or
         fp16.
         """
         batch, tokens, hidden = self.tokens.shape
-        for part in (shift, scale):
-            if part.shape not in ((1, hidden), (batch, hidden)) or part.dtype != torch.float32:
+        for values in (shift, scale):
+            if values.shape not in ((1, hidden), (batch, hidden)) or values.dtype != torch.float32:
                 raise ValueError(
-                    f"expected float32 (1 or {batch}, {hidden}), found {tuple(part.shape)}"
+                    f"expected float32 (1 or {batch}, {hidden}), found {tuple(values.shape)}"
                 )
         if shift.stride() != scale.stride() or shift.stride(1) != 1 or len(shift) != len(scale):
-            raise ValueError("shift and scale must lie alike, in contiguous rows")
+            raise ValueError("shift and scale must have the same strides and contiguous rows")
         shape = (batch, min(out.shape[1], tokens), len(linear.weight))
         if out.shape != shape or not out.is_contiguous() or out.dtype not in TYPES:
             raise ValueError(
@@ -148,14 +146,14 @@ class BlockPlan:
         return int(self._plan.bytes())
 
     def seconds(self) -> tuple[dict[str, float], float]:
-        """Since the plan was made: seconds of all threads together by operation, and the wall
+        """Time since the plan was made: seconds per operation summed over all threads, and wall
         seconds of the parallel phases (blocks without Python), waiting included."""
         return dict(self._plan.seconds()), float(self._plan.phase_seconds())
 
 
 class DitPlan(BlockPlan):
-    """Of a DiT, condition first. Each of the first `repeated` tokens stands for `times` equal
-    ones."""
+    """Plan of a DiT; condition tokens precede latents. Each of the first `repeated` tokens counts
+    as `times` equal ones."""
 
     def __init__(
         self,
@@ -174,24 +172,25 @@ class DitPlan(BlockPlan):
         )
 
     def double_block(self, streams: Sequence[tuple[int, int, StreamWeights, Tensor]]) -> None:
-        """streams: (first token, tokens, weights, modulation (B or 1, 6h) float32) of each."""
+        """Runs a double block. streams: (first token, tokens, weights, modulation (B or 1, 6h)
+        float32) of each."""
         self._plan.double_block([_stream(*stream) for stream in streams])
 
     def single_block(
         self, weights: StreamWeights, linear2: Panels, modulation: Tensor, first: int = 0
     ) -> None:
-        """All tokens through a single block; modulation (B or 1, 3h) float32.
+        """Runs a single block on all tokens; modulation (B or 1, 3h) float32.
 
-        Tokens before `first` only serve as keys and values and keep their old content.
+        Tokens before `first` serve only as keys and values and keep their old content.
         """
         if not 0 <= first <= self.tokens.shape[1]:
-            raise ValueError(f"first token {first} of {self.tokens.shape[1]}")
+            raise ValueError(f"first token {first} is not in 0..{self.tokens.shape[1]}")
         whole = _stream(0, self.tokens.shape[1], weights, modulation)
         self._plan.single_block(whole, linear2.handle, first)
 
 
 class FlowPlan(BlockPlan):
-    """Of TRELLIS' flow transformer, whose blocks also attend to a condition (B, C, D)."""
+    """Plan of TRELLIS' flow transformer, whose blocks also attend to a condition (B, C, D)."""
 
     def __init__(
         self,
@@ -210,24 +209,24 @@ class FlowPlan(BlockPlan):
         self.condition_tokens = 0
 
     def expect(self, condition_tokens: int) -> None:
-        """Makes room for keys and values of so many condition tokens, unless it is there."""
+        """Allocates keys and values for `condition_tokens` condition tokens, unless done before."""
         self._plan.expect(condition_tokens)
         self.condition_tokens = condition_tokens
 
     def block(
-        self, weights: StreamWeights, cross: CrossWeights, modulation: Tensor, given: Tensor
+        self, weights: StreamWeights, cross: CrossWeights, modulation: Tensor, condition: Tensor
     ) -> None:
-        """All tokens through a block; modulation (B or 1, 6h) float32.
+        """Runs a block on all tokens; modulation (B or 1, 6h) float32.
 
-        given: the condition (B or 1, C, D) float32 with as many tokens as `expect` was told, or
-        (B or 1, h) float32, what cross-attention adds to every token.
+        condition: (B or 1, C, D) float32 with the number of tokens given to `expect`; or
+        (B or 1, h) float32, the constant that cross-attention adds to every token.
         """
         batch, tokens, hidden = self.tokens.shape
         channels = self.key[-1]
-        shape = (hidden,) if given.dim() == 2 else (self.condition_tokens, channels)
-        if given.shape[0] not in (1, batch) or tuple(given.shape[1:]) != shape:
-            raise ValueError(f"expected (1 or {batch}, {shape}), found {tuple(given.shape)}")
-        if not all(_plain(part) for part in (given, cross.shift, cross.scale)):
+        shape = (hidden,) if condition.dim() == 2 else (self.condition_tokens, channels)
+        if condition.shape[0] not in (1, batch) or tuple(condition.shape[1:]) != shape:
+            raise ValueError(f"expected (1 or {batch}, {shape}), found {tuple(condition.shape)}")
+        if not all(_plain(values) for values in (condition, cross.shift, cross.scale)):
             raise ValueError("condition and norms must be contiguous float32")
         self._plan.block(
             _stream(0, tokens, weights, modulation),
@@ -238,9 +237,9 @@ class FlowPlan(BlockPlan):
                 "kv": cross.kv.handle,
                 "proj": cross.proj.handle,
             },
-            given.data_ptr(),
-            given.stride(0) if given.shape[0] > 1 else 0,
-            given.dim() == 2,
+            condition.data_ptr(),
+            condition.stride(0) if condition.shape[0] > 1 else 0,
+            condition.dim() == 2,
         )
 
 
@@ -248,7 +247,7 @@ def _stream(token: int, tokens: int, weights: StreamWeights, modulation: Tensor)
     if not _plain(modulation):
         raise ValueError("modulation must be contiguous float32")
     norm = weights.query_norm
-    found = {
+    stream = {
         "token": token,
         "tokens": tokens,
         "modulation": modulation.data_ptr(),
@@ -261,8 +260,8 @@ def _stream(token: int, tokens: int, weights: StreamWeights, modulation: Tensor)
     for name in ("proj", "up", "down"):
         panels = getattr(weights, name)
         if panels is not None:
-            found[name] = panels.handle
-    return found
+            stream[name] = panels.handle
+    return stream
 
 
 def _plain(values: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""Which kernel runs a packed linear, said once per layer class and device: never a silent fallback.
+"""Chooses the kernel of a packed linear and logs it once per layer class and device.
 
-On GPUs that are the Triton operators; the plain-PyTorch reference serves layouts that have no
-kernel, with a warning, and whoever needs gradients. On CPUs linears in the int8 engine's order call
-`cpu.py` directly (`runtime/engines/cpu_linear.py`), all others take the reference here.
+On GPUs the Triton operators run. The plain PyTorch reference serves calls that need gradients and,
+with a warning, layouts without a kernel: there is no silent fallback. On CPUs the int8 engine's
+linears (`runtime/engines/cpu_linear.py`) call `cpu.py` directly; all others use the reference here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFERENCE = "the reference: gradients are needed, or there is no kernel"
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, compute: str) -> Tensor:
-    """x (..., K) through a packed weight (N, K) to (..., N); `compute` is "a16" or "a8"."""
+    """Applies a packed weight (N, K) to x (..., K): (..., N). `compute` is "a16" or "a8"."""
     layer = f"{weight.layout.name} {compute} linear"
     if _on_gpu(layer, weight.layout, x):
         return _linear_gpu(x, weight, bias, compute)
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, compute: str) -
 
 
 def _on_gpu(layer: str, layout: WeightLayout, x: Tensor) -> bool:
-    """Whether the Triton operators take this call: on CUDA, and without gradients."""
+    """Whether the Triton operators serve this call: on CUDA, without gradients."""
     if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return False
     if "triton" in layout.kernels:
@@ -44,7 +44,7 @@ def _on_gpu(layer: str, layout: WeightLayout, x: Tensor) -> bool:
 
 
 def announce_gpu(layout: WeightLayout, compute: str, x: Tensor) -> None:
-    """Says which kernel serves packed linears of one kind at x (..., K)'s number of rows."""
+    """Logs the kernel of packed linears in one layout at the row count of x (..., K)."""
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return
     op = gemm_table.op_name(layout, compute)
@@ -55,7 +55,7 @@ def announce_gpu(layout: WeightLayout, compute: str, x: Tensor) -> None:
 
 @functools.cache
 def _gpu_path(op: str, device: torch.device, rows: int, dtype: torch.dtype) -> tuple[str, str]:
-    """(kernel, why) for the log; single shapes that were tuned may differ."""
+    """(kernel, reason) for the log; tuned shapes may differ."""
     choice = gemm_table.default_choice(op, gemm_table.arch_of(device), rows)
     assert choice is not None
     why = f"{choice.source}, about {rows} rows; {gpu_support(device)[1]}; compiled, not timed"
@@ -66,7 +66,7 @@ def _gpu_path(op: str, device: torch.device, rows: int, dtype: torch.dtype) -> t
 
 
 def _linear_gpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, compute: str) -> Tensor:
-    """x (..., K) through a packed weight by the Triton operators."""
+    """`linear` by the Triton operators."""
     from vitapack.kernels.linear import gpu_ops
 
     announce_gpu(weight.layout, compute, x)

@@ -1,4 +1,4 @@
-"""What follows the product of a packed GEMM, in one object."""
+"""The epilogue of a packed GEMM: bias, GELU, gate and residual."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Epilogue:
 
     bias: Tensor | None = None  # (N,)
     gelu_from: int | None = None
-    residual: Tensor | None = None  # (M, N), with a gate
+    residual: Tensor | None = None  # (M, N), only together with a gate
     gate: Tensor | None = None  # (1 or M / tokens, N)
     tokens: int = 1  # rows that share a row of the gate
 
     def flat(self) -> tuple[Tensor | None, int, Tensor | None, Tensor | None, int]:
-        """As torch.library operators take it, no GELU being -1; `unflat` is the inverse."""
+        """As arguments of torch.library operators, -1 for no GELU; `unflat` is the inverse."""
         start = -1 if self.gelu_from is None else self.gelu_from
         return self.bias, start, self.residual, self.gate, self.tokens
 
@@ -32,7 +32,7 @@ class Epilogue:
         return cls(bias, None if start < 0 else start, residual, gate, tokens)
 
     def apply(self, y: Tensor) -> Tensor:
-        """The epilogue of a product y (M, N) in plain PyTorch, in float32."""
+        """Applies the epilogue to a product y (M, N) in float32, in plain PyTorch."""
         if self.bias is not None:
             y = y + self.bias.float()
         y = gelu_from(y, self.gelu_from)
@@ -44,7 +44,7 @@ class Epilogue:
 
 
 def gelu_from(y: Tensor, column: int | None) -> Tensor:
-    """GELU (tanh form) of the columns from `column` on; None: of none."""
+    """GELU (tanh form) of the columns from `column` on; y unchanged if `column` is None."""
     if column is None:
         return y
     if column == 0:

@@ -1,8 +1,8 @@
-"""Which configuration of a GEMM runs where: tables as data, and a cache per GPU on top of them.
+"""The GEMM configuration for each shape and GPU: a shipped table, overridden by a cache per GPU.
 
-`tables/gemm.json` is shipped: hand-picked from machine code (issue slots, registers, shared memory)
-and published measurements, since nothing here has been timed. `vitapack tune` measures on a GPU and
-writes a cache of its own, looked up first. Nothing is ever tuned in a request.
+`tables/gemm.json` is shipped. Its entries were chosen by hand from machine code (issue slots,
+registers, shared memory) and published measurements; they are not timed. `vitapack tune` measures
+on a GPU and writes the cache, which is looked up first. A generation never tunes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 from vitapack.kernels.linear.layouts import LAYOUTS, WeightLayout
 
 TABLE = Path(__file__).parent / "tables" / "gemm.json"
-ARCHS = (80, 86, 89, 90)  # the compute capabilities that every kernel is compiled and checked for
+ARCHS = (80, 86, 89, 90)  # compute capabilities for which every kernel is compiled and checked
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one GEMM runs, and where that is written."""
+    """How one GEMM runs, and the source of that choice."""
 
     how: str
     tile: Tile | None  # None unless fused
@@ -37,13 +37,14 @@ class Choice:
 
 
 def op_name(layout: WeightLayout, compute: str, gate: bool = False) -> str:
-    """The table's name of a GEMM: "w4a8", or "w4a8+gate" with gate and residual in the epilogue,
-    which spills on the largest tiles."""
+    """Name of a GEMM in the table: "w4a8", or "w4a8+gate" with gate and residual in the epilogue.
+
+    The latter has its own entries because it spills registers on the largest tiles."""
     return f"{layout.codes.replace('q', 'w')}{compute}{'+gate' if gate else ''}"
 
 
 def ops() -> list[str]:
-    """All GEMMs that the Triton kernels do."""
+    """Names of all GEMMs that the Triton kernels serve."""
     served = [layout for layout in LAYOUTS.values() if "triton" in layout.kernels]
     names = (
         op_name(layout, compute, gate)
@@ -53,15 +54,15 @@ def ops() -> list[str]:
 
 
 def hows(op: str) -> tuple[str, ...]:
-    """The ways in which a GEMM can run.
+    """The methods by which a GEMM can run.
 
-    fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: to an int8 scratch,
-    then the int8 GEMM. apart: the product as without a gate, then a kernel for gate and residual.
+    fused: one kernel. dense: expand to a float scratch, then cuBLAS. expand: expand to an int8
+    scratch, then the int8 GEMM. apart: the GEMM without gate, then a kernel for gate and residual.
     """
     plain = op.removesuffix("+gate")
     other = "dense" if plain.endswith("a16") else "expand"
-    ways = ("fused",) if plain == "w8a8" else ("fused", other)  # w8a8 is the int8 GEMM
-    return ways if op == plain else (*ways, "apart")
+    methods = ("fused",) if plain == "w8a8" else ("fused", other)  # w8a8 is the int8 GEMM
+    return methods if op == plain else (*methods, "apart")
 
 
 def bucket(m: int) -> int:
@@ -71,17 +72,17 @@ def bucket(m: int) -> int:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability as in sm_86; asked once per device."""
+    """Compute capability as in sm_86; queried once per device."""
     return properties(device.index)[0]
 
 
-# Triton's own switch, read when it is imported: kernels run on CPU tensors, in Python.
+# Triton's own switch, read on its import: kernels then run in Python on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
 def properties(index: int | None) -> tuple[int, str]:
-    """(compute capability, name) of a CUDA device; of the interpreter's, if it runs the kernels."""
+    """(compute capability, name) of a CUDA device, or of the interpreter if it is in use."""
     import torch
 
     if INTERPRETED:
@@ -91,7 +92,7 @@ def properties(index: int | None) -> tuple[int, str]:
 
 
 def table_arch(arch: int) -> int | None:
-    """The table that serves a capability: its own, or for another sm_8x that of sm_86."""
+    """The capability whose table is used: its own, sm_86's for another sm_8x, or None."""
     if arch in ARCHS:
         return arch
     return 86 if arch // 10 == 8 else None
@@ -104,7 +105,7 @@ def shipped() -> dict[str, Any]:
 
 
 def default_choice(op: str, arch: int, m: int) -> Choice | None:
-    """What the shipped table says, or None for hardware that it does not know."""
+    """The shipped table's choice; None for hardware that it does not cover."""
     known = table_arch(arch)
     if known is None:
         return None
@@ -115,7 +116,7 @@ def default_choice(op: str, arch: int, m: int) -> Choice | None:
 
 
 def choose(op: str, device: torch.device, m: int, n: int, k: int, group: int) -> Choice | None:
-    """The tuned choice of this GPU if there is one, else the shipped one, else None."""
+    """The choice tuned on this GPU if there is one, else the shipped one, else None."""
     arch, name = properties(device.index)
     return _choose(op, arch, name, bucket(m), n, k, group)
 
@@ -140,7 +141,7 @@ def _choice(row: dict[str, Any], source: str) -> Choice:
 
 
 def cache_path(arch: int, name: str) -> Path:
-    """Where this GPU's tuned choices lie: VITAPACK_CACHE, or vitapack in the user's cache."""
+    """File of this GPU's tuned choices, in VITAPACK_CACHE or in vitapack in the user's cache."""
     import triton
 
     base = os.environ.get("VITAPACK_CACHE")
@@ -151,7 +152,7 @@ def cache_path(arch: int, name: str) -> Path:
 
 @functools.cache
 def cached(arch: int, name: str) -> dict[str, Any]:
-    """The cache's entries; a damaged file is an error, not a slow default."""
+    """The entries of the cache. Raises ValueError for a damaged file instead of ignoring it."""
     path = cache_path(arch, name)
     if not path.exists():
         return {}
@@ -170,7 +171,7 @@ def cached(arch: int, name: str) -> dict[str, Any]:
 
 
 def save(arch: int, name: str, entries: dict[str, Choice], measured: dict[str, Any]) -> Path:
-    """Merges tuned choices into this GPU's cache, atomically, and uses them from now on."""
+    """Merges tuned choices into this GPU's cache atomically; later calls use them."""
     path = cache_path(arch, name)
     old = json.loads(path.read_text()) if path.exists() else {"choices": {}, "measured": {}}
     for key, choice in entries.items():
@@ -188,6 +189,6 @@ def save(arch: int, name: str, entries: dict[str, Choice], measured: dict[str, A
 
 
 def forget() -> None:
-    """Reads the cache anew when it is next asked."""
+    """Makes the next lookup read the cache file again."""
     cached.cache_clear()
     _choose.cache_clear()

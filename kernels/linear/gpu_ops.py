@@ -1,10 +1,10 @@
 """The GPU kernels as `torch.library` operators: `torch.ops.vitapack.*`.
 
-With fake implementations, so that torch.compile and CUDA graphs take them, and with the reference
-as their CPU kernel, so that the same model code runs (and is tested) without a GPU. Importing this
-file registers them; `vitapack.kernels.linear.dispatch` does so when the first CUDA tensor arrives.
-Plain `Library` definitions: `torch.library.custom_op` adds some 20 us of Python to each of the 400
-calls of a step, and these operators have no backward anyway.
+They have fake implementations, as torch.compile and CUDA graphs require, and the reference as CPU
+kernel, so the same model code runs (and is tested) without a GPU. Importing this file registers
+them; `vitapack.kernels.linear.dispatch` does so for the first CUDA tensor.
+Defined by plain `Library`: `torch.library.custom_op` adds some 20 us of Python to each of the 400
+calls per denoising step, and these operators have no backward.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ops = torch.ops.vitapack
 def gemm(
     x: Tensor, sx: Tensor | None, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype
 ) -> Tensor:
-    """x (M, K) float, or int8 codes with sx (M,), through a packed weight: (M, N) in `dtype`."""
+    """Applies a packed weight to x (M, K), float or int8 codes with sx (M,): (M, N) in `dtype`."""
     return ops.gemm(x, sx, *weight.flat(), *epilogue.flat(), dtype)
 
 
@@ -50,7 +50,7 @@ def expand(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return ops.expand(*weight.flat(), weight.in_features, dtype)
 
 
-# ---- shapes alone, for tracing ----
+# ---- fake implementations: only shapes, for tracing ----
 
 
 @torch.library.register_fake("vitapack::gemm", lib=_library)
@@ -147,26 +147,26 @@ def run_choice(
     epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`gemm` in one of the ways of `gemm_table.hows`."""
+    """`gemm` by one of the methods of `gemm_table.hows`."""
     from vitapack.kernels.linear.triton_gemm import gemm as fused
 
     if sx is None and (choice.how == "dense" or x.dtype != torch.float16):
-        # cuBLAS on a scratch as large as this one layer, which the next layer's reuses.
+        # cuBLAS on a scratch of one layer's size, whose memory the next layer reuses.
         bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
         y = F.linear(x, expand(weight, x.dtype), bias)
         return _unfused(y.to(dtype), epilogue)
     if choice.how == "apart":
         y = gemm(x, sx, weight, replace(epilogue, residual=None, gate=None), dtype)
         return _unfused(y, replace(epilogue, gelu_from=None))
-    if choice.how == "expand":  # to an int8 scratch: the int8 GEMM's loop is the better one
+    if choice.how == "expand":  # to an int8 scratch: the int8 GEMM has the faster loop
         w8 = int8_weight(expand(weight, torch.int8), weight.scale)
         return gemm(x, sx, w8, epilogue, dtype)
     tile = choice.tile
     assert tile is not None
-    # A tile has room for the gates of two batches: shorter ones are gated afterwards.
+    # A tile holds the gates of two batch entries: shorter entries are gated afterwards.
     gate = epilogue.gate
     apart = gate is not None and gate.shape[0] > 1 and epilogue.tokens < tile.bm
-    # GELU spills the largest int8 tiles of sm_90; there the quantizer of the next linear has it.
+    # GELU spills registers on the largest int8 tiles of sm_90, so it is applied afterwards.
     apart = apart or (sx is not None and epilogue.gelu_from is not None)
     inside = Epilogue(epilogue.bias) if apart else epilogue
     plain = gemm_table.INTERPRETED
@@ -175,7 +175,7 @@ def run_choice(
 
 
 def _unfused(y: Tensor, epilogue: Epilogue) -> Tensor:
-    """The epilogue, bias aside, of a product that another kernel made."""
+    """Applies the epilogue without bias to the product of another kernel."""
     y = gelu_from(y, epilogue.gelu_from)
     if epilogue.residual is None or epilogue.gate is None:
         return y
@@ -213,7 +213,7 @@ def _triton_qk_norm(qkv, q_scale, k_scale, heads):
     return qk_norm(qkv, q_scale, k_scale, heads)
 
 
-# ---- registration: the one place in which a weight and an epilogue are flat ----
+# ---- registration: only here are a weight and an epilogue lists of arguments ----
 
 
 def _gemm_operator(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -246,7 +246,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes the tensors' device current, since Triton launches on the current device."""
 
     @functools.wraps(kernel)
     def run(*arguments: Any) -> Any:

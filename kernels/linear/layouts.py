@@ -1,12 +1,12 @@
-"""Weight layouts: how the weight of one linear is stored. Torch-free.
+"""Weight layouts: how the weight of one linear is stored. Needs no torch.
 
     layout = LAYOUTS["w4-b64-g32-v1"]
     layout.tensors(4096, 1024)    # {"q4": ("U8", (4096, 512)), "group": ..., "scale": ...}
 
 Every packed layout expands exactly to int8: w = scale[n] * w8[n, k], with w8 the code itself or, in
 groups of inputs, s * (code - z) with small integers s and z. docs/format.md specifies the bytes.
-A layout is data. weights.py packs and expands it in plain PyTorch, which serves wherever no fast
-kernel reads it.
+A layout is data. weights.py packs and expands it in plain PyTorch, which also serves layouts that
+no fast kernel reads.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ITEM_BYTES = {"I8": 1, "U8": 1, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """One layout; N outputs (channels) and K inputs below."""
+    """One layout, for linears of N outputs (channels) and K inputs."""
 
-    id: str  # as packed files state it; another byte order gets another id
-    bits: int  # of a weight, scales aside
-    codes: str = ""  # name of the tensor of codes, which fixes their byte order; "": plain floats
-    dtype: str = ""  # of that tensor
-    block: int = 1  # inputs that are packed together: rows are padded to whole blocks
-    group: int = 0  # inputs that share one byte of s and z; 0: there are no groups
-    kernels: tuple[str, ...] = ()  # fast ones that read it: "cpu" (csrc/int8), "triton"
+    id: str  # as in packed files; another byte order needs another id
+    bits: int  # per weight, without scales
+    codes: str = ""  # name of the tensor of codes, which implies their byte order; "": plain floats
+    dtype: str = ""  # of the tensor of codes
+    block: int = 1  # inputs packed together; rows are padded to whole blocks
+    group: int = 0  # inputs that share one byte of s and z; 0: no groups
+    kernels: tuple[str, ...] = ()  # fast kernels that read it: "cpu" (csrc/int8), "triton"
 
     @property
     def packed(self) -> bool:
@@ -35,7 +35,7 @@ class WeightLayout:
 
     @property
     def name(self) -> str:
-        """For people: "int8", "int4 group 32"."""
+        """For messages: "int8", "int4 group 32"."""
         if not self.packed:
             return "float"
         return f"int{self.bits}" + (f" group {self.group}" if self.group else "")
@@ -50,12 +50,12 @@ class WeightLayout:
         return -(-k // self.block) * self.block
 
     def groups(self, k: int) -> int:
-        """Groups of a row; the last one may end with the padding. 0 without groups."""
+        """Groups per row, the padded inputs included. 0 without groups."""
         return -(-self.padded(k) // self.group) if self.group else 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors of a packed weight."""
+        """Names of the tensors of a packed weight."""
         return (self.codes, "group", "scale") if self.group else (self.codes, "scale")
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -70,14 +70,15 @@ class WeightLayout:
     def stored(
         self, weight: str, n: int, k: int, floats: str = "F16"
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The same by name in a packed file, of a weight `weight` ("double_blocks.0.x.weight");
-        `floats`: dtype of what is not packed."""
+        """The tensors in a packed file of the weight named `weight` ("double_blocks.0.x.weight").
+
+        `floats`: dtype of a weight that is not packed."""
         if not self.packed:
             return {weight: (floats, (n, k))}
         return {f"{weight}.{name}": spec for name, spec in self.tensors(n, k).items()}
 
     def nbytes(self, n: int, k: int) -> int:
-        """Bytes of the weight, its scales included; plain floats as F16."""
+        """Bytes of the weight with its scales; plain floats count as F16."""
         specs = self.stored("weight", n, k).values()
         return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in specs)
 
@@ -93,8 +94,9 @@ LAYOUTS = {layout.id: layout for layout in (W16, W8, *W4)}
 
 
 def layout_for(bits: int, group: int) -> WeightLayout:
-    """The layout of so many bits, in groups of `group` inputs where it has groups; KeyError if
-    there is none."""
+    """The layout of `bits` bits that has no groups, or groups of `group` inputs.
+
+    Raises KeyError if there is none."""
     for layout in LAYOUTS.values():
         if layout.bits == bits and layout.group in (0, group):
             return layout

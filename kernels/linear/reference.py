@@ -1,7 +1,7 @@
-"""The packed linears in plain PyTorch: what every fast kernel is tested against.
+"""The packed linears in plain PyTorch: the reference of every fast kernel.
 
-Weights are `weights.PackedWeight`, which expand exactly to int8; the integer part of every path
-here is exact, bit for bit.
+Weights are `weights.PackedWeight`, which expand exactly to int8; all integer arithmetic here is
+exact, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ EXACT_K = 1024
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic per-token int8: x (..., K) to xq int8 (..., K) and sx float32 (..., 1).
+    """Quantizes each token to int8: x (..., K) to xq int8 (..., K) and sx float32 (..., 1).
 
-    sx = absmax / 127 and xq = round-half-even(x / sx), in float32 whatever x is. A token of zeros
-    gets sx = 0. A token with NaN or inf gets sx = NaN and xq = 0, so the output is NaN as well.
+    sx = absmax / 127 and xq = round-half-even(x / sx), in float32 for any dtype of x. A token of
+    zeros gets sx = 0, a token with NaN or inf gets sx = NaN and xq = 0, so its output is NaN.
     """
     wide = x.float()
     peak = wide.abs().amax(-1, keepdim=True)
@@ -40,15 +40,15 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _exact_int_mm() -> bool:
-    """Whether torch._int_mm is exact here: without VNNI, oneDNN's 16-bit pair sums can saturate."""
+    """Whether torch._int_mm is exact on this CPU: without VNNI, oneDNN's pair sums can saturate."""
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x (M, K) int8 times w (N, K) int8 transposed, exactly: int32 (M, N).
+    """Exact product of x (M, K) int8 with w (N, K) int8 transposed: int32 (M, N).
 
     float32 in slices of 1024 inputs is exact on every device (also with TF32: int8 values need 8
-    bits of its 11). torch._int_mm takes 0.4x of that time, used on CPUs with VNNI only.
+    bits of its 11). torch._int_mm takes 0.4x of that time and is used on CPUs with VNNI only.
     """
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"inner sizes differ: {tuple(x.shape)} and {tuple(w.shape)}")
@@ -58,18 +58,18 @@ def int8_matmul(x: Tensor, w: Tensor) -> Tensor:
         return torch._int_mm(x.contiguous(), w.t())
     out = torch.zeros(x.shape[0], w.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[-1], EXACT_K):
-        part = slice(start, start + EXACT_K)
-        out += (x[:, part].float() @ w[:, part].float().t()).to(torch.int32)
+        inputs = slice(start, start + EXACT_K)
+        out += (x[:, inputs].float() @ w[:, inputs].float().t()).to(torch.int32)
     return out
 
 
 def linear_a16_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Weight-only: x (..., K) in its own dtype times the dequantized weight (N, K)."""
+    """Weight-only linear: x (..., K) times the dequantized weight (N, K), in x's dtype."""
     return F.linear(x, dequantize(weight).to(x.dtype), bias)
 
 
 def linear_w8a8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """int8 x int8: the exact integer product, then sx[token] * scale[channel] and bias in float32.
+    """int8 linear: the exact integer product, then sx[token] * scale[channel] and bias in float32.
 
     x (..., K) float; returns (..., N) in x's dtype.
     """
@@ -83,7 +83,7 @@ def linear_w8a8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Ten
 def gemm_ref(
     x: Tensor, sx: Tensor | None, weight: PackedWeight, epilogue: Epilogue, dtype: torch.dtype
 ) -> Tensor:
-    """A packed linear with its epilogue, float32 after the product: (M, N) in `dtype`.
+    """A packed linear with its epilogue in float32: (M, N) in `dtype`.
 
     x (M, K) float, or int8 codes with sx (M, 1) or (M,).
     """
@@ -101,13 +101,13 @@ def modulate_ref(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def join_ref(left: Tensor | None, right: Tensor, gelu: bool) -> Tensor:
-    """[left | GELU(right)] in float32, GELU in its tanh form and only if asked for."""
+    """[left | right] in float32, with GELU (tanh form) of right if `gelu`."""
     wide = F.gelu(right.float(), approximate="tanh") if gelu else right.float()
     return wide if left is None else torch.cat([left.float(), wide], dim=-1)
 
 
 def qk_norm_ref(qkv: Tensor, q_scale: Tensor, k_scale: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """RMS-normalised q and k (B, H, n, d) of qkv (B, n, 3 * H * d), float32 inside."""
+    """RMS-normalised q and k (B, H, n, d) of qkv (B, n, 3 * H * d), computed in float32."""
     q, k, _ = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).float()
     parts = [
         y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * scale.float()

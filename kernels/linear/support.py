@@ -1,4 +1,4 @@
-"""Which kernels this machine has, logged once per layer class and device."""
+"""Finds the kernels that this machine supports; logs them once per layer class and device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("vitapack.kernels")
 
 @functools.cache  # one line per distinct (layer class, device, path, reason)
 def announce(layer: str, device: str, path: str, why: str, level: int = logging.INFO) -> None:
-    """Logs which path serves a layer class, the first time it is used."""
+    """Logs the path of a layer class when it is first used."""
     if torch.compiler.is_compiling():  # a log call would break the graph in two
         return
     log.log(level, "%s on %s: %s (%s)", layer, device, path, why)
@@ -25,7 +25,7 @@ def announce(layer: str, device: str, path: str, why: str, level: int = logging.
 
 @functools.cache
 def gpu_support(device: torch.device) -> tuple[bool, str]:
-    """Whether the Triton kernels serve a CUDA device, and why (not)."""
+    """Whether the Triton kernels support a CUDA device, and a description or the reason."""
     from vitapack.kernels.linear import gemm_table
 
     arch = gemm_table.arch_of(device)
@@ -36,15 +36,15 @@ def gpu_support(device: torch.device) -> tuple[bool, str]:
     if gemm_table.table_arch(arch) is None:
         return False, f"no kernels for sm_{arch}, only for {', '.join(map(str, gemm_table.ARCHS))}"
     if fault := _fault(device):
-        return False, f"triton {triton.__version__} does not work here: {fault}"
+        return False, f"triton {triton.__version__} does not work on this machine: {fault}"
     return True, f"sm_{arch}, triton {triton.__version__}"
 
 
 def _fault(device: torch.device) -> str:
-    """What keeps a first small kernel from running, in one line; nothing if it runs.
+    """The error of a first small kernel in one line; empty if it runs.
 
     Triton builds its launcher with the machine's C compiler and Python's headers, and its binaries
-    with a ptxas that the driver may be too old for: all that shows at the first launch.
+    with a ptxas that the driver may be too old for; only a launch shows whether all that works.
     """
     from vitapack.kernels.linear.gpu_ops import ops
 
@@ -56,8 +56,8 @@ def _fault(device: torch.device) -> str:
 
 
 def gpu_kernels(layer: str, device: torch.device) -> bool:
-    """Whether the Triton kernels serve `layer` on a CUDA device; warns where they do not."""
-    if torch.compiler.is_compiling():  # the operators refuse unknown hardware by themselves
+    """Whether the Triton kernels serve `layer` on a CUDA device; warns if they do not."""
+    if torch.compiler.is_compiling():  # the operators themselves reject unknown hardware
         return True
     ready, why = gpu_support(device)
     if not ready:
@@ -66,7 +66,7 @@ def gpu_kernels(layer: str, device: torch.device) -> bool:
 
 
 def cpu_engine(layer: str) -> bool:
-    """Whether the int8 engine serves `layer` on this CPU; says so, or warns that it does not."""
+    """Whether the int8 engine serves `layer` on this CPU; logs that, or warns if it does not."""
     from vitapack.kernels.linear import cpu
 
     if not cpu.available():
@@ -79,6 +79,6 @@ def cpu_engine(layer: str) -> bool:
         announce(layer, "cpu", "int8 engine, portable C++", why, logging.WARNING)
     else:
         best = name == cpu.instruction_sets()[0]
-        why = "the best that this CPU has" if best else f"{cpu.VARIABLE} or the caller asks for it"
+        why = "the best that this CPU has" if best else f"set by {cpu.VARIABLE} or the caller"
         announce(layer, "cpu", f"int8 engine, {name}", why)
     return True

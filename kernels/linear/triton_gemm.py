@@ -1,16 +1,16 @@
 """Triton GEMMs over the packed file's own tensors: int8 or int4 weights, fp16 or int8 activations.
 
 K1 W8A16, K2 W4A16, K3 expand to scratch (for cuBLAS, or for the int8 GEMM), K5 W8A8, K6 W4A8 in one
-kernel: `gemm(x, weight, ...)`. There is one float scale per output channel and it waits for the
+kernel: `gemm(x, weight, ...)`. The one float scale per output channel is applied in the
 epilogue, so the loop is integer weights times fp16 (exact: |w8| <= 127 < 2^11) or int8 x int8.
 
-Triton 3.9 handles int8 registers one byte at a time (`.to(fp16)` costs an I2F a weight), so weights
-are unpacked four at a time by inline PTX. An int4 word of four codes becomes four biased bytes by
+Triton 3.9 handles int8 registers one byte at a time (`.to(fp16)` costs an I2F per weight), so
+inline PTX unpacks four weights at a time. An int4 word of four codes becomes four biased bytes by
 ONE integer multiply-add: with q <= 15, s <= 16 and 1 <= s * (q - z) + 128 <= 255 no byte carries
 into its neighbour, and q * s + (128 - s * z) over the whole word is exact modulo 2^32.
 
-Compiled, not timed: none of this has run on a GPU. `PLAIN` is the same kernel in plain Triton
-operations, which the interpreter can run. Importing this file needs triton, and nothing of CUDA.
+Compiled, not timed: none of this has run on a GPU. `PLAIN` selects plain Triton operations, which
+the interpreter can run. Importing this file needs triton, but not CUDA.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ sub.f16x2 $1, $1, m; }
 """
 W8_TO_F16 = tl.constexpr("{ .reg .b32 u, m;\nxor.b32 u, $2, 0x80808080;" + _BYTES_TO_F16)
 # Four low (high) nibbles to fp16: $3 is s, $7 is c = (128 - s * z) * 0x01010101. The comment names
-# all eight registers so that `check_words` sees whether one word holds one group.
+# all eight registers, from which `check_words` tells whether a word belongs to one group.
 _GROUP_OF_WORD = "{ .reg .b32 u, m;\n// words $3 $4 $5 $6 ; $7 $8 $9 $10\n"
 _SCALE_BYTES = "and.b32 u, u, 0x0f0f0f0f;\nmad.lo.u32 u, u, $3, $7;"
 W4_LOW_TO_F16 = tl.constexpr(_GROUP_OF_WORD + "mov.b32 u, $2;\n" + _SCALE_BYTES + _BYTES_TO_F16)
@@ -64,15 +64,15 @@ _WORDS = re.compile(r"// words ([^;\n]+);([^;\n]+)")
 
 
 class SplitWords(RuntimeError):
-    """A binary that would give wrong numbers, see `check_words`."""
+    """A compiled kernel that would give wrong numbers, see `check_words`."""
 
 
 def check_words(ptx: str) -> None:
     """Raises SplitWords if a compiled kernel unpacks one int4 word with two different groups.
 
-    The unpacking PTX reads s and c once for four neighbouring weights. That is right as long as
-    Triton keeps four neighbours of one row in a register, which its layouts do; a version that did
-    not would give wrong numbers silently, so every binary is looked at before its first use.
+    The unpacking PTX reads s and c once for four neighbouring weights. That is correct as long as
+    Triton keeps four neighbours of one row in a register, as its layouts do; a version that did
+    not would silently give wrong numbers, so every binary is checked before its first use.
     """
     for match in _WORDS.finditer(ptx):
         for names in match.groups():
@@ -85,7 +85,7 @@ def check_words(ptx: str) -> None:
 
 @triton.jit
 def _load(pointers, inside, MASKED: tl.constexpr):
-    """Values at `pointers`, 0 outside; without a mask where none is needed, for cp.async."""
+    """Loads values, 0 where not `inside`; without a mask if none is needed, for cp.async."""
     if MASKED:
         return tl.load(pointers, mask=inside, other=0)
     else:
@@ -94,7 +94,7 @@ def _load(pointers, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _scales(g, PLAIN: tl.constexpr):
-    """Group bytes as (s, c): c is the byte 128 - s * z four times, in PLAIN operations just z."""
+    """Group bytes as (s, c). c repeats the byte 128 - s * z four times; with PLAIN it is z."""
     g = g.to(tl.int32)
     s = (g >> 4) + 1
     c = g & 15 if PLAIN else (128 - s * (g & 15)) * 0x01010101
@@ -133,7 +133,8 @@ def _widen8(b, PLAIN: tl.constexpr):
         )
 
 
-# A binary for every M and not one more for M = 1 or a multiple of 16, each seconds to compile.
+# One binary for every M, without specialised ones for M = 1 or multiples of 16: each takes seconds
+# to compile.
 @triton.jit(do_not_specialize=["M", "tokens", "gelu_from"])
 def gemm_kernel(
     x, sx, w, group, scale, bias, gate, residual, out,
@@ -147,13 +148,13 @@ def gemm_kernel(
     """out = [residual + gate *] gelu_from(x W^T * sx * scale + bias). Pointers first, sizes second.
 
     x (M, K) fp16 or int8 with sx (M,); w int8 (N, K) or uint8 (N, Kp/2) with group (N, groups);
-    gate row m // tokens. BK counts inputs; an int4 tile holds BK/2 bytes, low and high nibbles of
-    a byte being 32 inputs apart, so its two halves meet two separate x tiles and nothing is
-    interleaved. Rows and columns beyond the end are clamped: computed twice, never stored.
+    gate row m // tokens. BK counts inputs; an int4 tile holds BK/2 bytes. The low and high
+    nibbles of a byte are 32 inputs apart, so each half is multiplied with its own x tile and
+    nothing is interleaved. Rows and columns beyond the end are clamped: computed, never stored.
     """
     pid = tl.program_id(0)
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    # SWIZZLE row blocks run through all columns together, so that their weights stay in L2.
+    # SWIZZLE row blocks process all columns together, so that the weights stay in L2.
     width = SWIZZLE * columns
     first = pid // width * SWIZZLE
     height = min(rows - first, SWIZZLE)
@@ -177,7 +178,7 @@ def gemm_kernel(
             # More than one 64-block, each with its own group bytes.
             group_ptrs = group_ptrs + (j // 32 * 64)[None, :] // GROUP
         # Group bytes are too narrow for cp.async: they are read one iteration ahead instead, and
-        # the last iteration reads its own again. Rows are padded to 64 inputs, x is not.
+        # the last iteration reads its own again. Weight rows are padded to 64 inputs, x is not.
         tl.static_assert(EVEN_K or BK == 64)
         g_low = tl.load(group_ptrs)
         g_high = g_low
@@ -226,7 +227,7 @@ def gemm_kernel(
     if GELU:
         y = tl.where(offs_n[None, :] >= gelu_from, gelu(y), y)
     if GATE:
-        # A tile spans two batches at most, so its gates are two vectors; a tile of them spills.
+        # A tile spans at most two batch entries, so two gate vectors suffice; a full tile spills.
         first_batch = pid_m * BM // tokens
         last_batch = tl.minimum(first_batch + 1, (M - 1) // tokens)
         g_first = tl.load(gate + first_batch * stride_gate + columns_n).to(tl.float32)
@@ -285,13 +286,13 @@ class Tile:
 
     bm: int
     bn: int
-    bk: int  # in inputs: an int4 tile holds bk / 2 bytes
+    bk: int  # inputs; an int4 tile holds bk / 2 bytes
     warps: int
     stages: int
     swizzle: int = 8
 
     def fit(self, layout: WeightLayout, k: int) -> Tile:
-        """The tile for this K: packed rows are padded to whole blocks of 64 inputs, no further."""
+        """The tile for this K: packed rows are only padded to whole blocks of 64 inputs."""
         return replace(self, bk=layout.block) if layout.block > 1 and k % self.bk else self
 
 
@@ -301,7 +302,7 @@ def flags(
 ) -> dict[str, int | bool]:  # fmt: skip
     """The constexpr arguments of `gemm_kernel`; ahead-of-time compilation uses them as well.
 
-    epilogue: whether there is a bias, GELU, a gate with its residual.
+    epilogue: whether there is a bias, GELU, and a gate with its residual.
     """
     tile = tile.fit(layout, k)
     with_bias, with_gelu, with_gate = epilogue
@@ -323,11 +324,11 @@ def gemm(
     tile: Tile,
     plain: bool = False,
 ) -> Tensor:
-    """x (M, K) through a packed weight to (M, N) in `dtype`.
+    """Applies a packed weight to x (M, K): (M, N) in `dtype`.
 
-    fp16 x without sx is weight-only; int8 x needs sx float32 (M,). A gate with rows of its own for
-    each batch needs at least a tile's rows of tokens.  plain: for the interpreter.
-    Raises ValueError for anything that the kernel would read wrongly.
+    fp16 x without sx is weight-only; int8 x needs sx float32 (M,). A gate with a row per batch
+    entry needs at least tile.bm tokens per entry. plain: for the interpreter.
+    Raises ValueError for dtypes, strides and gates that the kernel does not support.
     """
     e, w, group = epilogue or Epilogue(), weight.codes, weight.group
     (m, k), n, a8 = x.shape, weight.out_features, sx is not None
@@ -341,7 +342,7 @@ def gemm(
         return out
     tile = tile.fit(weight.layout, k)
     if e.gate is not None and e.gate.shape[0] > 1 and e.tokens < tile.bm:
-        raise ValueError(f"{e.tokens} rows share a gate: a tile of {tile.bm} would need a third")
+        raise ValueError(f"{e.tokens} rows share a gate: a tile of {tile.bm} rows would need three")
     grid = (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)
     used = (e.bias is not None, e.gelu_from is not None, e.gate is not None)
     compiled = gemm_kernel[grid](
@@ -358,7 +359,7 @@ def gemm(
 
 
 def expand_tile(layout: WeightLayout) -> tuple[int, int]:
-    """Rows and inputs of an `expand_kernel` tile."""
+    """Rows and inputs per tile of `expand_kernel`."""
     return (64, layout.block) if layout.block > 1 else (16, 256)
 
 
@@ -384,7 +385,7 @@ _checked: set[str] = set()
 
 
 def _check_once(compiled: object) -> None:
-    """`check_words` on a binary's own PTX, once: 1 ms, where a second launch takes 10 us."""
+    """Runs `check_words` on a binary's PTX once: it takes 1 ms, a repeated launch 10 us."""
     key = getattr(compiled, "hash", None)
     if key is None or key in _checked:
         return

@@ -1,9 +1,9 @@
 """Fused row kernels around the GEMMs: adaLN, GELU, quantization, gate and residual, q/k norm.
 
-Each reads its input once and keeps a row in registers in float32; what they spare is memory
-traffic, which is all that elementwise operations cost. With `quantize` a kernel emits int8 and one
-float32 scale a row, exactly as `reference.quantize_activations` does, so that the int8 GEMM that
-follows never sees a float. Plain Triton operations only: the interpreter runs the shipped kernels.
+Each reads its input once and keeps a row in registers in float32, which saves memory traffic, the
+whole cost of elementwise operations. With `quantize` a kernel emits int8 and one float32 scale per
+row, exactly as `reference.quantize_activations` does, for the int8 GEMM that follows. Only plain
+Triton operations are used, so the interpreter runs the shipped kernels.
 
 Compiled, not timed: none of this has run on a GPU.
 """
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 1.5 * 2^23: adding and subtracting it rounds a float32 of at most 2^22 half to even.
+# 1.5 * 2^23: adding and subtracting it rounds a float32 of at most 2^22, ties to even.
 ROUND = tl.constexpr(12582912.0)
-# Triton 3.9 warns where this is left open, and 3.10 changes the default.
+# Triton 3.9 warns if this is not set, and 3.10 changes the default.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -32,7 +32,7 @@ def _store_row(y, out, sx, row, offsets, inside, QUANTIZE: tl.constexpr):
     """Stores a float32 row, or its int8 codes and scale. NaN or inf: scale NaN, codes 0."""
     if QUANTIZE:
         size = tl.where(inside, tl.abs(y), 0.0)
-        # tl.max passes over NaN, so it is looked for by itself.
+        # tl.max ignores NaN, so NaN is tested separately.
         broken = tl.max((~(size < float("inf"))).to(tl.int32), axis=0) > 0
         peak = tl.max(size, axis=0)
         step = tl.div_rn(peak, 127.0)
@@ -70,7 +70,7 @@ def join_kernel(
     left, right, out, sx, width_left, width, stride_left, stride_right,
     LEFT: tl.constexpr, GELU: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token's row [left | GELU(right)]: the input of the second linear, left out or not."""
+    """One token's row [left | right], left and GELU of right optional: a linear's input."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < width
@@ -123,19 +123,19 @@ def qk_norm_kernel(
 
 
 def row_shape(width: int) -> tuple[int, int]:
-    """(BLOCK, warps) of a row kernel: at most 32 values a thread, as far as 16 warps go."""
+    """(BLOCK, warps) of a row kernel: at most 16 values per thread, up to 16 warps."""
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // 512))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., K) as (M, K), a view wherever rows lie at one distance."""
+    """(..., K) as (M, K) with contiguous rows; a view if the strides allow it."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def _modulation(x: Tensor, m: Tensor) -> tuple[Tensor, int]:
-    """Modulation (B or 1, 1, h) of x (B, n, h) as a tensor with unit last stride, and its step."""
+    """Modulation (B or 1, 1, h) of x (B, n, h) with contiguous rows, and its batch stride."""
     if m.shape[-1] != x.shape[-1] or m.shape[-2] != 1 or m.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"modulation {tuple(m.shape)} does not fit tokens {tuple(x.shape)}")
     m = m if m.stride(-1) == 1 else m.contiguous()
@@ -150,7 +150,7 @@ def _outputs(x: Tensor, shape: tuple[int, ...], quantize: bool) -> tuple[Tensor,
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, quantize: bool) -> tuple[Tensor, Tensor]:
-    """x (B, n, h) with (B or 1, 1, h) modulation to (y, empty), or to int8 codes and scales."""
+    """adaLN of x (B, n, h) with (B or 1, 1, h) modulation: (y, empty), or int8 codes and scales."""
     (shift, step_shift), (scale, step_scale) = _modulation(x, shift), _modulation(x, scale)
     flat = _rows(x)
     out, sx = _outputs(x, x.shape, quantize)
@@ -166,7 +166,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, quantize: bool) -> tuple[T
 def join(left: Tensor | None, right: Tensor, gelu: bool, quantize: bool) -> tuple[Tensor, Tensor]:
     """[left | GELU(right)] of (..., K1) and (..., K2), as (y, empty) or as int8 codes and scales.
 
-    With left=None and gelu=False it is the plain quantizer of activations.
+    With left=None and gelu=False it only quantizes the activations.
     """
     flat = _rows(right)
     first = flat if left is None else _rows(left)

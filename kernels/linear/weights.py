@@ -1,12 +1,12 @@
-"""Packed weights in plain PyTorch: their tensors, packed and expanded exactly to int8.
+"""Packed weights in plain PyTorch: packing, and exact expansion to int8.
 
     weight = PackedWeight(layout, {"q4": q4, "group": group, "scale": scale}, in_features=1024)
     expand(weight)          # int8 (N, K), exact
     dequantize(weight)      # float32 (N, K)
 
-One int8 world: every layout expands EXACTLY to int8, w8 = s * (code - z) with small integers s and
-z per group, and one float scale per output channel is applied at the very end (QServe's idea). So
-an int8 GEMM serves all widths, and the integer part of every path is exact, bit for bit.
+Every layout expands EXACTLY to int8: w8 = s * (code - z) with small integers s and z per group. The
+one float scale per output channel is applied after the product (QServe's idea). So an int8 GEMM
+serves all bit widths, and the integer part of every path is exact, bit for bit.
 
 Codes by tensor name: "q8" is int8 (N, K). "q4" is uint8 (N, Kp/2), Kp = K rounded up to a multiple
 of 64; within each block of 64 inputs, byte j holds input j in its low nibble and input j + 32 in
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vitapack.kernels.linear.layouts import LAYOUTS, W8, WeightLayout
 
-INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe in every kernel
-NIBBLE_BLOCK = 64  # inputs that are interleaved in 32 bytes of q4
+INT8_MAX = 127  # -128 is never used, so negation is safe in every kernel
+NIBBLE_BLOCK = 64  # inputs interleaved in 32 bytes of q4
 DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32}
 
 
@@ -54,7 +54,7 @@ class PackedWeight:
         return self.scale.shape[0]
 
     def checked(self) -> PackedWeight:
-        """Itself. Raises ValueError unless its tensors are those of its layout."""
+        """Returns self. Raises ValueError unless the tensors match the layout."""
         expected = self.layout.tensors(self.tensors["scale"].shape[0], self.in_features)
         if sorted(self.tensors) != sorted(expected):
             raise ValueError(
@@ -75,23 +75,23 @@ class PackedWeight:
         return PackedWeight(self.layout, moved, self.in_features)
 
     def flat(self) -> tuple[list[Tensor], str]:
-        """As torch.library operators take it; `unflat` is the inverse."""
+        """As arguments of torch.library operators; `unflat` is the inverse."""
         return [self.tensors[name] for name in self.layout.names], self.layout.id
 
     @classmethod
     def unflat(cls, tensors: Sequence[Tensor], layout: str, in_features: int) -> PackedWeight:
-        """From its tensors in the order of its layout, given by id."""
+        """From tensors in the order of `WeightLayout.names`; `layout` is an id."""
         known = LAYOUTS[layout]
         return cls(known, dict(zip(known.names, tensors, strict=True)), in_features)
 
 
 def int8_weight(codes: Tensor, scale: Tensor) -> PackedWeight:
-    """A weight of int8 codes (N, K) and float32 channel scales (N,)."""
+    """A packed weight of int8 codes (N, K) and float32 channel scales (N,)."""
     return PackedWeight(W8, {"q8": codes, "scale": scale}, codes.shape[1])
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes 0..15 as uint8 (N, Kp), Kp a multiple of 64, to bytes (N, Kp/2)."""
+    """Packs codes 0..15, uint8 (N, Kp) with Kp a multiple of 64, to bytes (N, Kp/2)."""
     if codes.dtype != torch.uint8 or codes.ndim != 2 or codes.shape[1] % NIBBLE_BLOCK:
         raise ValueError(
             f"int4 codes must be uint8 (N, multiple of {NIBBLE_BLOCK}), "
@@ -104,7 +104,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """Bytes (N, Kp/2) to codes 0..15, uint8 (N, Kp). The inverse of `pack_int4`."""
+    """Unpacks bytes (N, Kp/2) to codes 0..15, uint8 (N, Kp). The inverse of `pack_int4`."""
     if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] % (NIBBLE_BLOCK // 2):
         raise ValueError(
             f"packed int4 must be uint8 (N, multiple of {NIBBLE_BLOCK // 2}), "
@@ -115,12 +115,12 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def pack_group(s: Tensor, z: Tensor) -> Tensor:
-    """Integer group scales s in 1..16 and zero points z in 0..15 to one byte each."""
+    """Packs each group scale s in 1..16 and zero point z in 0..15 into one byte."""
     return ((s - 1).to(torch.uint8) << 4) | z.to(torch.uint8)
 
 
 def unpack_group(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Group bytes to (s, z), uint8. The inverse of `pack_group`."""
+    """Unpacks group bytes to (s, z), uint8. The inverse of `pack_group`."""
     return (group >> 4) + 1, group & 15
 
 
@@ -136,23 +136,23 @@ def from_codes(
     scale: Tensor,
     group: Tensor | None = None,
 ) -> PackedWeight:
-    """Packs codes (N, Kp), padded to whole blocks; `group` bytes (N, groups) if it has groups."""
+    """Packs codes (N, Kp), padded to whole blocks; `group` (N, groups) if the layout has groups."""
     tensors = {layout.codes: PACK[layout.codes](codes), "group": group, "scale": scale}
-    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return PackedWeight(layout, held, in_features)
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return PackedWeight(layout, present, in_features)
 
 
 def expand(weight: PackedWeight) -> Tensor:
-    """The exact int8 weight (N, K). Raises ValueError unless the tensors are the layout's.
+    """The exact int8 weight (N, K). Raises ValueError unless the tensors match the layout.
 
-    Values beyond +-127, which a quantizer never writes, wrap as in every other kernel; `check`
-    finds them.
+    Values beyond +-127, which no quantizer writes, wrap around as in every kernel; `check` rejects
+    them.
     """
     return _expanded(weight, torch.int8)[:, : weight.in_features].contiguous()
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
-    """The weight that the integers stand for, float32 (N, K)."""
+    """The dequantized weight, float32 (N, K)."""
     return expand(weight).float() * weight.scale[:, None]
 
 
@@ -172,7 +172,7 @@ def _expanded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if weight.group is None:
         return codes
     s, z = (
-        part.to(dtype).repeat_interleave(layout.group, 1)[:, : codes.shape[1]]
-        for part in unpack_group(weight.group)
+        values.to(dtype).repeat_interleave(layout.group, 1)[:, : codes.shape[1]]
+        for values in unpack_group(weight.group)
     )
     return (codes - z) * s

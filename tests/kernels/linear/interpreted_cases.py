@@ -230,7 +230,7 @@ def test_mistakes_are_refused() -> None:
     w = weight(16, 64, W8)
     x = torch.randn(8, 64).half()
     epilogue = Epilogue(None, None, x[:, :16], torch.randn(2, 16).half(), 4)
-    with pytest.raises(ValueError, match="a tile of 16 would need a third"):
+    with pytest.raises(ValueError, match="a tile of 16 rows would need three"):
         triton_gemm.gemm(x, w, tile=TILE, plain=True, epilogue=epilogue)
     with pytest.raises(ValueError, match="expected int8 with sx"):
         triton_gemm.gemm(torch.randn(2, 64), w, tile=TILE, plain=True)

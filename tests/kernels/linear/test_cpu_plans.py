@@ -91,7 +91,7 @@ def test_a_nan_stays_in_its_token(isa):
         (lambda p: p.enter(Dense(numbers(8, HIDDEN).t()), numbers(2, 9, 8)), "contiguous float"),
         (lambda p: p.enter(Dense(numbers(HIDDEN, 8), numbers(8)), numbers(2, 9, 8)), "bias"),
         (lambda p: leave(p, shift=numbers(3, HIDDEN)), "expected float32 \\(1 or 2, 72\\)"),
-        (lambda p: leave(p, shift=numbers(2, HIDDEN)), "lie alike"),
+        (lambda p: leave(p, shift=numbers(2, HIDDEN)), "same strides and contiguous rows"),
         (lambda p: leave(p, out=torch.empty(2, 11, 4)), "output \\(2, 10, 4\\)"),
         (lambda p: leave(p, out=torch.empty(2, 4, 9).mT), "contiguous float output"),
     ],
