@@ -1,4 +1,4 @@
 """Compares meshes: V-IoU, S-IoU, Chamfer, EMD, F-score.
 
-metrics.py has the table of metrics; a new one is a row there. May import: runtime, kernels.
+metrics.py has the table of metrics; a new metric is one row. May import: runtime, kernels.
 """

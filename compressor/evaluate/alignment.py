@@ -2,9 +2,9 @@
 
     moved = align(candidate, reference).apply(candidate)
 
-Models agree neither on the front nor on the centre of a shape, so that an overlap is measured
-after alignment (the paper's appendix names it for V-IoU and S-IoU, without details). Mirror images
-are not tried. The same pair gives the same result.
+Models agree neither on the front nor on the centre of a shape, so overlap is measured after
+alignment (the paper's appendix mentions it for V-IoU and S-IoU, without details). Mirror images are
+not tried. The same pair gives the same result.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from vitapack.runtime.decode.mesh import Mesh
 
-_FIRST, _SECOND = 300, 1000  # points of the two coarse stages
-_KEPT = 8  # starts that reach the second stage
-_FINAL = 3  # starts that reach the last
+_FIRST, _SECOND = 300, 1000  # points in the two coarse stages
+_KEPT = 8  # poses that reach the second stage
+_FINAL = 3  # poses that reach the last stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +45,20 @@ class Alignment:
 
     @property
     def degrees(self) -> float:
-        """The angle of the rotation."""
+        """The angle of the rotation, in degrees."""
         return float(np.degrees(np.arccos(np.clip((np.trace(self.rotation) - 1) / 2, -1, 1))))
 
 
 def align(
     moving: Mesh, fixed: Mesh, *, scale: bool = False, points: int = 4000, seed: int = 0
 ) -> Alignment:
-    """The motion that brings `moving` onto `fixed`.
+    """Finds the motion that brings `moving` onto `fixed`.
 
-    ICP in both directions at once (each point of either mesh pulls on the nearest of the other)
-    from 97 starts: where the mesh lies, and, centroid on centroid, the cube's 24 rotations and
-    these turned 45 degrees about each axis. The best few go on with more points, the last ones to
-    point-to-plane steps. A start counts by the mean squared nearest-neighbour distance, summed over
-    both directions; on a tie within 1 % the mesh stays the way up that it has.
+    ICP in both directions at once (each point of either mesh is paired with the nearest of the
+    other) from 97 poses: the given one, and with coinciding centroids the cube's 24 rotations and
+    these turned 45 degrees about each axis. The best poses continue with more points
+    and finally with point-to-plane steps. Poses are ranked by the mean squared nearest-neighbour
+    distance, summed over both directions; within 1 % of the best, the given pose's result is kept.
     """
     from vitapack.kernels.emd.solve import sample_surface
 
@@ -71,7 +71,7 @@ def align(
         _Pair(x[:: max(1, points // n)], y[:: max(1, points // n)], scale)
         for n in (_FIRST, _SECOND, points)
     )
-    # The mesh as it lies (the first start) always goes on: it is right more often than any other.
+    # The given pose (the first) always continues: it is right more often than any other.
     order = np.argsort([coarse.error(pose) for pose in poses], kind="stable").tolist()
     chosen = [0, *[number for number in order if number != 0][: _KEPT - 1]]
     poses = [middle.improve(poses[number], 15) for number in chosen]
@@ -100,7 +100,7 @@ def _starts(x: np.ndarray, y: np.ndarray, scale: bool) -> list[Alignment]:
 
 
 class _Pair:
-    """Two clouds with their search trees."""
+    """Two point clouds with their search trees."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, scale: bool) -> None:
         from scipy.spatial import cKDTree
@@ -123,7 +123,7 @@ class _Pair:
         return float((there**2).mean() + (back**2).mean())
 
     def improve(self, pose: Alignment, steps: int) -> Alignment:
-        """Point-to-point ICP, until a step gains less than 0.1 %."""
+        """Point-to-point ICP until a step improves the error by less than 0.1 %."""
         before = np.inf
         for _ in range(steps):
             there, at_y, back, at_x = self.nearest(pose)
@@ -139,10 +139,10 @@ class _Pair:
         return pose
 
     def slide(self, pose: Alignment, steps: int = 12) -> Alignment:
-        """Point-to-plane ICP: samples slide along flat parts, which point-to-point holds back.
+        """Point-to-plane ICP: samples can slide along flat regions, unlike with point-to-point.
 
-        Pairs three times as far apart as the median are left out. Undone where it made the error
-        5 % worse (points on bare edges and wires have no plane).
+        Pairs over three times as far apart as the median are ignored. The result is discarded if
+        the error grows by over 5 % (points on edges and wires have no plane).
         """
         from scipy.spatial.transform import Rotation
 
@@ -175,7 +175,7 @@ class _Pair:
 
 
 def _fit(x: np.ndarray, y: np.ndarray, scale: bool) -> Alignment:
-    """Least squares over paired points (Umeyama 1991), without mirror images."""
+    """Least-squares motion of paired points (Umeyama 1991), without mirror images."""
     middle_x, middle_y = x.mean(axis=0), y.mean(axis=0)
     u, size, vt = np.linalg.svd((y - middle_y).T @ (x - middle_x))
     sign = np.array([1.0, 1.0, np.sign(np.linalg.det(u @ vt)) or 1.0])

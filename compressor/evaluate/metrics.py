@@ -1,11 +1,11 @@
-"""How alike two meshes are: overlap, distances, watertightness, for pairs and for whole folders.
+"""Compares meshes, in pairs or whole folders: overlap, distances, watertightness.
 
     result = evaluate_folders("originals", "compressed")
     print(describe(result))
 
-Meshes of any origin can be compared: a pair is brought to one frame first (the reference's box
-centred, its longest side from -1 to 1, the candidate moved along), then aligned. `METRICS` says
-what each number means; distances are in units of that frame.
+Meshes of any origin can be compared: a pair is brought into one frame (the reference's box is
+centred, its longest side from -1 to 1; the candidate is moved with it), then aligned. `METRICS`
+defines each number; distances are in units of that frame.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from vitapack.runtime.progress import Control
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a comparison; a new one is a row of METRICS and needs nothing else."""
+    """One number of a comparison. A new metric only needs a row in METRICS."""
 
     label: str
     higher_is_better: bool
     definition: str
     compute: Callable[[Pair], float | None]  # None: not computed with these settings
-    column: bool = True  # of the report's table; JSON has every metric
-    floor: str = ""  # metric that says what no difference looks like, shown below this one
+    column: bool = True  # shown in the report's table; JSON has every metric
+    floor: str = ""  # name of the metric with this one's value for no difference
 
 
 def _emd(pair: Pair, other: Mesh, number: int) -> float | None:
-    """EMD from the reference's samples to those of `other`."""
+    """EMD between samples of the reference and of `other`; None if EMD is not computed."""
     points = pair.settings.emd_points
     if not points:
         return None
@@ -126,8 +126,8 @@ METRICS = {
 def grid_iou(a: Any, b: Any, level: float = 0.0) -> Any:
     """Intersection over union of two occupancy grids (..., X, Y, Z), numpy or torch.
 
-    Bool grids as they are; others are occupied where above `level`. Two empty grids are equal: 1.
-    A float for three axes; with more in front, a float64 array of their shape.
+    Values of other than bool grids count as occupied above `level`. Two empty grids give 1. Returns
+    a float for three axes, with leading axes a float64 array of their shape.
     """
     a, b = _occupied(a, level), _occupied(b, level)
     _same_shape(a, b)
@@ -135,10 +135,10 @@ def grid_iou(a: Any, b: Any, level: float = 0.0) -> Any:
 
 
 def grid_iou_tolerant(a: Any, b: Any, level: float = 0.0) -> Any:
-    """`grid_iou` where a voxel also matches one of the 26 around its place in the other grid.
+    """`grid_iou` in which a voxel also matches any of its 26 neighbours in the other grid.
 
     m / (m + misses): m is the mean of both grids' matched voxels, misses the sum of both grids'
-    unmatched ones. Without the neighbours this is the strict IoU.
+    unmatched ones. Without the neighbours this equals `grid_iou`.
     """
     a, b = _occupied(a, level), _occupied(b, level)
     _same_shape(a, b)
@@ -174,7 +174,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> Any:
 def compare(
     reference: Mesh, candidate: Mesh, settings: EvaluateSettings | None = None
 ) -> dict[str, Any]:
-    """Every metric of one pair, with the alignment used and both meshes' topology, for JSON.
+    """Computes every metric of one pair, with its alignment and both meshes' topology, for JSON.
 
     Raises UserError for a mesh without faces or size.
     """
@@ -197,8 +197,8 @@ def compare(
 def summarise(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean, median and the mean's 95 % bootstrap interval of every metric over rows of `compare`.
 
-    Percentile bootstrap over objects with 2,000 resamples; one object gives an interval of no width
-    and says nothing about others.
+    Percentile bootstrap over objects with 2,000 resamples; one object gives an interval of width 0,
+    which says nothing about others.
     """
     draws = np.random.default_rng(seed)
     summary = {}
@@ -224,14 +224,14 @@ def evaluate_folders(
     *,
     control: Control | None = None,
 ) -> dict[str, Any]:
-    """Compares the meshes of two folders that have the same name, whatever their formats.
+    """Compares the meshes of two folders that have the same name, in any format.
 
     Returns a dict for JSON: "settings", "definitions", "pairs" (rows of `compare` with "name" and
     both files), "summary" (as `summarise`), "only_in_reference" and "only_in_candidate".
     `control` reports the "pairs" and can cancel between them.
 
-    Raises UserError for a folder that is missing or has no meshes, two meshes of one name in a
-    folder, no common names, and for a mesh that cannot be read (naming the file).
+    Raises UserError if a folder is missing, has no meshes or two meshes of one name, if there are
+    no common names, and if a mesh cannot be read (naming the file).
     """
     settings = settings or EvaluateSettings()
     control = control or Control()
@@ -240,7 +240,7 @@ def evaluate_folders(
     if not names:
         raise UserError(
             f"{reference_dir} and {candidate_dir} have no mesh of the same name "
-            f"({_some(references)} against {_some(candidates)}); name pairs alike"
+            f"({_first_names(references)} against {_first_names(candidates)}); name pairs alike"
         )
     rows = []
     for number, name in enumerate(names):
@@ -249,13 +249,13 @@ def evaluate_folders(
         try:
             row = compare(load(references[name]), load(candidates[name]), settings)
         except UserError as error:
-            where = (
+            label = (
                 ""
                 if str(references[name].parent) in str(error)
                 or str(candidates[name].parent) in str(error)
                 else f"{references[name]} and {candidates[name]}: "
             )
-            raise UserError(f"{where}{error}") from error
+            raise UserError(f"{label}{error}") from error
         rows.append({"name": name, **files, **row})
     control.report("pairs", len(names), len(names))
     return {
@@ -272,28 +272,28 @@ def _meshes_in(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder of meshes")
-    found: dict[str, Path] = {}
+    meshes: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in READABLE or path.name.startswith(".") or not path.is_file():
             continue
-        if path.stem in found:
+        if path.stem in meshes:
             raise UserError(
-                f"{folder} has two meshes called {path.stem!r} ({found[path.stem].name} and "
+                f"{folder} has two meshes called {path.stem!r} ({meshes[path.stem].name} and "
                 f"{path.name}); keep one"
             )
-        found[path.stem] = path
-    if not found:
+        meshes[path.stem] = path
+    if not meshes:
         raise UserError(f"{folder}: has no meshes; expected {', '.join(READABLE)} files")
-    return found
+    return meshes
 
 
-def _some(names: Mapping[str, Path]) -> str:
+def _first_names(names: Mapping[str, Path]) -> str:
     first = sorted(names)[:3]
     return ", ".join(first) + (", ..." if len(names) > 3 else "")
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """The summary of `evaluate_folders` as plain text, and what had no partner."""
+    """The summary of `evaluate_folders` as plain text, with the meshes that have no counterpart."""
     settings = result["settings"]
     lines = [
         f"{len(result['pairs'])} pairs, alignment {settings['align']}, {settings['resolution']} "
@@ -305,7 +305,7 @@ def describe(result: Mapping[str, Any]) -> str:
             f"{METRICS[name].label:16}{entry['mean']:10.4g} {entry['median']:10.4g}   "
             f"{entry['low']:.4g} to {entry['high']:.4g}"
         )
-    for key, what in (("only_in_reference", "reference"), ("only_in_candidate", "candidate")):
+    for key, role in (("only_in_reference", "reference"), ("only_in_candidate", "candidate")):
         if result[key]:
-            lines.append(f"only among the {what}s: {', '.join(result[key])}")
+            lines.append(f"only among the {role}s: {', '.join(result[key])}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A reference and a candidate mesh in one frame, and the values that metrics share, made lazily."""
+"""A reference and a candidate mesh in one frame, with lazily computed values for the metrics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Voxels(NamedTuple):
 
 
 class Pair:
-    """Two meshes to compare: framed by the reference's box, the candidate aligned to it.
+    """Two meshes to compare, in the frame of the reference's box, the candidate aligned to it.
 
-    The reference's box is centred with its longest side from -1 to 1. The alignment is kept only if
-    it raises S-IoU, so that it never separates two meshes. Raises UserError for a mesh without
+    The reference's box is centred, its longest side from -1 to 1. The alignment is kept only if it
+    raises S-IoU, so it never separates two meshes. Raises UserError for a mesh without
     faces or size.
     """
 
@@ -43,18 +43,18 @@ class Pair:
             self._align()
 
     def _align(self) -> None:
-        found = align(
+        alignment = align(
             self.candidate,
             self.reference,
             scale=self.settings.align == "similarity",
             seed=self.settings.seed,
         )
-        moved = found.apply(self.candidate)
+        moved = alignment.apply(self.candidate)
         meshes = self.candidate, moved, self.reference
         lattice = lattice_around(self.reference, self.candidate, moved, resolution=self.resolution)
         before, after, target = (surface_voxels(mesh, lattice) for mesh in meshes)
         if overlap(after, target) > overlap(before, target):
-            self.candidate, self.alignment = moved, found
+            self.candidate, self.alignment = moved, alignment
 
     @property
     def resolution(self) -> int:
@@ -74,8 +74,8 @@ class Pair:
 
     @cached_property
     def nearest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distances from samples to the nearest sample of the other mesh: of the reference's, then
-        of the candidate's."""
+        """Distances to the nearest sample of the other mesh: from the reference's samples, and from
+        the candidate's."""
         from scipy.spatial import cKDTree
 
         points = self.settings.points
@@ -94,18 +94,18 @@ class Pair:
 
     @cached_property
     def topology(self) -> MeshReport:
-        """Of the candidate."""
+        """The candidate's topology."""
         return report(self.candidate)
 
     def sample(self, mesh: Mesh, points: int, number: int) -> np.ndarray:
-        """Surface samples (points, 3) float64. Every `number` has a seed of its own: with a shared
-        one, equal meshes would look closer than they are to the same surface in other triangles."""
+        """Surface samples (points, 3) float64. Each `number` has its own seed: with a shared one,
+        equal meshes would seem closer than two triangulations of one surface."""
         seed = 3 * self.settings.seed + number
         return np.asarray(sample_surface(mesh.vertices, mesh.faces, points, seed=seed), np.float64)
 
 
 def framed(reference: Mesh, candidate: Mesh) -> tuple[Mesh, Mesh]:
-    """Both meshes in the frame in which the reference's box has its longest side from -1 to 1."""
+    """Both meshes, with the reference's box centred and its longest side from -1 to 1."""
     used = reference.vertices[np.unique(reference.faces)].astype(np.float64)
     low, high = used.min(axis=0), used.max(axis=0)
     half = (high - low).max() / 2
@@ -114,6 +114,6 @@ def framed(reference: Mesh, candidate: Mesh) -> tuple[Mesh, Mesh]:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool grids (X, Y, Z); two empty ones are equal: 1."""
+    """Intersection over union of two bool grids (X, Y, Z); 1 for two empty grids."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0

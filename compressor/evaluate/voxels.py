@@ -1,12 +1,12 @@
-"""Meshes as voxels: the surface and the solid of any mesh, closed or not, on one lattice.
+"""Voxelises meshes: surface and solid of any mesh, closed or not, on one lattice.
 
     lattice = lattice_around(reference, candidate, resolution=64)
     surface, solid = voxelise(candidate, lattice)
 
-The surface is the set of voxels that it passes through. The solid is the surface and every voxel
-that the outside cannot reach: parity and winding numbers break on the open, overlapping and
-inside-out parts that artists' meshes are full of; a flood does not. It makes a solid half a voxel
-thicker all round, alike for both meshes of a pair.
+The surface is the set of voxels that the mesh passes through. The solid is the surface and all
+voxels that a flood from outside cannot reach: parity and winding numbers fail on the open,
+overlapping and inside-out pieces common in artists' meshes, a flood does not. The solid is half a
+voxel thicker on every side, equally for both meshes of a pair.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 
 from vitapack.runtime.decode.mesh import Mesh, report
 
-_MARGIN = 3  # voxels of air around everything, so that the outside is one piece
-_LONGEST = 400  # voxels along a side at most: 64 million, for which the flood needs 320 MB
-# Samples 0.4 voxel apart leave no point of the surface farther than 0.45 from one. Where it cuts
-# the line between two face neighbours' centres, one of these two is then marked (any other voxel
-# is 0.5 away): a 6-connected flood cannot slip through.
+_MARGIN = 3  # empty voxels around everything, so that the outside is connected
+_LONGEST = 400  # voxels per side at most: 64 million in all, for which the flood needs 320 MB
+# With samples 0.4 voxel apart no point of the surface is farther than 0.45 from a sample. If the
+# surface cuts the line between the centres of two face neighbours, one of the two is then marked
+# (any other voxel is 0.5 away), so a 6-connected flood cannot pass.
 _SPACING = 0.4
-_CHUNK = 1 << 21  # points in flight: 150 MB
+_CHUNK = 1 << 21  # points processed at a time: 150 MB
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Lattice:
 def lattice_around(reference: Mesh, *others: Mesh, resolution: int = 64) -> Lattice:
     """A lattice with `resolution` voxels along the longest side of the reference's box.
 
-    The first and the last of them are centred on the box's faces: flat sides on voxel boundaries
-    would jump a whole voxel at the slightest change. It is extended to hold the other meshes too,
-    up to 400 voxels a side; where one reaches farther than that, the lattice ends half the box's
-    longest side from it, and only what is within is seen.
+    The first and the last voxel are centred on the box's faces: flat sides on voxel boundaries
+    would jump a whole voxel at the slightest change. The lattice also covers the other meshes, up
+    to 400 voxels per side. If one reaches farther, the lattice ends at half the box's longest side
+    from the box, and geometry outside is ignored.
     """
     if resolution < 2:
         raise ValueError(f"resolution {resolution}; expected at least 2 voxels")
@@ -66,13 +66,13 @@ def lattice_around(reference: Mesh, *others: Mesh, resolution: int = 64) -> Latt
 def voxelise(mesh: Mesh, lattice: Lattice) -> tuple[np.ndarray, np.ndarray]:
     """Surface and solid, bool arrays of the lattice's shape.
 
-    A mesh that is not watertight gets its gaps sealed up to 2 voxels wide before the flood, by
-    dilating the surface one voxel and eroding the solid again; wider openings stay open.
+    In a mesh that is not watertight, gaps of up to 2 voxels are sealed before the flood by dilating
+    the surface by one voxel, and the solid is eroded again; wider openings stay open.
     """
     surface = surface_voxels(mesh, lattice)
     if report(mesh).watertight:
         return surface, ~_outside(surface)
-    # Open parts of a shape whose solid is sealed stay sheets: the surface itself is always in it.
+    # Open sheets stay in the solid: it always contains the surface.
     return surface, ~dilate(_outside(dilate(surface))) | surface
 
 
@@ -81,7 +81,7 @@ def surface_voxels(mesh: Mesh, lattice: Lattice) -> np.ndarray:
     grid = np.zeros(lattice.shape, dtype=bool)
     corner = (mesh.vertices.astype(np.float64) - lattice.origin)[mesh.faces] / lattice.pitch
     corner = _in_reach(corner, np.array(lattice.shape, dtype=np.float64))
-    # The longest edge becomes the base, so that rows parallel to it shrink monotonically.
+    # The longest edge becomes the base, so rows parallel to it get shorter monotonically.
     length = np.linalg.norm(np.roll(corner, -1, axis=1) - corner, axis=2)
     turn = (length.argmax(axis=1)[:, None] + np.arange(3)) % 3
     a, b, c = np.take_along_axis(corner, turn[:, :, None], axis=1).transpose(1, 0, 2)
@@ -89,13 +89,13 @@ def surface_voxels(mesh: Mesh, lattice: Lattice) -> np.ndarray:
     height = np.linalg.norm(np.cross(b - a, c - a), axis=1) / np.maximum(base, 1e-12)
     rows = np.ceil(height / _SPACING).astype(np.int64) + 1
     face, row = _ragged(rows)
-    share = row / np.maximum(rows[face] - 1, 1)  # 0 on the base, 1 in the corner opposite
+    share = row / np.maximum(rows[face] - 1, 1)  # 0 on the base, 1 at the opposite corner
     points = np.ceil(base[face] * (1 - share) / _SPACING).astype(np.int64) + 1
     splits = np.searchsorted(np.cumsum(points), np.arange(_CHUNK, int(points.sum()), _CHUNK))
-    for part in np.split(np.arange(len(points)), np.unique(splits)):
-        line, step = _ragged(points[part])
-        along = step / np.maximum(points[part][line] - 1, 1)
-        f, up = face[part][line], share[part][line]
+    for rows in np.split(np.arange(len(points)), np.unique(splits)):
+        line, step = _ragged(points[rows])
+        along = step / np.maximum(points[rows][line] - 1, 1)
+        f, up = face[rows][line], share[rows][line]
         left = (1 - along) * (1 - up)
         place = left[:, None] * a[f] + (along * (1 - up))[:, None] * b[f] + up[:, None] * c[f]
         voxel = np.floor(place).astype(np.int64)
@@ -105,9 +105,9 @@ def surface_voxels(mesh: Mesh, lattice: Lattice) -> np.ndarray:
 
 
 def _in_reach(corner: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Triangles (F, 3, 3) in voxels, without those outside 0..shape; huge ones are cut in four.
+    """Drops triangles (F, 3, 3), in voxels, outside 0..shape and cuts huge ones into four.
 
-    A foreign mesh may be a thousand times the lattice's size; sampling all of it would never end.
+    A mesh may be a thousand times the lattice's size; sampling all of it would never finish.
     """
     done = []
     while len(corner):
@@ -123,7 +123,7 @@ def _in_reach(corner: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def dilate(grid: np.ndarray) -> np.ndarray:
-    """A bool grid (..., X, Y, Z) with the 26 neighbours of its voxels; numpy or torch."""
+    """Adds the 26 neighbours of its voxels to a bool grid (..., X, Y, Z), numpy or torch."""
     for axis in (-3, -2, -1):
         ahead: list[Any] = [slice(None)] * 3
         behind: list[Any] = [slice(None)] * 3
@@ -136,7 +136,7 @@ def dilate(grid: np.ndarray) -> np.ndarray:
 
 
 def _outside(wall: np.ndarray) -> np.ndarray:
-    """The voxels that a 6-connected flood from all of the lattice's border reaches."""
+    """The voxels that a 6-connected flood from the whole border of the lattice reaches."""
     from scipy.ndimage import label
 
     pieces, count = label(~wall)
@@ -153,6 +153,6 @@ def _box(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Item i `counts[i]` times over, beside 0, 1, 2, ... within it."""
+    """Each index i repeated `counts[i]` times, and the positions 0, 1, 2, ... within each i."""
     item = np.repeat(np.arange(len(counts)), counts)
     return item, np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,5 +1,5 @@
 """From a checkpoint and a layer map to the packed file.
 
-compress.py is the entry; quantizers.py is where a new quantizer goes. May import: runtime,
+Start at compress.py; new quantizers are added to quantizers.py. May import: runtime,
 planning.
 """

@@ -1,10 +1,10 @@
-"""An original checkpoint and a layer map become one packed file.
+"""Compresses an original checkpoint to a packed file, as a layer map says.
 
     sizes = compress(open_checkpoint("Hunyuan3D-2mini"), layer_map, "model.safetensors")
 
-The file is laid out from shapes alone (`--dry-run` stops there, with its exact size), then filled
-one linear at a time: memory peaks at about one layer, whatever the size of the checkpoint. An
-interrupted job continues where it was. Equal inputs give equal bytes.
+The file is laid out from shapes alone (`--dry-run` stops there and shows the exact size), then
+filled one linear at a time: memory peaks at about one layer for checkpoints of any size. An
+interrupted run continues with the first unfinished tensor. Equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ from vitapack.runtime.format.tensors import model_tensors, plan_linears
 from vitapack.runtime.options import merged
 from vitapack.runtime.progress import Control
 
-# Decoder and conditioner travel inside the file up to this size together: all of the furniture
-# model's do, while DINOv2-giant (2.2 GB) stays where it is.
+# Components are embedded by default up to this total size: those of the furniture model are, while
+# DINOv2-giant (2.2 GB) is only referenced.
 EMBED_BELOW = 64 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything of a packed file that is known before a weight is read."""
+    """The contents of a packed file that are known before a weight is read."""
 
     network: Architecture
     linears: dict[str, str]
     modulation: dict[str, Any]
     nodes: list[float]
     rest: str
-    embedded: tuple[str, ...]  # parts whose tensors go into the file
+    embedded: tuple[str, ...]  # components whose tensors are stored in the file
     layout: Layout
 
     def sizes(self) -> SizeTable:
@@ -84,10 +84,10 @@ def compress(
     control: Control | None = None,
     **changes: Any,
 ) -> SizeTable:
-    """Writes the packed file and returns its bytes by part. `changes` are fields of the options.
+    """Writes the packed file and returns its sizes. `changes` are fields of the options.
 
-    `dry_run`: nothing is written. Cancelled like interrupted, it continues where it was.
-    Raises UserError for a layer map of another network, broken weights, a full disk.
+    `dry_run`: nothing is written. After an interruption or cancellation, the same call continues.
+    Raises UserError for a layer map of another network, NaN or infinite weights, a full disk.
     """
     options = merged(CompressOptions, options, changes)
     out = Path(out)
@@ -119,7 +119,7 @@ def compress(
 def family_schedules(
     sampler: SamplerDefaults, steps: Sequence[int] | None, samplers: Sequence[str] | None
 ) -> list[SamplerDefaults]:
-    """Every sampler with every step count, all else as the family has it."""
+    """Schedules of all samplers with all step counts; other settings are the family's."""
     return [
         replace(sampler, name=name, steps=count)
         for name in samplers or [sampler.name]
@@ -134,7 +134,7 @@ def make_plan(
     *,
     hashed: bool = True,
 ) -> Plan:
-    """Lays the file out. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
+    """Lays out the file. `hashed`: read the whole source for its sha256 (else 64 zeros)."""
     options = options or CompressOptions()
     modulation, rest, embed = options.modulation, options.rest, options.embed
     schedules = options.schedules
@@ -195,29 +195,29 @@ def make_plan(
 
 
 def pruned_config(checkpoint: Checkpoint, layer_map: LayerMap) -> Architecture:
-    """The kept network's hyper-parameters. UserError if the map belongs to another network."""
-    held = {kind: len(indices) for kind, indices in checkpoint.config.blocks_by_kind().items()}
-    asked = {kind: count for kind, count in layer_map.totals.items() if count}
-    if asked != {kind: count for kind, count in held.items() if count}:
+    """The pruned network's hyper-parameters. Raises UserError if the map is for another network."""
+    actual = {kind: len(indices) for kind, indices in checkpoint.config.blocks_by_kind().items()}
+    mapped = {kind: count for kind, count in layer_map.totals.items() if count}
+    if mapped != {kind: count for kind, count in actual.items() if count}:
         raise UserError(
-            f"the layer map is for a network of {_counts(asked)}, "
-            f"{checkpoint.path} ({checkpoint.variant}) has {_counts(held)}"
+            f"the layer map is for a network of {_counts(mapped)}, "
+            f"{checkpoint.path} ({checkpoint.variant}) has {_counts(actual)}"
         )
-    return checkpoint.config.with_blocks({kind: layer_map.kept(kind) for kind in held})
+    return checkpoint.config.with_blocks({kind: layer_map.kept(kind) for kind in actual})
 
 
 @dataclass(frozen=True)
 class Job:
-    """Some tensors that are made together, from one linear as a rule."""
+    """Tensors that are made together, usually those of one linear."""
 
     names: tuple[str, ...]
-    weights: int  # read for it: the unit of progress
+    weights: int  # weights read for it: the unit of progress
     make: Callable[[], dict[str, Tensor]]
 
 
 def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[Job]:
     placed = plan.layout.tensors
-    tables: list[ModulationTables] = []  # made when the first one is needed, then kept
+    tables: list[ModulationTables] = []  # computed when first needed, then kept
 
     def layout_of(name: str) -> WeightLayout:
         return LAYOUTS[plan.linears.get(name, W16.id)]
@@ -276,15 +276,15 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer) -> Iterator[
 def pack(
     weight: Tensor, stored: str, layout: WeightLayout, quantizer: Quantizer, name: str
 ) -> dict[str, Tensor]:
-    """One weight's tensors in a layout, under the name `stored`; `name` is for messages."""
+    """One weight's tensors in a layout, named `stored` in the file; `name` is for messages."""
     if not layout.packed:
         return {stored: weight}
     tensors = quantizer.quantize(name, weight, layout).tensors
-    return {f"{stored}.{part}": tensor for part, tensor in tensors.items()}
+    return {f"{stored}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def as_bytes(tensor: Tensor, dtype: str, name: str) -> memoryview:
-    """The tensor's bytes in a file dtype. UserError for NaN, inf, or what fp16 cannot hold."""
+    """The tensor's bytes in a file dtype. Raises UserError for NaN, inf and overflow."""
     if tensor.is_floating_point():
         check_finite(tensor, name)
         wide, tensor = tensor, tensor.to(torch_dtype(dtype))
@@ -309,8 +309,8 @@ def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
 def _part_specs(
     checkpoint: Checkpoint, part: str, encoder_bits: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensors of a part as the file would hold them: floats in fp16, integers as they are, a
-    DINOv2's linears in 8 bits if asked for."""
+    """Tensors of a component as stored in the file: floats in fp16, integers unchanged, and with
+    `encoder_bits` 8 the linears of a DINOv2 in 8 bits."""
     floats = {"F64", "F32", "F16", "BF16"}
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in checkpoint.part_shapes(part).items():

@@ -1,7 +1,7 @@
-"""adaLN modulation as exact tables: its value at every time a sampler will ask for.
+"""adaLN modulation as exact tables: its values at all times of given schedules.
 
-Every modulation linear is a function of t alone (and of the fixed guidance value in models that
-embed it), 27 % of all weights. At a sampler's own times that is a table of 0.2 to 0.45 MB a step,
+Modulation linears, 27 % of all weights, depend on t alone (and on the fixed guidance value in
+models that embed it). Their outputs at a schedule's times are a table of 0.2 to 0.45 MB per step,
 computed here from the ORIGINAL weights in float64 and rounded once: more exact than the fp16 model.
 
     table = ModulationTables(config, tensor, nodes, guidance=None)
@@ -25,7 +25,7 @@ HALF_MAX = 65504.0
 
 
 class ModulationTables:
-    """The vector SiLU(vec(t)) at all nodes, and from it any modulation linear's rows."""
+    """Holds the vector SiLU(vec(t)) at all nodes; `rows` gives a modulation linear's table."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ModulationTables:
         nodes: Sequence[float],
         guidance: float | None = None,
     ) -> None:
-        """`tensor` gives an original tensor by its canonical name; nodes are model times."""
+        """`tensor` returns an original tensor by its canonical name; nodes are model times."""
         if config.embeds_guidance and guidance is None:
             raise UserError("this model embeds its guidance: name the value that the tables hold")
         self.tensor = tensor
@@ -54,8 +54,8 @@ class ModulationTables:
         check_finite(weight, f"{name}.weight")
         check_finite(bias, f"{name}.bias")
         # In slices of rows: a whole (6144, 1024) weight would need 50 MB as float64.
-        parts = [x @ part.double().t() for part in weight.split(512)]
-        return torch.cat(parts, dim=1) + bias.double()
+        columns = [x @ rows.double().t() for rows in weight.split(512)]
+        return torch.cat(columns, dim=1) + bias.double()
 
     def rows(self, name: str) -> Tensor:
         """(T, out) float64 of the modulation linear `name`."""
@@ -65,8 +65,8 @@ class ModulationTables:
 def exact_sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
     """`vitapack.runtime.networks.modulation.sinusoid` in float64.
 
-    The frequencies are those of the float32 code, rounded as there: they are part of what the
-    network learned, and at 1000 rad a float32 rounding moves the angle by 6e-5.
+    The frequencies are rounded to float32 as in the network's code, since it was trained with them;
+    at 1000 rad a float32 rounding moves the angle by 6e-5.
     """
     half = config.channels // 2
     steps = torch.arange(half, dtype=torch.float32)
@@ -77,7 +77,7 @@ def exact_sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
 
 
 def stored(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The rows in the table's dtype. Raises UserError where fp16 cannot hold them."""
+    """The rows in the table's dtype. Raises UserError if they do not fit fp16."""
     if dtype == torch.float16 and float(rows.abs().max()) > HALF_MAX:
         raise UserError(
             f"{name}: modulation of {float(rows.abs().max()):.3g} does not fit fp16; "

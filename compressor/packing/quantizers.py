@@ -1,15 +1,15 @@
-"""Float weights to the integers of a packed layout (docs/format.md): quantizers by name.
+"""Quantizers by name: float weights to the integers of a packed layout (docs/format.md).
 
     quantizer = QUANTIZERS["search"]()
     weight = quantizer.quantize("blocks.0.mlp.0", w, LAYOUTS["w4-b64-g32-v1"])    # PackedWeight
 
-Without groups a layout is symmetric per output channel: w = scale[n] * code. In groups of G inputs
-it has a small integer scale s and a zero point z under one float scale per output channel:
-w = scale[n] * s * (code - z). The lattice of a group is thus the multiples of scale * s, and z only
-says which of them the codes can reach.
+Without groups a layout is symmetric per output channel: w = scale[n] * code. A group of
+G inputs has a small integer scale s and a zero point z, in addition to the channel's float scale:
+w = scale[n] * s * (code - z). The values of a group are thus multiples of scale * s, and z only
+determines which of them the codes can represent.
 "rtn" rounds to the nearest code after covering each group's range. "search" minimises the squared
 error of each row over the channel scale, s and z, then fits the channel scale by least squares.
-A calibrated quantizer is one more subclass of Quantizer: `prepare` shows it the model.
+A calibrated quantizer is another subclass of Quantizer, which gets the model by `prepare`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from vitapack.runtime.errors import UserError
 # Rows are searched in blocks of about this many weights, so that a block stays in the L2 cache.
 BLOCK_WEIGHTS = 1 << 17
 # Step of a group relative to covering its range exactly. N(0, 1) in groups of 32 / 128 is best
-# near 0.92 / 0.8; below 0.6 never won, over 1 is no clipping and rounds better by chance.
+# near 0.92 / 0.8; values below 0.6 never won, values over 1 do not clip and can round better.
 CLIPS = (0.62, 0.7, 0.76, 0.82, 0.87, 0.91, 0.95, 1.0, 1.06)
-# Channel scale relative to giving the widest group s = 16: the others give it s = 15 ... 7. At 4
-# bits it needs s = 8 if its weights have one sign (15 codes times 8 is 120) and 15 or less to reach
-# all 16 codes inside +-127 otherwise; below 1 it is clipped.
+# Channel scale relative to the one that gives the widest group s = 16; larger ones give it s = 15
+# to 7. At 4 bits it needs s = 8 if its weights have one sign (15 codes times 8 is 120), else 15 or
+# less to use all 16 codes inside +-127; below 1 it is clipped.
 SCALES = (0.6, 0.75, 0.88, 1.0, *(16 / s for s in range(15, 6, -1)))
 PEAKS = (0.9, 0.95, 1.0)  # channel scale relative to absmax / 127
 CHANNEL_CLIPS = (1.0, 0.96, 0.91, 0.86, 0.8, 0.7, 0.6)
@@ -55,19 +55,19 @@ class Quantizer:
     """Chooses the integers of weights, one linear at a time."""
 
     def prepare(self, checkpoint: Any, calibration: Any) -> None:
-        """Called once, before the first weight: what a calibrated quantizer needs of the original
-        (families.Checkpoint) and of the calibration pictures. By default nothing."""
+        """Prepares a calibrated quantizer. Called once, before the first weight, with the original
+        (families.Checkpoint) and the calibration images; by default does nothing."""
 
     def quantize(self, name: str, weight: Tensor, layout: WeightLayout) -> PackedWeight:
-        """A weight (N, K) of any float dtype in a packed layout; `name` is for messages.
+        """Quantizes a weight (N, K) of any float dtype to a packed layout; `name` is for messages.
 
-        Raises UserError for NaN or infinity in it.
+        Raises UserError if it contains NaN or infinity.
         """
         raise NotImplementedError
 
 
 class RoundToNearest(Quantizer):
-    """Covers the range of each row or group, then rounds."""
+    """Covers the range of each row or group with codes, then rounds."""
 
     def quantize(self, name: str, weight: Tensor, layout: WeightLayout) -> PackedWeight:
         w = _as_matrix(weight, name)
@@ -84,7 +84,7 @@ class RoundToNearest(Quantizer):
 
 
 class Search(Quantizer):
-    """Least squared error of each row, then a least-squares fit of its scale."""
+    """Minimises the squared error of each row, then fits its scale by least squares."""
 
     def quantize(self, name: str, weight: Tensor, layout: WeightLayout) -> PackedWeight:
         search = _search_groups if layout.group else _search_channels
@@ -95,11 +95,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"rtn": RoundToNearest, "search": Searc
 
 
 def rounded(weight: Tensor, grid: PackedWeight) -> PackedWeight:
-    """Another weight (N, K) float32 in the scales and zero points of a packed one."""
+    """Rounds a weight (N, K) float32 with the scales and zero points of a packed one."""
     layout, scale = grid.layout, grid.scale
     if grid.group is None:
         return _channels(weight, scale, layout)
-    s, z = (part.float() for part in unpack_group(grid.group))
+    s, z = (values.float() for values in unpack_group(grid.group))
     return _groups(_grouped(weight, layout), s, z, scale, layout, grid.in_features)
 
 
@@ -107,16 +107,16 @@ def check_finite(weight: Tensor, name: str) -> None:
     """Raises UserError naming the tensor and its first NaN or inf."""
     finite = torch.isfinite(weight)
     if not finite.all():
-        where = tuple(int(i) for i in (~finite).nonzero()[0])
+        index = tuple(int(i) for i in (~finite).nonzero()[0])
         count = int((~finite).sum())
         raise UserError(
             f"{name}: {count} of {weight.numel()} values are NaN or infinite, the first "
-            f"({weight[where].item()}) at {list(where)}; the checkpoint is damaged"
+            f"({weight[index].item()}) at {list(index)}; the checkpoint is damaged"
         )
 
 
 def _search_channels(block: Tensor, layout: WeightLayout) -> PackedWeight:
-    """Clipped scales per row, then a least-squares fit of the scale."""
+    """Searches clipped scales per row, then fits the scale by least squares."""
     top = layout.largest
     full = _usable(block.abs().amax(1) / top)
     best, best_error = full, torch.full_like(full, float("inf"))
@@ -133,12 +133,12 @@ def _search_channels(block: Tensor, layout: WeightLayout) -> PackedWeight:
 
 
 def _search_groups(block: Tensor, layout: WeightLayout) -> PackedWeight:
-    """Least squared error per row over (channel scale, s, z), then least squares for the scale.
+    """Minimises the error per row over (channel scale, s, z), then fits the scale.
 
-    First every group finds the step it would like best; then for each candidate of the channel
-    scale the two integers s around that step are tried, with three windows of codes each, and the
-    row keeps the candidate with the least total error. 0.8 CPU s for a (4096, 1024) weight in 4
-    bits (AVX-512 EPYC); within 3 % of the error that free real group steps would give.
+    First the best real step of each group is found. Then, for each candidate of the channel scale,
+    the two integers s around that step are tried, with three windows of codes each, and the row
+    keeps the candidate with the least total error. Takes 0.8 CPU s for a (4096, 1024) weight in 4
+    bits (AVX-512 EPYC); within 3 % of the error of unrestricted real group steps.
     """
     grouped = _grouped(block, layout)
     wanted = _best_step(grouped, layout)
@@ -158,8 +158,7 @@ def _as_matrix(weight: Tensor, name: str) -> Tensor:
 
 
 def _by_rows(w: Tensor, search: Callable[[Tensor], PackedWeight]) -> PackedWeight:
-    """`search` on blocks of rows, put together; rows are independent, so blocks run side by
-    side."""
+    """Runs `search` on blocks of rows in parallel, as rows are independent; joins the results."""
     rows = max(1, BLOCK_WEIGHTS // max(1, w.shape[1]))
     blocks = w.split(rows) if len(w) else (w,)
     with one_thread_each():
@@ -169,17 +168,17 @@ def _by_rows(w: Tensor, search: Callable[[Tensor], PackedWeight]) -> PackedWeigh
             return _stacked(list(pool.map(search, blocks)))
 
 
-def _stacked(parts: Sequence[PackedWeight]) -> PackedWeight:
+def _stacked(weights: Sequence[PackedWeight]) -> PackedWeight:
     """The rows of several weights as one."""
-    layout = parts[0].layout
-    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in layout.names}
-    return PackedWeight(layout, tensors, parts[0].in_features)
+    layout = weights[0].layout
+    tensors = {name: torch.cat([w.tensors[name] for w in weights]) for name in layout.names}
+    return PackedWeight(layout, tensors, weights[0].in_features)
 
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """torch's own threads off: on blocks of this size they wait for each other more than they work
-    (15 ms instead of 0.01 ms for one rounding of 10,000 values while another job has the cores).
+    """Limits torch to one thread: on blocks this small its threads mostly wait for each other
+    (15 ms instead of 0.01 ms to round 10,000 values while another process uses the cores).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -190,7 +189,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def _usable(scale: Tensor) -> Tensor:
-    """Rows of zeros (or of denormals, which no scale can hold) get scale 1 and codes 0."""
+    """Scales, with 1 for rows of zeros (or of denormals, which need a scale below TINY)."""
     return torch.where(scale > TINY, scale, 1.0)
 
 
@@ -201,7 +200,7 @@ def _least_squares(w: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 
 def _channels(w: Tensor, scale: Tensor, layout: WeightLayout) -> PackedWeight:
-    """Rounds (N, K) on given channel scales."""
+    """Rounds (N, K) with given channel scales."""
     q = (w / scale[:, None]).round_().clamp_(-layout.largest, layout.largest)
     padding = layout.padded(w.shape[1]) - w.shape[1]
     codes = F.pad(q.to(DTYPES[layout.dtype]), (0, padding))
@@ -209,7 +208,7 @@ def _channels(w: Tensor, scale: Tensor, layout: WeightLayout) -> PackedWeight:
 
 
 def _grouped(w: Tensor, layout: WeightLayout) -> Tensor:
-    """(N, K) to (N, groups, G), padded with zeros, which every window of codes can express."""
+    """(N, K) to (N, groups, G), padded with zeros, which every window of codes contains."""
     width = layout.groups(w.shape[1]) * layout.group
     return F.pad(w, (0, width - w.shape[1])).unflatten(1, (-1, layout.group))
 
@@ -220,13 +219,13 @@ def _range_step(grouped: Tensor, layout: WeightLayout) -> Tensor:
 
 
 def _windows(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, ...]:
-    """Zero points to try for multiples low <= 0 <= high of the step: all the same if they fit."""
+    """Zero points to try for multiples low <= 0 <= high of the step; equally good if all fit."""
     left, right = (-low).clamp(0, top), (top - high).clamp(0, top)
     return left, right, ((left + right) / 2).floor()
 
 
 def _group_error(grouped: Tensor, step: Tensor, reach: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Least squared error (N, groups) of multiples of `step`, and the zero point that reaches it.
+    """Least squared error (N, groups) of multiples of `step`, and the zero point that gives it.
 
     Codes lie in 0..top; `reach` bounds |code - z|: 127 // s keeps the expanded weight inside int8.
     """
@@ -243,7 +242,7 @@ def _group_error(grouped: Tensor, step: Tensor, reach: Tensor, top: int) -> tupl
 
 
 def _best_step(grouped: Tensor, layout: WeightLayout) -> Tensor:
-    """(N, groups): the step with the least error if any real number could be had."""
+    """(N, groups): the real step with the least error, as if every step could be stored."""
     full = _usable(_range_step(grouped, layout))
     best, best_error = full, torch.full_like(full, float("inf"))
     free = torch.full_like(full, float(layout.largest))
@@ -261,7 +260,7 @@ def _best_scale(
     unit = _usable(wanted.amax(1) / 16)
     best_total = torch.full_like(unit, float("inf"))
     scale, s, z = unit, torch.ones_like(wanted), torch.zeros_like(wanted)
-    # Rows of one sign use codes up to 127 / s on one side only: the largest weight decides there.
+    # Rows of one sign use codes up to 127 / s on one side only: the largest weight decides.
     peak = grouped.abs().amax((1, 2)) / INT8_MAX
     candidates = [unit * factor for factor in SCALES] + [peak * factor for factor in PEAKS]
     for candidate in map(_usable, candidates):
@@ -292,7 +291,7 @@ def _round(grouped: Tensor, s: Tensor, z: Tensor, scale: Tensor, layout: WeightL
 def _groups(
     grouped: Tensor, s: Tensor, z: Tensor, scale: Tensor, layout: WeightLayout, in_features: int
 ) -> PackedWeight:
-    """Rounds (N, groups, G) on given scales and zero points."""
+    """Rounds (N, groups, G) with given scales and zero points."""
     codes = _round(grouped, s, z, scale, layout).flatten(1)[:, : layout.padded(in_features)]
     dtype = DTYPES[layout.dtype]
     return from_codes(layout, in_features, codes.to(dtype), scale, pack_group(s, z))

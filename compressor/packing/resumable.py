@@ -1,8 +1,9 @@
-"""A packed file that survives being interrupted: filled in place beside its final name.
+"""Writes a packed file so that an interrupted run can continue.
 
-`.NAME.partial/` holds the file so far and a journal with one line per finished tensor. Started
-again with the same plan, tensors whose bytes still match their journal line are kept. The plan is
-recognised by the file's own header: it states the source's sha256, layer map, quantizer and layout.
+The folder `.NAME.partial/`, next to the final file, holds the unfinished file and a journal with
+one line per finished tensor. A later run with the same plan keeps tensors whose bytes match the
+journal line. The plan is identified by the file's header, which states the source's sha256, the
+layer map, the quantizer and the layout.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from vitapack.runtime.progress import Cancelled
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs onto one name are not noticed there
+except ImportError:  # Windows: two runs that write the same file are not detected
     fcntl = None  # type: ignore[assignment]
 
 
 class PartialFile:
-    """Use through `partial_file`."""
+    """A file that is being filled; open it with `partial_file`."""
 
     def __init__(self, final: Path, layout: Layout, folder: Path) -> None:
         self.final = final
@@ -40,7 +41,7 @@ class PartialFile:
                 fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.close()
-                raise UserError(f"{final}: another compression is writing it just now") from None
+                raise UserError(f"{final}: another compression is writing it now") from None
         finished = self._finished(layout)
         if not finished:
             self.journal.truncate(0)
@@ -49,11 +50,11 @@ class PartialFile:
         self.kept = frozenset(finished)
 
     def _finished(self, layout: Layout) -> set[str]:
-        """Journalled tensors whose bytes are really there; none if the plan was another one."""
+        """Journalled tensors whose bytes match; none if the file was laid out for another plan."""
         if self.file.read(len(layout.header)) != layout.header:
             return set()
         self.journal.seek(0)
-        found = set()
+        names = set()
         for line in self.journal:
             checksum, _, name = line.rstrip("\n").partition(" ")
             info = layout.tensors.get(name)
@@ -61,8 +62,8 @@ class PartialFile:
                 continue  # the last line of a killed run may be cut off
             self.file.seek(len(layout.header) + info.start)
             if f"{zlib.crc32(self.file.read(info.nbytes)):08x}" == checksum:
-                found.add(name)
-        return found
+                names.add(name)
+        return names
 
     def put(self, name: str, data: Any) -> None:
         self.writer.put(name, data)
@@ -71,7 +72,7 @@ class PartialFile:
         self.journal.flush()
 
     def publish(self) -> str:
-        """Seals the file and gives it its final name; returns the sha256 of its content."""
+        """Finishes the file and gives it its final name; returns the sha256 of its contents."""
         digest = self.writer.finish()
         os.fsync(self.file.fileno())
         Path(self.file.name).replace(self.final)
@@ -84,9 +85,9 @@ class PartialFile:
 
 @contextlib.contextmanager
 def partial_file(final: Path, layout: Layout) -> Iterator[PartialFile]:
-    """The file to fill. Its folder goes when the job succeeds or fails; a job that was interrupted
-    (Ctrl-C, cancelled, a killed process) leaves it for the next run. UserError where nothing can be
-    written.
+    """Opens the file to fill. Its folder is deleted when the run succeeds or fails; an interrupted
+    run (Ctrl-C, cancellation, a killed process) leaves it for the next one. Raises UserError if the
+    file cannot be written.
     """
     final = destination(final)
     folder = final.with_name(f".{final.name}.partial")

@@ -1,11 +1,11 @@
-"""Full-size checkpoints with random weights in the released layouts: for tests and benchmarks.
+"""Writes full-size checkpoints with random weights, in released layouts.
 
     write("hunyuan3d-2mini", Path("mini"))           # 3.8 GB: DiT, shape decoder, image encoder
     write("step1x-3d", Path("step1x"), parts=("dit",))
 
-Names, shapes, dtypes and configuration files are those of the release; the values are drawn tensor
-by tensor (each from a generator of its own, so that parts do not depend on one another) and go
-straight to disk: memory holds one tensor. `sizes` makes a small model of the same layout.
+For tests and benchmarks. Names, shapes, dtypes and configuration files are those of the release.
+Each tensor is drawn from its own generator, so networks do not depend on one another, and written
+at once: memory holds one tensor. `sizes` makes a small model of the same layout.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> safetensors dtype, s
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs between a released model and a tiny one of the same layout."""
+    """The sizes that differ between a released model and a tiny one; 0 or empty: as released."""
 
-    hidden: int = 0  # of the transformer; 0: the release's own, here and below
+    hidden: int = 0  # of the transformer
     heads: int = 0
     depth: tuple[int, ...] = ()  # blocks by kind
     latents: int = 0
@@ -48,18 +48,18 @@ class Sizes:
     decoder_heads: int = 0
     decoder_layers: int = 0
     encoder: Dinov2Config | None = None
-    pixels: int = 0  # that the encoder sees
+    pixels: int = 0  # side of the image encoder's input
     channels: tuple[int, ...] = ()  # of TRELLIS' occupancy decoder
 
     def over(self, **released: Any) -> Sizes:
-        """These sizes where they are set, the release's elsewhere."""
+        """These sizes, with `released` for those that are not set."""
         own = {name: value for name, value in vars(self).items() if value}
         return replace(Sizes(**released), **own)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Everything that makes one checkpoint, known before a number is drawn."""
+    """The files of one checkpoint, known before a weight is drawn."""
 
     texts: dict[str, str] = field(default_factory=dict)  # relative path -> content
     tensors: dict[str, Specs] = field(default_factory=dict)  # relative path -> tensors
@@ -213,7 +213,7 @@ def _trellis(sizes: Sizes, parts: Sequence[str], *, slat: bool = False) -> Files
     config = trellis.flow_config(args, "random", [], slat)
     shapes = {trellis.released_name(name): shape for name, shape in network_shapes(config).items()}
     shapes |= _slat_ends(s.hidden) if slat else {"pos_emb": (s.latents**3, s.hidden)}
-    # As released: the linears of the blocks in fp16, all else in float32.
+    # As released: the blocks' linears in fp16, other tensors in float32.
     flow: Specs = {}
     for name, shape in shapes.items():
         half = name.startswith("blocks.") and not name.endswith((".gamma", "norm2.weight"))
@@ -265,7 +265,7 @@ def _dinov2(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
 
 
 def _hub(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
-    """The same tensors as torch hub names them: the inverse of `dinov2.from_hub`."""
+    """The tensors of `_dinov2` by their torch hub names: the inverse of `dinov2.from_hub`."""
     h = config.hidden
     shapes: dict[str, tuple[int, ...]] = {}
     shapes |= {"cls_token": (1, 1, h), "pos_embed": (1, 1 + config.places**2, h)}
@@ -341,7 +341,7 @@ MODELS: dict[str, Maker] = {
 
 
 def files_of(name: str, parts: Sequence[str] = NETWORKS, sizes: Sizes | None = None) -> Files:
-    """Everything that `write` writes, by its place. UserError for unknown names and parts."""
+    """The files that `write` writes, by path. Raises UserError for unknown names and networks."""
     check_choice("model", name, tuple(MODELS))
     if odd := [part for part in parts if part not in NETWORKS] or (not parts and ["nothing"]):
         raise UserError(f"no part {odd[0]!r}: choose among {', '.join(NETWORKS)}")
@@ -383,7 +383,7 @@ def write(
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """One tensor, float32: spread so that activations neither vanish nor explode with depth."""
+    """Draws a float32 tensor, scaled so that activations neither vanish nor explode with depth."""
     digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     noise = torch.randn(shape, generator=rng)
@@ -396,8 +396,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return noise.mul_(0.02)
     noise.mul_((math.prod(shape[1:]) or 1) ** -0.5)
     if owner == ["query_proj", "weight"]:
-        # A trained field is smooth. Without this the surface of a random one crosses 61 % of the
-        # cells at any resolution, with it 5 % of 32^3, and half as many at twice the resolution.
+        # A trained field is smooth. Without this, the surface of a random field crosses 61 % of the
+        # cells at any resolution; with it, 5 % of 32^3, and half that at twice the resolution.
         bands = (shape[1] - 3) // 6
         octaves = 4.0 ** -torch.arange(bands)
         noise[:, 3:].unflatten(1, (6, bands)).mul_(octaves)
