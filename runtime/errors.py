@@ -1,8 +1,8 @@
-"""What a user can do wrong, and how files are written so that nothing is ever left half done.
+"""Errors for users, as opposed to bugs.
 
-`UserError` is for mistakes that the person at the keyboard can mend: its message is one plain line
-that names what was found, what was expected and what to do. The command line prints that line and
-exits with 2; every other exception is a bug and keeps its traceback.
+`UserError` is for mistakes that the user can correct: its message is one plain line that states
+what was found, what was expected and what to do. The command line prints that line and exits with
+2; every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ class UserError(Exception):
 
 
 class FormatError(UserError):
-    """A file that is not what it claims to be, or not what was asked for."""
+    """A file that is damaged, malformed or of the wrong kind."""

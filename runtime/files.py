@@ -1,4 +1,4 @@
-"""Writes files atomically, and finds out early whether a place can be written."""
+"""Writes files atomically, and checks early whether a path can be written."""
 
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ from vitapack.runtime.errors import UserError
 
 
 def destination(final: str | os.PathLike[str]) -> Path:
-    """The file that a result will be written to, links followed. UserError where none can be.
+    """Returns the path that a result will be written to, with links resolved.
 
-    To be asked before hours of work rather than after: nothing is left there, no folder either.
+    Call it before hours of work rather than after: it leaves nothing behind, no folder either.
+    Raises UserError if the path cannot be written.
     """
     parent = Path(os.path.realpath(final)).parent
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    place, temporary = _beside(final)
+    path, temporary = _temporary_for(final)
     temporary.unlink()
     for folder in made:
         folder.rmdir()
-    return place
+    return path
 
 
-def _beside(final: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The final place, and an empty temporary file in its folder. UserError."""
+def _temporary_for(final: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The resolved path, and an empty temporary file in its folder. Raises UserError."""
     try:
-        place = Path(os.path.realpath(final))
-        if place.exists() and not place.is_file():
-            # A rename would put a file there: `-o /dev/null`, by root, takes it from everybody.
-            what = "a folder" if place.is_dir() else "a device or a pipe"
-            raise UserError(f"cannot write {final}: it is {what}; name a file")
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(os.path.realpath(final))
+        if path.exists() and not path.is_file():
+            # A rename would replace it by a file: root with `-o /dev/null` would break the system.
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"cannot write {final}: it is {kind}; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            prefix=f".{place.stem[:40]}-", suffix=place.suffix, dir=place.parent
+            prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent
         )
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror}; choose another place") from error
     os.close(handle)
-    return place, Path(name)
+    return path, Path(name)
 
 
 @contextlib.contextmanager
 def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `final`; renames it onto `final` only if the block succeeds.
+    """Yields a temporary path next to `final`; renames it to `final` only if the block succeeds.
 
     A crash, a full disk or Ctrl-C leaves nothing under the final name, and an older file of that
-    name stays as it was. The temporary file keeps the suffix of `final`, since exporters choose
-    their format by it. Raises UserError where the folder cannot be written to or the disk is full.
+    name unchanged. The temporary file keeps the suffix of `final`, since exporters choose their
+    format by it. Raises UserError if the folder cannot be written to or the disk is full.
     """
-    place, temporary = _beside(final)
+    path, temporary = _temporary_for(final)
     try:
         yield temporary
         with temporary.open("rb") as written:
@@ -60,7 +61,7 @@ def atomic_path(final: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(place)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {final}: {error.strerror or error}; free some space or choose another "

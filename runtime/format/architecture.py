@@ -1,9 +1,9 @@
-"""Architectures, torch-free: the hyper-parameters of a network, and from them alone its tensors.
+"""Architectures, torch-free: a network's hyper-parameters and the tensors that follow from them.
 
     architecture = architecture_from_json(header["network"])
     architecture.linears()["double_blocks.0.img_attn.qkv"].out
 
-A new kind of network is one more subclass of `Architecture` in ARCHITECTURES, and its modules in
+A new network kind is a subclass of `Architecture`, listed in ARCHITECTURES, and its modules in
 `vitapack.runtime.networks`. Tensor names are those of the modules.
 """
 
@@ -39,12 +39,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class TimeEmbedding:
-    """How a family turns its time (or guidance) value into the modulation vector."""
+    """Hyper-parameters of the embedding of a time or guidance value as a modulation vector."""
 
     channels: int  # of the sinusoid: 256 (Hunyuan3D) or the hidden size (Step1X-3D)
     hidden: int  # of the MLP's hidden layer: the hidden size of the network, or 4x of it
-    scale: float  # t is multiplied by this first: 1000 for t in 0..1, 1 for t in 0..1000
-    max_period: float  # 1000 in Hunyuan3D (its time_factor lands in that argument), else 10000
+    scale: float  # multiplies t: 1000 for t in 0..1, 1 for t in 0..1000
+    max_period: float  # 1000 in Hunyuan3D (its code passes time_factor as max_period), else 10000
     cos_first: bool
     activation: str  # "silu" or "gelu" (exact)
 
@@ -76,13 +76,14 @@ class Architecture:
     """Hyper-parameters of one (possibly pruned) network; subclasses add theirs.
 
     Blocks are lists of ORIGINAL indices in ascending order, one field per block kind
-    (`BLOCK_FIELDS`): pruning shortens a list and renumbers nothing. Raises ValueError.
+    (`BLOCK_FIELDS`): pruning shortens a list and renumbers nothing. Raises ValueError for
+    impossible values.
     """
 
     kind: ClassVar[str]
     block_kinds: ClassVar[tuple[str, ...]]  # in the order in which they run
     CHECKS: ClassVar[Mapping[str, Check]]  # by field, in addition to those common to all
-    modulated: ClassVar[bool] = True  # by adaLN, whose weights can be replaced by tables
+    modulated: ClassVar[bool] = True  # by adaLN: tables can replace its weights
 
     in_channels: int
     cond_channels: int
@@ -112,12 +113,12 @@ class Architecture:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether guidance is an input of the network instead of a second evaluation."""
+        """Whether guidance is an input of the network, which replaces the unconditional pass."""
         return False
 
     @property
     def has_edges(self) -> bool:
-        """Whether the linears from latents to tokens and back are there; SLAT's are not."""
+        """Whether the network has the linears from latents to tokens and back; SLAT has not."""
         return True
 
     def blocks_by_kind(self) -> dict[str, tuple[int, ...]]:
@@ -125,12 +126,12 @@ class Architecture:
         return {kind: getattr(self, BLOCK_FIELDS[kind]) for kind in self.block_kinds}
 
     def with_blocks(self, kept: Mapping[str, tuple[int, ...]]) -> Any:
-        """The same architecture with these blocks only, by kind."""
+        """The same architecture with only these blocks, given by kind."""
         lists: dict[str, Any] = {BLOCK_FIELDS[kind]: tuple(kept[kind]) for kind in kept}
         return replace(self, **lists)
 
     def linears(self) -> dict[str, Linear]:
-        """Every linear by its name, in model order."""
+        """Every linear by name, in model order."""
         raise NotImplementedError
 
     def norms(self) -> dict[str, tuple[int, ...]]:
@@ -138,7 +139,7 @@ class Architecture:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """As the packed header and a vitality table state it."""
+        """The JSON object in packed headers and vitality tables."""
         lists = {BLOCK_FIELDS[kind]: list(kept) for kind, kept in self.blocks_by_kind().items()}
         return {"kind": self.kind, **asdict(self), **lists}
 
@@ -166,9 +167,12 @@ class DiTConfig(Architecture):
 
     @property
     def clips(self) -> bool:
-        """Step1X-3D's class keeps its token streams inside fp16's range when it runs in fp16,
-        Hunyuan3D's does not: one value that overflows is NaN everywhere a layer later. The two
-        differ in the activation of the time MLP, which the packed format stores."""
+        """Whether token streams are clipped to fp16's range when running in fp16.
+
+        Step1X-3D's reference implementation does this, Hunyuan3D's does not; without it one
+        overflow is NaN everywhere a layer later. The two are told apart by the activation of the
+        time MLP, which the packed format stores.
+        """
         return self.time.activation == "gelu"
 
     def linears(self) -> dict[str, Linear]:
@@ -204,9 +208,9 @@ class DiTConfig(Architecture):
         ]
         attentions += [f"single_blocks.{index}" for index in self.single_blocks]
         return {
-            f"{name}.norm.{which}_norm.scale": (self.head_dim,)
+            f"{name}.norm.{side}_norm.scale": (self.head_dim,)
             for name in attentions
-            for which in ("query", "key")
+            for side in ("query", "key")
         }
 
 
@@ -222,9 +226,9 @@ class FlowConfig(Architecture):
         "patch": (lambda v: type(v) is int and 1 <= v <= 16, "1..16"),
     }
 
-    resolution: int  # of the latent cube; 0 for a network of blocks alone (SLAT)
-    # in_channels: of the latent cube; 0 likewise
-    patch: int  # cells a side that make one token
+    # resolution and in_channels are those of the latent cube; both 0 for blocks alone (SLAT)
+    resolution: int
+    patch: int  # cells per side of one token
     blocks: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -262,8 +266,8 @@ class FlowConfig(Architecture):
         norms: dict[str, tuple[int, ...]] = {}
         for index in self.blocks:
             name = f"blocks.{index}"
-            for which in ("query", "key"):
-                norms[f"{name}.self_attn.norm.{which}_norm.scale"] = (self.heads, self.head_dim)
+            for side in ("query", "key"):
+                norms[f"{name}.self_attn.norm.{side}_norm.scale"] = (self.heads, self.head_dim)
             norms |= {f"{name}.cross_norm.{leaf}": (self.hidden,) for leaf in ("weight", "bias")}
         return norms
 
@@ -280,7 +284,7 @@ _COMMON: Mapping[str, Check] = {
 
 
 def architecture_from_json(data: Any) -> Any:
-    """An `Architecture` of any kind. Raises ValueError naming the wrong field."""
+    """Reads an `Architecture` of any kind. Raises ValueError naming the wrong field."""
     expect_object("network", data)
     expect_choice("network kind", data.get("kind"), tuple(ARCHITECTURES))
     cls = ARCHITECTURES[data["kind"]]
@@ -298,7 +302,7 @@ def architecture_from_json(data: Any) -> Any:
     return cls(**values | {name: tuple(values[name]) for name in lists} | {"time": time})
 
 
-def _check_fields(what: str, data: Any, checks: Mapping[str, Check]) -> None:
-    expect_keys(what, expect_object(what, data), tuple(checks))
+def _check_fields(label: str, data: Any, checks: Mapping[str, Check]) -> None:
+    expect_keys(label, expect_object(label, data), tuple(checks))
     for name, check in checks.items():
-        expect(f"{what} {name}", data[name], *check)
+        expect(f"{label} {name}", data[name], *check)

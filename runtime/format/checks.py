@@ -1,4 +1,7 @@
-"""Checks of untrusted JSON values: each raises ValueError naming the field, found and expected."""
+"""Checks of untrusted JSON values.
+
+Each `expect` function raises ValueError with the field's label, the expected and the found value.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,31 @@ from typing import Any
 
 from vitapack.runtime.format.container import one_line
 
-Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what was expected
+Check = tuple[Callable[[Any], bool], str]  # whether a value is valid, and the expectation in words
 
 
-def expect_object(what: str, value: Any) -> dict[str, Any]:
+def expect_object(label: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what}: expected an object, found {type(value).__name__}")
+        raise ValueError(f"{label}: expected an object, found {type(value).__name__}")
     return value
 
 
-def expect_keys(what: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
+def expect_keys(label: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
     if missing := sorted(set(known) - set(data)):
-        raise ValueError(f"{what}: missing {', '.join(missing)}")
+        raise ValueError(f"{label}: missing {', '.join(missing)}")
     if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"{what}: unknown field {unknown[0][:60]!r}")
+        raise ValueError(f"{label}: unknown field {unknown[0][:60]!r}")
 
 
-def expect(what: str, value: Any, good: Callable[[Any], bool], expected: str) -> None:
+def expect(label: str, value: Any, good: Callable[[Any], bool], expected: str) -> None:
     if not good(value):
-        raise ValueError(f"{what}: expected {expected}, found {one_line(repr(value))[:60]}")
+        raise ValueError(f"{label}: expected {expected}, found {one_line(repr(value))[:60]}")
 
 
-def expect_choice(what: str, value: Any, known: tuple[str, ...]) -> None:
+def expect_choice(label: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ValueError(
-            f"{what} {one_line(repr(value))[:40]}: this vitapack knows {', '.join(known)}"
+            f"{label} {one_line(repr(value))[:40]}: this vitapack knows {', '.join(known)}"
         )
 
 
@@ -56,5 +59,5 @@ def is_flag(value: Any) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a number above 0; neither NaN nor infinity is below 1e9."""
+    """Whether it is a number above 0 and at most 1e9, which excludes NaN and infinity."""
     return type(value) in (int, float) and 0 < value <= 1e9

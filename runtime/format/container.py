@@ -1,10 +1,10 @@
 """The safetensors container, read and written with the standard library alone.
 
-The layout is safetensors' own (8-byte little-endian header length, JSON header padded with spaces,
-data without holes), checked against that library in the tests. It is written here because a big
-checkpoint is compressed one tensor at a time: the header is laid out from shapes alone, then each
-tensor is written to its place as soon as it exists. Reading touches the header only, and checks
-everything before a byte is allocated for a tensor.
+The layout is that of safetensors (8-byte little-endian header length, JSON header padded with
+spaces, data without gaps), and tests check it against that library. The project has its own writer
+because a large checkpoint is compressed one tensor at a time: the header is laid out from shapes
+alone, then each tensor is written to its offset as soon as it exists. Reading touches only the
+header, and checks all of it before anything is allocated for a tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ITEM_BYTES = {
 _ORDER = {dtype: place for place, dtype in enumerate(ITEM_BYTES)}
 
 # A packed Hunyuan3D-2.0 has 1,100 tensors and a header of 130 KB. 8 MiB of JSON becomes at most
-# some 200 MB of Python objects, which bounds what a hostile header can cost.
+# about 200 MB of Python objects, which bounds the memory that a hostile header can take.
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 50_000
 MAX_DIMS = 8
@@ -58,7 +58,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Container:
-    """What the header of a safetensors file says, checked against the size of the file."""
+    """The header of a safetensors file, checked against the file's size."""
 
     path: Path
     metadata: dict[str, str]
@@ -72,9 +72,9 @@ def describe(dtype: str, shape: Iterable[int]) -> str:
 
 
 def read_container(path: str | os.PathLike[str]) -> Container:
-    """Reads and checks the header. Raises FormatError naming the file and what is wrong in it."""
+    """Reads and checks the header. Raises FormatError naming the file and the error in it."""
     path = Path(path)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise FormatError(f"{path}: not a regular file; expected a .safetensors file")
     try:
         with Path(path).open("rb") as file:
@@ -118,7 +118,10 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: duplicate keys, NaN, infinities and absurd nesting are ValueErrors."""
+    """Parses strict JSON.
+
+    Raises ValueError for duplicate keys, NaN, infinities and too deep nesting.
+    """
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
@@ -154,7 +157,7 @@ def _tensor_table(path: Path, header: dict[str, Any], available: int) -> dict[st
         if info.start != position:
             raise FormatError(
                 f"{path}: tensor {name!r}: expected to start at byte {position} of the data, "
-                f"found {info.start} (tensors must follow each other without holes)"
+                f"found {info.start} (tensors must follow each other without gaps)"
             )
         position = info.end
     if position != available:
@@ -166,22 +169,22 @@ def _tensor_table(path: Path, header: dict[str, Any], available: int) -> dict[st
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
-    where = f"{path}: tensor {name[:80]!r}"
+    label = f"{path}: tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise FormatError(f"{where}: expected a printable name of 1 to {MAX_NAME} characters")
+        raise FormatError(f"{label}: expected a printable name of 1 to {MAX_NAME} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: expected dtype, shape and data_offsets")
+        raise FormatError(f"{label}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise FormatError(f"{where}: unknown dtype {one_line(dtype)[:40]!r}")
+        raise FormatError(f"{label}: unknown dtype {one_line(dtype)[:40]!r}")
     if not _counts(shape) or len(shape) > MAX_DIMS:
-        raise FormatError(f"{where}: expected a shape of at most {MAX_DIMS} sizes >= 0")
+        raise FormatError(f"{label}: expected a shape of at most {MAX_DIMS} sizes >= 0")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{where}: expected data_offsets [start, end] with 0 <= start <= end")
+        raise FormatError(f"{label}: expected data_offsets [start, end] with 0 <= start <= end")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise FormatError(
-            f"{where}: {describe(dtype, shape)} needs {expected} bytes, "
+            f"{label}: {describe(dtype, shape)} needs {expected} bytes, "
             f"its offsets span {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
@@ -195,9 +198,9 @@ def _counts(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of a file to be written goes, known from names, dtypes and shapes alone."""
+    """Header and tensor offsets of a file to be written, from names, dtypes and shapes alone."""
 
-    header: bytes  # length field, JSON and padding, with the digest still zero
+    header: bytes  # length field, JSON and padding, with a digest of zeros
     tensors: dict[str, TensorInfo]  # in file order
 
     @property
@@ -209,7 +212,10 @@ class Layout:
 def lay_out(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Layout:
-    """Places `tensors` (name -> dtype, shape) as safetensors would: by dtype, then by name."""
+    """Lays out `tensors` (name -> dtype, shape) in the order of safetensors: by dtype, then name.
+
+    Raises ValueError if the header is longer than MAX_HEADER.
+    """
     table: dict[str, TensorInfo] = {}
     position = 0
     for name in sorted(tensors, key=lambda name: (_ORDER[tensors[name][0]], name.encode())):
@@ -242,9 +248,12 @@ class Writer:
         file.truncate(layout.size)
 
     def put(self, name: str, data: Any) -> None:
-        """Writes one bytes-like tensor. ValueError if unknown, repeated or of another length."""
+        """Writes one bytes-like tensor.
+
+        Raises ValueError if its name is unknown, it was written before or its length is wrong.
+        """
         if name not in self.missing:
-            raise ValueError(f"tensor {name!r} is not in the layout, or came twice")
+            raise ValueError(f"tensor {name!r} is not in the layout, or was written twice")
         view, info = memoryview(data).cast("B"), self.layout.tensors[name]
         if view.nbytes != info.nbytes:
             raise ValueError(f"tensor {name!r}: {view.nbytes} bytes, expected {info.nbytes}")
@@ -253,9 +262,12 @@ class Writer:
         self.missing.remove(name)
 
     def finish(self) -> str:
-        """States the content's sha256 in the header and returns it."""
+        """Writes the content's sha256 into the header and returns it.
+
+        Raises ValueError if tensors are missing.
+        """
         if self.missing:
-            raise ValueError(f"tensors never came: {', '.join(sorted(self.missing)[:5])}")
+            raise ValueError(f"tensors not written: {', '.join(sorted(self.missing)[:5])}")
         self.file.flush()
         digest = _digest(self.file)
         self.file.seek(DIGEST_AT)
@@ -269,7 +281,7 @@ def write_container(
 ) -> str:
     """Writes a file atomically from (name, bytes-like) pairs in any order; returns its sha256.
 
-    One tensor is held at a time. Raises ValueError as `Writer` does, UserError on a full disk.
+    One tensor is held at a time. Raises ValueError as `Writer` does, UserError if the disk is full.
     """
     with atomic_path(path) as temporary, temporary.open("r+b") as file:
         writer = Writer(file, layout)
@@ -279,9 +291,9 @@ def write_container(
 
 
 def content_digest(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """(sha256 that the file states, sha256 that it has) with the stated one read as 64 zeros.
+    """Returns (stated, computed) sha256; for the computation the stated digest counts as 64 zeros.
 
-    Raises FormatError where the file does not begin as `write_container` begins it.
+    Raises FormatError if the file does not start as `write_container` starts it.
     """
     with Path(path).open("rb") as file:
         start = file.read(DIGEST_AT + 64)
@@ -300,7 +312,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """sha256 of a whole file, as `sha256sum` prints it."""
+    """sha256 of the whole file, as `sha256sum` prints it."""
     total = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):

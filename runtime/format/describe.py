@@ -1,4 +1,4 @@
-"""What a packed file holds, for people: made from its header alone, without torch."""
+"""Describes a packed file in text, from its header alone and without torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitapack.runtime.format.container import one_line
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.format.layermap import BLOCK_FIELDS, KINDS
 
-NOTE = "finetuned"  # what `vitapack finetune` leaves in the layer map's notes
+NOTE = "finetuned"  # key of fine-tuning in the layer map's notes
 
 
 def describe(header: PackedHeader) -> str:
-    """A page of text; `header.to_json()` is the same for machines."""
+    """A page of text for `vitapack inspect`; its JSON form is `header.to_json()`."""
     network, modulation, source = header.network, header.modulation, header.source
     lines = [
         f"{header.path}  {_size(header.size)}, packed format 1 by {header.tool}",
@@ -43,17 +43,17 @@ def describe(header: PackedHeader) -> str:
         f"sampler     {sampler['name']}, {sampler['steps']} steps, guidance {sampler['guidance']:g}"
     )
     for field in ("shape_decoder", "conditioner"):
-        lines.append(f"{field.replace('shape_', ''):12}{_part(getattr(header, field))}")
+        lines.append(f"{field.replace('shape_', ''):12}{_component(getattr(header, field))}")
     return "\n".join([*lines, "", header.sizes().describe()])
 
 
 def describe_finetuning(note: Any) -> str:
-    """One line of what a file says of its fine-tuning, which no reader has checked."""
+    """One line about a file's fine-tuning, from notes that no reader has checked."""
     try:
         blocks = ", ".join(f"{kind} {index}" for kind, index in note["blocks"])
         return (
-            f"{blocks}: {note['iterations']} iterations on {note['pictures']} pictures, loss on "
-            f"held-out paths {note['loss_before']:.4g} before, {note['loss_after']:.4g} after"
+            f"{blocks}: {note['iterations']} iterations on {note['pictures']} images, loss on "
+            f"held-out images {note['loss_before']:.4g} before, {note['loss_after']:.4g} after"
         )
     except (KeyError, TypeError, ValueError):
         return one_line(note)
@@ -72,16 +72,16 @@ def _blocks(header: PackedHeader, kind: str) -> list[str]:
     )
     groups = sorted({layout.group for held in layouts.values() for layout in held} - {0})
     group = f" (groups of {' and '.join(map(str, groups))})" if groups else ""
-    # One character a block: its bits (x for 16, * for several), a dot where it was pruned.
-    picture = "".join(_letter(bits[i]) if i in bits else "." for i in range(total))
+    # One character per block: its bits (x for 16, * for several), a dot if it was pruned.
+    overview = "".join(_letter(bits[i]) if i in bits else "." for i in range(total))
     return [
         f"  {kind:10}{len(bits)} of {total} blocks kept: {counts or 'none'}{group}",
-        f"  {'':10}{picture}",
+        f"  {'':10}{overview}",
     ]
 
 
 def _layouts(header: PackedHeader, kind: str) -> dict[int, set[WeightLayout]]:
-    """The layouts of each kept block's linears, modulation aside."""
+    """The layouts of each kept block's linears, without modulation."""
     held: dict[int, set[WeightLayout]] = {}
     for name, linear in header.network.linears().items():
         if linear.role == "block" and name.startswith(f"{BLOCK_FIELDS[kind]}."):
@@ -93,7 +93,7 @@ def _letter(bits: tuple[int, ...]) -> str:
     return "*" if len(bits) > 1 else "x" if bits[0] == W16.bits else str(bits[0])
 
 
-def _part(entry: dict[str, Any]) -> str:
+def _component(entry: dict[str, Any]) -> str:
     source = entry["source"]
     return f"referenced: {source['name']}" if source else entry["storage"]
 

@@ -1,10 +1,10 @@
-"""What a packed file says about itself, checked without torch. The format is docs/format.md.
+"""The header of a packed file, read and checked without torch. The format is docs/format.md.
 
     header = read_header("model.safetensors")
     print(header.family, header.layer_map.how, header.sizes().total)
 
-`read_header` reads the header alone and believes nothing: architecture, layer map and layouts give
-the exact table of tensors that must be there, and the file must hold precisely that table.
+`read_header` reads only the header and trusts none of it: architecture, layer map and layouts
+determine the exact table of tensors, and the file must hold exactly that table.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MAX_SCHEDULES = 256
 
 @dataclass(frozen=True)
 class PackedContent:
-    """What a packed file says about itself; the fields of `__metadata__["vitapack"]`."""
+    """The fields of `__metadata__["vitapack"]`."""
 
     tool: str
     family: str
@@ -60,7 +60,7 @@ class PackedContent:
     source: dict[str, Any]
     layer_map: LayerMap
     linears: dict[str, str]  # linear -> layout id
-    rest: str  # dtype of everything that is not quantized
+    rest: str  # dtype of the unquantized tensors
     quantizer: str
     modulation: dict[str, Any]
     sampler: dict[str, Any]
@@ -93,7 +93,7 @@ class PackedHeader(PackedContent):
         return size_table(sizes, self.linears, self.data_start)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that the header says, and the sizes of its parts."""
+        """All fields of the header, the size table and the tensors, for `inspect --json`."""
         replaced = ("path", "network", "layer_map", "tensors")
         plain = {name: value for name, value in vars(self).items() if name not in replaced}
         tensors = {
@@ -111,7 +111,7 @@ class PackedHeader(PackedContent):
         }
 
     def layout(self, linear: str) -> WeightLayout:
-        """How the weight of a linear is stored."""
+        """The weight layout of a linear."""
         return LAYOUTS[self.linears.get(linear, W16.id)]
 
     def schedules(self) -> str:
@@ -138,22 +138,22 @@ def schedule_nodes(schedules: Iterable[SamplerDefaults]) -> list[float]:
 
 
 def read_header(path: str | os.PathLike[str]) -> PackedHeader:
-    """Reads and checks the header of a packed file. FormatError names what is wrong, in one line.
+    """Reads and checks the header of a packed file.
 
-    The content's sha256 is not computed here (`packed.verify` does), only the header is read.
+    Only the header is read; `reader.verify` computes the content's sha256. Raises FormatError with
+    one line that names the file and the error.
     """
     container = read_container(path)
-    where = container.path
     if KEY not in container.metadata:
         raise FormatError(
-            f"{where}: a safetensors file, but not a packed one (no {KEY!r} in its metadata); "
-            "make a packed file with `vitapack compress`"
+            f"{container.path}: a safetensors file, but not a packed one (no {KEY!r} in its "
+            "metadata); make a packed file with `vitapack compress`"
         )
     try:
         data = parse_json(container.metadata[KEY])
         return _checked(container, expect_object("metadata", data))
     except (UserError, ValueError, TypeError) as error:
-        raise FormatError(f"{where}: {one_line(error)}") from None
+        raise FormatError(f"{container.path}: {one_line(error)}") from None
 
 
 def _checked(container: Container, data: dict[str, Any]) -> PackedHeader:
@@ -246,7 +246,7 @@ def _linears(
     for name in sorted(set(expected) | set(data)):
         if expected.get(name) != data.get(name):
             raise ValueError(
-                f"linear {name[:80]!r}: the layer map and modulation kind ask for layout "
+                f"linear {name[:80]!r}: the layer map and modulation kind require layout "
                 f"{expected.get(name)}, found {data.get(name)}"
             )
     return data
@@ -295,7 +295,7 @@ def _reference(field: str, data: Any, container: Container) -> dict[str, Any]:
     if data["storage"] == "referenced":
         _source(f"{field} source", data["source"])
     elif data["source"] is not None:
-        raise ValueError(f"{field}: a source is for referenced parts only")
+        raise ValueError(f"{field}: a source is for referenced components only")
     prefix = f"{PARTS[field]}."
     held = any(name.startswith(prefix) for name in container.tensors)
     if held != (data["storage"] == "embedded"):
@@ -306,18 +306,18 @@ def _reference(field: str, data: Any, container: Container) -> dict[str, Any]:
     return data
 
 
-def _source(what: str, data: Any) -> dict[str, Any]:
-    expect_object(what, data)
-    expect_keys(what, data, ("name", "sha256", "bytes"))
-    expect(f"{what} name", data["name"], is_text, "a file name")
+def _source(label: str, data: Any) -> dict[str, Any]:
+    expect_object(label, data)
+    expect_keys(label, data, ("name", "sha256", "bytes"))
+    expect(f"{label} name", data["name"], is_text, "a file name")
     digits = set("0123456789abcdef")
     expect(
-        f"{what} sha256",
+        f"{label} sha256",
         data["sha256"],
         lambda v: isinstance(v, str) and len(v) == 64 and set(v) <= digits,
         "64 hexadecimal digits",
     )
-    expect(f"{what} bytes", data["bytes"], lambda v: type(v) is int and v >= 0, "a size")
+    expect(f"{label} bytes", data["bytes"], lambda v: type(v) is int and v >= 0, "a size")
     return data
 
 

@@ -1,8 +1,8 @@
-"""The layer map: which blocks are kept, and with how many bits. The contract between both halves.
+"""The layer map: the kept blocks and the bits of each, from the compressor to the runtime.
 
-It is torch-free, so that `inspect` can read it. Bits here are what was planned; how a linear is
-stored is its layout's, in the packed file's `linears`.
-A block keeps its original index: pruning is the absence of an entry, never a renumbering.
+It is torch-free, so that `inspect` can read it. Bits here are those planned; the layout in which a
+linear is stored is in the packed file's `linears`. A block keeps its original index: pruning
+removes an entry and renumbers nothing.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from vitapack.kernels.linear.layouts import LAYOUTS
 
 KINDS = ("double", "single", "block")  # "block": the single-kind network of TRELLIS
-# Where a network keeps its blocks of a kind: in configuration, module and tensor names alike.
+# By block kind, the name of its list of blocks in configurations, modules and tensor names.
 BLOCK_FIELDS = {"double": "double_blocks", "single": "single_blocks", "block": "blocks"}
 KIND_OF = {field: kind for kind, field in BLOCK_FIELDS.items()}
 
 
 def _known(field: str) -> list[int]:
-    """The numbers above 0 that weight layouts have in a field."""
+    """The values above 0 of a field of the weight layouts, ascending."""
     return sorted({getattr(layout, field) for layout in LAYOUTS.values()} - {0})
 
 
 def _either(numbers: list[int]) -> str:
-    """4, 8 or 16"""
+    """Numbers as text, such as "4, 8 or 16"."""
     return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
@@ -36,8 +36,8 @@ class BlockEntry:
 
     kind: str
     index: int  # in the original network
-    bits: int  # planned for its linears, modulation aside: 4, 8, or 16 for untouched fp16
-    vitality: float | None = None  # EMD with the block skipped; None where it was not measured
+    bits: int  # planned for its linears, except modulation: 4, 8, or 16 for unchanged fp16
+    vitality: float | None = None  # None if it was not measured
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -58,7 +58,7 @@ class LayerMap:
     family: str
     totals: dict[str, int]  # blocks of each kind in the original network
     blocks: tuple[BlockEntry, ...]
-    how: str = ""  # where the map came from: "auto", "paper", "uniform int8", thresholds, ...
+    how: str = ""  # how the map was made: "auto", "paper", "uniform int8", thresholds, ...
     group: int = 32  # input channels that share a 4-bit group scale
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ class LayerMap:
         return tuple(index for index in range(self.totals.get(kind, 0)) if index not in kept)
 
     def bits(self, kind: str, index: int) -> int:
-        """Bits of one kept block; KeyError if it was pruned."""
+        """Bits of a kept block. Raises KeyError if it was pruned."""
         for block in self.blocks:
             if (block.kind, block.index) == (kind, index):
                 return block.bits
@@ -97,7 +97,7 @@ class LayerMap:
 
     @classmethod
     def from_json(cls, data: Any) -> LayerMap:
-        """Raises ValueError naming the field that is wrong; unknown fields are refused."""
+        """Reads a layer map. Raises ValueError naming the wrong or unknown field."""
         if not isinstance(data, dict):
             raise ValueError(f"layer map: expected an object, found {type(data).__name__}")
         known = {"family", "totals", "blocks", "how", "group", "notes"}
@@ -130,7 +130,7 @@ class LayerMap:
 
     @classmethod
     def uniform(cls, family: str, totals: dict[str, int], bits: int, group: int = 32) -> LayerMap:
-        """Every block kept, all with the same bits: `--plan int8` and `--plan int4`."""
+        """Keeps every block with the same bits, as `--plan int8` and `--plan int4` do."""
         blocks = tuple(
             BlockEntry(kind, index, bits) for kind in KINDS for index in range(totals.get(kind, 0))
         )

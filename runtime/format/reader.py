@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 
-# Up to this size the content's sha256 is checked on every load (0.2 s here); beyond, on request.
+# Up to this size the content's sha256 is checked on every load (0.2 s); above it, on request.
 VERIFY_BELOW = 256 << 20
 
 
 def verify(path: str | os.PathLike[str]) -> str:
-    """Computes the content's sha256 and returns it; FormatError if the file states another."""
+    """Returns the content's sha256. Raises FormatError if the file states another."""
     stated, actual = content_digest(path)
     if stated != actual:
         raise FormatError(
@@ -29,7 +29,7 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 
 class TensorReader:
-    """Reads tensors of a checked file one by one, straight into memory of their own."""
+    """Reads tensors of a checked file one by one, each into its own memory."""
 
     def __init__(self, header: PackedHeader) -> None:
         self.header = header
@@ -42,7 +42,7 @@ class TensorReader:
         self.file.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored, on the CPU.
+        """Reads a tensor in its stored dtype, on the CPU.
 
         Raises FormatError if a value is NaN or infinite, or a scale of a packed weight not above 0.
         """
@@ -63,8 +63,8 @@ class TensorReader:
             dtype = torch_dtype(info.dtype)
         except KeyError:
             raise FormatError(
-                f"{self.header.path}: tensor {name!r} is stored as {info.dtype}, which no packed "
-                "model is"
+                f"{self.header.path}: tensor {name!r} is stored as {info.dtype}, a dtype of no "
+                "packed file"
             ) from None
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         self.file.seek(self.header.data_start + info.start)
@@ -74,7 +74,7 @@ class TensorReader:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name; KeyError for what no model here has."""
+    """The torch dtype of a safetensors dtype name. Raises KeyError for unsupported dtypes."""
     import torch
 
     return {

@@ -18,17 +18,17 @@ TRAIN_STEPS = MAX_STEPS
 
 @dataclass(frozen=True)
 class SamplerDefaults:
-    """How a model is sampled. `dataclasses.replace` makes variants; a bad value is a UserError."""
+    """Settings of a sampler. Raises UserError for an invalid value."""
 
     name: str  # one of SAMPLERS; "euler" is each flow's own Euler schedule
     steps: int
-    guidance: float  # scale w of v = u + w (c - u), or the value embedded by guidance-embed models
+    guidance: float  # w of v = u + w (c - u), or the input of the guidance embedding
     shift: float = 1.0  # s of sigma <- s sigma / (1 + (s - 1) sigma); TRELLIS calls it rescale_t
     flow: str = "hunyuan"  # one of FLOWS
     order: int = 2  # of UniPC, 1 to 3
-    pcm_timesteps: int = 100  # of the consistency schedule: the grid it was distilled on
+    pcm_timesteps: int = 100  # of the consistency schedule: grid of times used in distillation
     zero_init: bool = False  # Step1X Euler: the first prediction counts as zero
-    guidance_interval: tuple[float, float] | None = None  # levels in 0..1 where guidance is on
+    guidance_interval: tuple[float, float] | None = None  # levels in 0..1 with guidance
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.name, SAMPLERS)
@@ -62,7 +62,7 @@ class SamplerDefaults:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> SamplerDefaults:
-        """These settings with the given values; None keeps a value. UserError."""
+        """These settings with the given values; None keeps a value. Raises UserError."""
         given = {"name": name, "steps": steps, "guidance": guidance}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         return replace(self, **changes)
@@ -72,7 +72,7 @@ class SamplerDefaults:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SamplerDefaults:
-        """The inverse of `to_json`; FormatError for missing or unknown keys."""
+        """The inverse of `to_json`. Raises FormatError for missing or unknown keys."""
         known = {field.name for field in fields(cls)}
         needed = {"name", "steps", "guidance"}
         if not isinstance(data, Mapping) or not needed <= data.keys() <= known:
@@ -84,23 +84,23 @@ class SamplerDefaults:
 
 @dataclass(frozen=True)
 class Schedule:
-    """N steps: the network is asked at `times[i]` to move from `levels[i]` to `levels[i + 1]`."""
+    """N steps: step i evaluates at `times[i]` and moves from `levels[i]` to `levels[i + 1]`."""
 
     levels: tuple[float, ...]  # N + 1; t for the Hunyuan Euler kinds, sigma otherwise
     times: tuple[float, ...]  # N, in the model's convention, float32 values
-    evaluated: tuple[bool, ...]  # N; False where the velocity would be multiplied by zero
+    evaluated: tuple[bool, ...]  # N; False if the velocity would be multiplied by zero
 
 
 def schedule(settings: SamplerDefaults) -> Schedule:
-    """The whole schedule of one run: pure arithmetic, no torch."""
+    """The schedule of one generation: pure arithmetic, no torch."""
     steps, shift = settings.steps, settings.shift
     if settings.name == "unipc":
-        # diffusers' UniPCMultistepScheduler with use_flow_sigmas (models of FLUX's kind).
+        # diffusers' UniPCMultistepScheduler with use_flow_sigmas (as for FLUX).
         levels = [_shift(s, shift) for s in _linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)[:-1]]
         if abs(levels[0] - 1) < 1e-6:
             levels[0] -= 1e-6  # lambda = log(alpha / sigma) must be finite
-        # Kept in float32: alpha_0 = 1 - sigma_0 = 1.0133e-6 then, not 1e-6, and the first lambda
-        # depends on it.
+        # Rounded to float32: alpha_0 = 1 - sigma_0 is then 1.0133e-6, not 1e-6,
+        # and the first lambda depends on it.
         levels = [_float32(s) for s in levels] + [0.0]
     elif settings.name == "consistency":
         stride = TRAIN_STEPS // settings.pcm_timesteps
@@ -110,8 +110,8 @@ def schedule(settings: SamplerDefaults) -> Schedule:
     elif settings.flow == "hunyuan":
         levels = [_float32(_shift(s, shift)) for s in _linspace(0.0, 1.0, steps)] + [1.0]
     elif settings.flow == "step1x":
-        # diffusers' FlowMatchEulerDiscreteScheduler shifts its lower end once when it is built
-        # and all of them again per run.
+        # diffusers' FlowMatchEulerDiscreteScheduler shifts the lower end once in its constructor,
+        # and all levels again in every run.
         last = _shift(1.0 / TRAIN_STEPS, shift)
         levels = [_float32(_shift(s, shift)) for s in _linspace(1.0, last, steps)] + [0.0]
     else:
@@ -132,20 +132,20 @@ def times(sampler: str, steps: int, shift: float = 1.0, **others: Any) -> list[f
     """The model times at which the network will be evaluated, in order.
 
     `others` are further fields of SamplerDefaults (flow, order, pcm_timesteps, zero_init, ...).
-    Hunyuan Euler's last evaluation and Step1X's first are multiplied by zero: they are not made,
-    and not listed (20 steps are 19 evaluations).
+    Hunyuan Euler's last velocity and Step1X's first are multiplied by zero, so these evaluations
+    are skipped and not listed (20 steps are 19 evaluations).
     """
     return evaluation_times(SamplerDefaults(sampler, steps, 1.0, shift, **others))
 
 
 def evaluation_times(settings: SamplerDefaults) -> list[float]:
-    """`times` for settings that exist already."""
+    """The model times at which the network is evaluated, in order; see `times`."""
     plan = schedule(settings)
     return [t for t, evaluated in zip(plan.times, plan.evaluated, strict=True) if evaluated]
 
 
 def guided_times(settings: SamplerDefaults) -> frozenset[float] | None:
-    """The model times at which guidance is on; None for all of them."""
+    """The model times of guided steps; None if all steps are guided."""
     if settings.guidance_interval is None:
         return None
     low, high = settings.guidance_interval

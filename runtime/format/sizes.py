@@ -1,4 +1,4 @@
-"""Bytes of a packed file by part."""
+"""Sizes of a packed file by section, such as "4-bit weights"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitapack.kernels.linear.layouts import LAYOUTS
 
 @dataclass(frozen=True)
 class SizeTable:
-    """Bytes by part; the parts add up to the whole file."""
+    """Bytes by section; the sections add up to the whole file."""
 
     parts: dict[str, int]
 
@@ -23,32 +23,32 @@ class SizeTable:
     def dit(self) -> int:
         """Bytes of the network alone: without shape decoder, conditioner and header."""
         return self.total - sum(
-            self.parts.get(part, 0) for part in ("shape decoder", "conditioner", "header")
+            self.parts.get(name, 0) for name in ("shape decoder", "conditioner", "header")
         )
 
     def to_json(self) -> dict[str, Any]:
         return {"bytes": self.parts, "dit": self.dit, "total": self.total}
 
     def describe(self) -> str:
-        """A table of MiB by part, empty parts left out."""
-        rows = [(part, size) for part, size in self.parts.items() if size]
+        """A table of MiB by section, without empty sections."""
+        rows = [(name, size) for name, size in self.parts.items() if size]
         rows += [("network", self.dit), ("file", self.total)]
-        return "\n".join(f"{part:22}{size / 2**20:10.3f} MiB{size:15,} B" for part, size in rows)
+        return "\n".join(f"{name:22}{size / 2**20:10.3f} MiB{size:15,} B" for name, size in rows)
 
 
 def size_table(sizes: Mapping[str, int], linears: Mapping[str, str], header: int) -> SizeTable:
-    """Sums bytes per part; `sizes` by name in the file, `header` the bytes before the data."""
+    """Sums bytes by section. sizes: by tensor name in the file; header: bytes before the data."""
     widths = [layout.bits for layout in sorted(LAYOUTS.values(), key=lambda w: not w.packed)]
-    parts = dict.fromkeys(
+    sections = dict.fromkeys(
         (*(f"{bits}-bit weights" for bits in widths), "modulation tables", "modulation weights",
          "biases, norms, edges", "shape decoder", "conditioner"), 0,
     )  # fmt: skip
     for name, nbytes in sizes.items():
-        parts[_part(name, linears)] += nbytes
-    return SizeTable(parts | {"header": header})
+        sections[_section(name, linears)] += nbytes
+    return SizeTable(sections | {"header": header})
 
 
-def _part(name: str, linears: Mapping[str, str]) -> str:
+def _section(name: str, linears: Mapping[str, str]) -> str:
     if name.startswith("vae."):
         return "shape decoder"
     if name.startswith("conditioner."):

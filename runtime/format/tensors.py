@@ -1,7 +1,7 @@
-"""Which tensors a packed network consists of: names, dtypes and shapes from the architecture alone.
+"""The tensors of a packed network: names, dtypes and shapes from the architecture alone.
 
-Both halves rest on this table: the compressor lays a file out with it before it computes a tensor,
-and the reader demands exactly it. Torch-free. Names are the canonical ones of
+The compressor lays out a file by this table before it computes a tensor, and the reader requires
+exactly this table. Torch-free. Names are the canonical ones of
 `runtime/networks/dit.py`.
 """
 
@@ -21,7 +21,7 @@ def model_tensors(
     rest: str,
     modulation: Mapping[str, Any],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The exact tensors of the DiT part: name in the file -> (dtype, shape)."""
+    """The exact tensors of the network: name in the file -> (dtype, shape)."""
     tables = modulation["kind"] in ("table", "both")
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, linear in network.linears().items():
@@ -45,7 +45,7 @@ def model_tensors(
 def plan_linears(network: Architecture, layer_map: LayerMap, modulation: str) -> dict[str, str]:
     """The layout id of every block linear, and of the modulation linears whose weights are kept.
 
-    The one place in which a block's bits become layouts: whatever comes later reads the layouts.
+    This is the only place that turns a block's bits into layouts; all other code reads the layouts.
     """
     plan = {}
     for name, linear in network.linears().items():

@@ -1,11 +1,11 @@
-"""Released weight files, opened lazily: names and shapes at once, tensors one by one.
+"""Checkpoint files, opened lazily: names and shapes first, tensors one by one.
 
     weights = open_weights(Path("model.fp16.safetensors"))
     weights.shape("model.latent_in.weight"), weights.read("model.latent_in.weight")
 
 `.safetensors` (also sharded, through its index) is read with plain file reads, not mapped: a tensor
-takes its own bytes and nothing else stays resident, which is what keeps streaming a 5 GB checkpoint
-under 1 GB. `.ckpt` goes through torch.load with weights_only=True, so no pickle ever runs.
+takes its own bytes and nothing else stays resident, so streaming a 5 GB checkpoint takes less than
+1 GB. `.ckpt` goes through torch.load with weights_only=True, so no pickle ever runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from vitapack.runtime.format.reader import torch_dtype
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
-LONGEST, MOST = 1000, 100_000  # characters of a name, entries of a pickled checkpoint
+# Limits of a pickled checkpoint: characters of a name, entries.
+LONGEST, MOST = 1000, 100_000
 
 _NAMES = {
     torch_dtype(name): name
@@ -48,7 +49,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """All tensors of one checkpoint. Names are the file's own, or what `renamed` made of them."""
+    """All tensors of one checkpoint, under the names in its files or those that `renamed` gave."""
 
     files: tuple[Path, ...]
     stored: Mapping[str, StoredTensor]
@@ -66,9 +67,9 @@ class Weights:
         return self.stored[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, on the CPU, in memory of its own.
+        """Reads a tensor in its stored dtype into its own memory on the CPU.
 
-        FormatError for one that holds NaN or infinity, which no released model does.
+        Raises FormatError if a value is NaN or infinite, as in no released model.
         """
         entry = self.stored[name]
         tensor = entry.read()
@@ -81,43 +82,46 @@ class Weights:
         return tensor
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """The same tensors under other names; FormatError where two would get the same one."""
+        """The same tensors under other names. Raises FormatError if two get the same name."""
         stored: dict[str, StoredTensor] = {}
         for name, entry in self.stored.items():
             new = rename(name)
             if new in stored:
-                raise FormatError(f"{self.files[0]}: {new} is there twice, with and without prefix")
+                raise FormatError(f"{self.files[0]}: {new} occurs twice, with and without prefix")
             stored[new] = entry
         return Weights(self.files, stored)
 
 
-def merged(parts: Mapping[str, Weights]) -> Weights:
+def merged(checkpoints: Mapping[str, Weights]) -> Weights:
     """Several checkpoints as one, each under its own prefix: {"vae.": ...}; names must differ."""
     stored: dict[str, StoredTensor] = {}
-    for prefix, weights in parts.items():
+    for prefix, weights in checkpoints.items():
         stored |= weights.renamed(f"{prefix}{{}}".format).stored
-    files = dict.fromkeys(file for weights in parts.values() for file in weights.files)
+    files = dict.fromkeys(file for weights in checkpoints.values() for file in weights.files)
     return Weights(tuple(files), stored)
 
 
 def stacked(rows: list[StoredTensor]) -> StoredTensor:
-    """Tensors that another layout keeps apart as one, along the first dimension."""
+    """Concatenates tensors, stored separately in the checkpoint, along the first dimension."""
     shape = (sum(entry.shape[0] for entry in rows), *rows[0].shape[1:])
     read = rows[0].read if len(rows) == 1 else lambda: torch.cat([entry.read() for entry in rows])
     return StoredTensor(shape, rows[0].dtype, read, rows[0].file)
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """Neither NaN (aminmax lets it through) nor infinity, found without memory.
+    """Whether all values are finite, without a temporary copy (aminmax propagates NaN).
 
-    torch.isfinite makes an absolute copy, whose freed room between the tensors that are kept could
-    stay unused: half as much again as the model, in one load of four.
+    torch.isfinite makes a copy of absolute values, and its freed memory between the loaded tensors
+    could stay unused: in one load of four, half as much again as the model.
     """
     return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def open_weights(path: Path) -> Weights:
-    """Opens one file, or the shards behind an index; FormatError names what is wrong with it."""
+    """Opens one file, or the shards of an index.
+
+    Raises UserError if a file cannot be read, FormatError if it is malformed.
+    """
     if path.name.endswith(INDEX):
         return _sharded(path)
     if path.suffix == ".safetensors":
@@ -130,12 +134,12 @@ def open_weights(path: Path) -> Weights:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype; the inverse of `torch_dtype`."""
+    """The safetensors name of a torch dtype: the inverse of `torch_dtype`."""
     return _NAMES[dtype]
 
 
 def is_packed(path: Path) -> bool:
-    """Is it one of our own packed files? False for anything that is not a safetensors file."""
+    """Whether it is a packed file; False for anything that is not a safetensors file."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     return KEY in read_container(path).metadata
@@ -149,7 +153,7 @@ def _safetensors(path: Path) -> Weights:
             dtype = torch_dtype(info.dtype)
         except KeyError:
             raise FormatError(
-                f"{path}: tensor {name} is stored as {info.dtype}, which no released model is"
+                f"{path}: tensor {name} is stored as {info.dtype}, a dtype of no released model"
             ) from None
         read = _reader(path, container.data_start + info.start, info.nbytes, info.shape, dtype)
         stored[name] = StoredTensor(info.shape, dtype, read, str(path))
@@ -179,13 +183,11 @@ def _sharded(path: Path) -> Weights:
     except (ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{path} is not a shard index: expected JSON with weight_map") from error
     if any(not isinstance(file, str) or Path(file).name != file for file in names.values()):
-        raise FormatError(f"{path}: its weight_map points out of its own folder; refused")
+        raise FormatError(f"{path}: its weight_map points outside its folder; refused")
     files = tuple(path.parent / file for file in sorted(set(names.values())))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FormatError(
-            f"{path}: {first_names(missing)} of its {len(files)} shards are not there"
-        )
+        raise FormatError(f"{path}: {first_names(missing)} of its {len(files)} shards are missing")
     shards = {file.name: _safetensors(file) for file in files}
     absent = [name for name, file in names.items() if name not in shards[file]]
     if absent:
@@ -215,8 +217,8 @@ def _pickled(path: Path) -> Weights:
             ) from error
         raise FormatError(f"{path} is not a torch checkpoint of plain tensors; refused") from error
     except Exception as error:
-        # Bytes that are no checkpoint make the unpickler fail in any way: of 3,000 files with a few
-        # changed bytes 4 % ended in an IndexError, a TypeError or an AssertionError.
+        # Damaged bytes make the unpickler raise almost anything: of 3,000 files with a few changed
+        # bytes, 4 % ended in an IndexError, a TypeError or an AssertionError.
         raise FormatError(
             f"{path} is not a whole torch checkpoint ({one_line(error)}); get it again"
         ) from error
@@ -225,22 +227,25 @@ def _pickled(path: Path) -> Weights:
     stored = _flattened(content, path)
     odd = [name for name, entry in stored.items() if entry.dtype not in _NAMES]
     if odd:
-        raise FormatError(f"{path}: {first_names(odd)} are of a dtype that no released model has")
+        raise FormatError(f"{path}: {first_names(odd)} have a dtype of no released model")
     if not stored:
         raise FormatError(f"{path} holds no tensors; expected a dict of them")
     return Weights((path,), stored)
 
 
 def _expect_uncompressed(path: Path) -> None:
-    """FormatError for a zip that could unpack to any size: torch never compresses."""
+    """Raises FormatError for a compressed zip, which could unpack to any size."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise FormatError(f"{path} is a compressed zip, which torch never writes; refused")
 
 
 def _flattened(content: Any, path: Path) -> dict[str, StoredTensor]:
-    """The tensors in dicts of dicts, by their joined keys. FormatError for dicts that hold one
-    another, or one another's copies, without end, and for tensors that are not plain memory."""
+    """The tensors in nested dicts, by their joined keys.
+
+    Raises FormatError for dicts that contain each other, for more than MOST entries, and for
+    tensors that are not plain CPU memory.
+    """
     stored: dict[str, StoredTensor] = {}
     waiting, entries = [("", content)], 0
     while waiting:
@@ -248,7 +253,7 @@ def _flattened(content: Any, path: Path) -> dict[str, StoredTensor]:
         entries += 1
         if len(name) > LONGEST or entries > MOST:
             raise FormatError(
-                f"{path} nests its dicts without end (at {name[:40]}...); expected tensors by name"
+                f"{path} nests its dicts endlessly (at {name[:40]}...); expected tensors by name"
             )
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or value.device.type != "cpu":
@@ -256,17 +261,17 @@ def _flattened(content: Any, path: Path) -> dict[str, StoredTensor]:
                     f"{path}: tensor {name} is {value.layout} on {value.device.type}; expected "
                     "plain numbers"
                 )
-            # Mapped from the file: the clone is what the caller keeps.
+            # Mapped from the file; the caller gets a clone.
             tensor = value.detach()
             stored[name] = StoredTensor(tuple(tensor.shape), tensor.dtype, tensor.clone, str(path))
         elif isinstance(value, dict):
-            start = f"{name}." if name else ""
-            waiting += [(f"{start}{key}", inner) for key, inner in reversed(value.items())]
+            prefix = f"{name}." if name else ""
+            waiting += [(f"{prefix}{key}", inner) for key, inner in reversed(value.items())]
     return stored
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
-    """The first few of a list, and how many there are."""
+    """The first `count` names of a list, and the list's length if there are more."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > count else ""
     return ", ".join(names[:count]) + more

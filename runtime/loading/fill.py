@@ -1,4 +1,4 @@
-"""Fills modules with stored tensors, whatever the source: checkpoints, packed files, components.
+"""Fills modules with tensors from any source: checkpoint, packed file or embedded component.
 
     network = fill(lambda: network_of(config, execution), source, execution)
 
@@ -34,13 +34,14 @@ def fill(
     ignored: tuple[str, ...] = (),
     compute_of: Callable[[str], str] | None = None,
 ) -> Net:
-    """A module in eval mode, without gradients, filled from `source`.
+    """Makes a module and fills it from `source`: in eval mode, without gradients.
 
     bits: 8 packs the plain linears while they are loaded (round to nearest, one scale per row), so
     that the module never exists as floats. ignored: prefixes of tensors that the module does not
     need. compute_of: compute mode by linear name; weight-only by default. Tensors that `make` has
-    put on a real device are left as they are. Raises UserError if tensors are missing, left over or
-    of another shape, FormatError for values that cannot be used, naming file and tensor.
+    put on a real device are left unchanged. Raises UserError if tensors are missing, left over or
+    of another shape; FormatError, naming file and tensor, if values are not finite, a scale is not
+    above 0, or a value is too large for the dtype.
     """
     with torch.device("meta"):
         module = make()
@@ -52,7 +53,7 @@ def fill(
             continue
         bias = _floats(source, f"{name}.bias", execution) if linear.bias is not None else None
         if layout:
-            tensors = {part: source.read(f"{name}.weight.{part}") for part in layout.names}
+            tensors = {key: source.read(f"{name}.weight.{key}") for key in layout.names}
             weight = PackedWeight(layout, tensors, linear.in_features).to(device)
             del tensors
         else:
@@ -72,7 +73,7 @@ def _expect_tensors(module: nn.Module, source: Source, ignored: tuple[str, ...])
         shape = tuple(getattr(module.get_submodule(owner), leaf).shape)
         layout = source.layouts.get(owner) if leaf == "weight" else None
         packed = layout.tensors(*shape) if layout else {}
-        wanted |= {f"{name}.{part}": spec[1] for part, spec in packed.items()} or {name: shape}
+        wanted |= {f"{name}.{key}": spec[1] for key, spec in packed.items()} or {name: shape}
     found = {n: tuple(s) for n, s in source.shapes.items() if not n.startswith(ignored or ("\0",))}
     if wanted != found:
         odd = sorted(set(wanted.items()) ^ set(found.items()))
@@ -96,9 +97,10 @@ def _floats(source: Source, name: str, execution: Execution) -> Tensor:
 
 
 def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as int8 codes and one float32 scale per row (N), by its largest value.
+    """Quantizes a weight (N, K) to int8 (N, K) with one float32 scale per row (N).
 
-    DINOv2 giant takes the CPU engine 0.8 s, plain PyTorch 7.5.
+    The scale is the row's largest magnitude over 127. All of DINOv2 giant takes 0.8 s with the CPU
+    kernel, 7.5 s in plain PyTorch.
     """
     if cpu.available() and weight.dtype in cpu.TYPES:
         codes, scale = cpu.quantize_activations(weight)
@@ -113,7 +115,10 @@ def filled_bytes(
     dtype: torch.dtype,
     packable: Callable[[str, tuple[int, ...]], bool] | None = None,
 ) -> int:
-    """Bytes of the module that `fill` makes; `packable`: the weights that `bits=8` packs."""
+    """Bytes of the module that `fill` makes.
+
+    packable(name, shape): whether `bits=8` packs this weight; None for bits=16.
+    """
     total = 0
     for name, shape in source.unpacked_shapes().items():
         layout = source.layouts.get(name.removesuffix(".weight"))
@@ -127,7 +132,7 @@ def filled_bytes(
 def unfilled(module: nn.Module) -> Iterator[str]:
     """Names of the parameters and persistent buffers that are on the meta device.
 
-    Not from state_dict(), which would unpack every weight that the CPU engine holds.
+    Not from state_dict(), which would unpack every weight that the int8 engine holds.
     """
     for prefix, owner in module.named_modules():
         buffers = {
@@ -141,13 +146,13 @@ def unfilled(module: nn.Module) -> Iterator[str]:
 
 
 def replace_module(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` in the place of the submodule `name`."""
+    """Replaces the submodule `name` by `new`."""
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, new)
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Puts `value` in the place of the parameter or buffer `name`."""
+    """Replaces the parameter or buffer `name` by `value`."""
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     if leaf in owner._parameters:

@@ -1,20 +1,16 @@
-"""A network that is loaded on first use and can be freed again."""
+"""Lazy loading of networks."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from vitapack.runtime.loading.memory import return_memory
 from vitapack.runtime.loading.prefetch import ahead
-
-if TYPE_CHECKING:  # families build their parts with this module
-    pass
-
 
 T = TypeVar("T")
 
@@ -22,7 +18,8 @@ T = TypeVar("T")
 class Part(Generic[T]):
     """A network that is loaded on first use and can be freed again.
 
-    `nbytes` of weights, `working_bytes` of what a call holds beside them (see activations.py).
+    Calling it returns the network. nbytes: size of its weights; working_bytes: predicted working
+    memory of one call, weights excluded.
     """
 
     def __init__(self, load: Callable[[], T], nbytes: int, working_bytes: int = 0) -> None:
@@ -39,8 +36,10 @@ class Part(Generic[T]):
         return self._network
 
     def begin(self, device: str) -> None:
-        """Has it loaded beside other work (ahead.py); calling it waits for that, and raises what
-        went wrong."""
+        """Starts loading on a background thread (prefetch.py).
+
+        The next call waits for the thread, and raises the error if loading failed.
+        """
         if self._network is None and self._coming is None and self._load is not None:
             self._coming = ahead(self._load, device)
 
@@ -49,10 +48,11 @@ class Part(Generic[T]):
         return self._network is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: the network itself, since a loader cannot travel."""
+        """Pickles the loaded network for worker processes: a loader cannot be pickled."""
         return vars(self) | {"_load": None, "_coming": None, "_network": self()}
 
     def free(self) -> None:
+        """Frees the network; the next call loads it again. No effect on an unpickled copy."""
         if self._load is None:
             return
         if self._coming is not None:

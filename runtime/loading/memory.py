@@ -1,7 +1,8 @@
-"""The process' memory: how much it holds, how much at most, and how it gives back what it freed.
+"""Resident memory of the process: current, peak, and how freed memory is returned to the system.
 
-On Linux the kernel's own high-water mark is read and reset, so the figures hold everything:
-weights, activations, the allocator's holes. Elsewhere they are None and the rest has no effect.
+On Linux the kernel's high-water mark is read and reset, so the figures include everything:
+weights, activations, allocator fragmentation. Elsewhere they are None, and the other functions have
+no effect.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 LARGE = 1 << 20
-KEPT = 32 << 20  # glibc's own limit, to which it raises the threshold as large blocks are freed
+MAX_THRESHOLD = 32 << 20  # glibc raises the threshold up to this as large blocks are freed
 
-_least = KEPT  # what is asked for now
+_threshold = MAX_THRESHOLD  # the current setting, bytes
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resident(peak: bool = False) -> int | None:
-    """Bytes of the process in memory, now or at most since the last reset; None off Linux."""
+    """Resident bytes of the process, current or peak since the last reset; None if not on Linux."""
     try:
         text = STATUS.read_text()
     except OSError:
@@ -34,7 +35,7 @@ def resident(peak: bool = False) -> int | None:
 
 
 def reset_peak() -> None:
-    """Lets `resident(peak=True)` start anew; without effect where the kernel does not allow it."""
+    """Resets `resident(peak=True)`; no effect if the kernel does not allow it."""
     try:
         RESET.write_text("5")
     except OSError:
@@ -42,33 +43,38 @@ def reset_peak() -> None:
 
 
 def return_memory() -> None:
-    """Gives freed memory back to the system (glibc keeps it otherwise; elsewhere a no-op)."""
+    """Returns freed memory to the system (glibc keeps it otherwise); a no-op without glibc."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def keep_no_holes() -> None:
-    """From now on every block of 1 MiB and more is the system's own and goes back when freed.
+    """Makes the process return every block of 1 MiB or more to the system when it is freed.
 
-    For the whole process. glibc raises that limit to 32 MiB by itself as blocks are freed: a packed
-    2mini's lean run then held 3.3 GB where its largest network takes 1.15 GB. Holes that are there
-    already go on being filled.
+    By default glibc raises this threshold to 32 MiB as blocks are freed: a lean generation with a
+    packed 2mini then held 3.3 GB, although its largest network takes 1.15 GB. Existing gaps in the
+    heap are still reused.
     """
     _blocks_of_its_own(LARGE)
 
 
 def keep_holes() -> None:
-    """Takes `keep_no_holes` back, for code that asks for the same blocks again and again: a step of
-    2mini's original in float32 takes 6.2 instead of 7.1 s (n = 3, two cores)."""
-    _blocks_of_its_own(KEPT)
+    """Undoes `keep_no_holes`, for code that allocates the same blocks again and again.
+
+    A step of the original 2mini in float32 then takes 6.2 instead of 7.1 s (n = 3, two cores).
+    """
+    _blocks_of_its_own(MAX_THRESHOLD)
 
 
 @contextmanager
 def holes_kept() -> Iterator[None]:
-    """`keep_holes` for a while, and what was before. A point of 2mini's shape decoder, asked for
-    1000 at a time, takes 91 instead of 109 us, with as much memory (n = 3, two cores)."""
-    before = _least
+    """`keep_holes` inside the block; restores the previous threshold afterwards.
+
+    2mini's shape decoder, at 1000 query points per call, then takes 91 instead of 109 us per point
+    with the same peak memory (n = 3, two cores).
+    """
+    before = _threshold
     keep_holes()
     try:
         yield
@@ -77,16 +83,16 @@ def holes_kept() -> Iterator[None]:
         return_memory()
 
 
-def _blocks_of_its_own(least: int) -> None:
-    global _least
-    _least = least
+def _blocks_of_its_own(threshold: int) -> None:
+    global _threshold
+    _threshold = threshold
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, least)
-        libc.mallopt(_TRIM_THRESHOLD, 2 * least)  # as glibc itself has them
+        libc.mallopt(_MMAP_THRESHOLD, threshold)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * threshold)  # the ratio that glibc keeps
 
 
-@functools.cache  # find_library starts a process, and a lean run asks after every phase
+@functools.cache  # find_library starts a process, and lean mode calls this after every phase
 def _glibc() -> ctypes.CDLL | None:
     name = ctypes.util.find_library("c") if sys.platform == "linux" else None
     libc = ctypes.CDLL(name) if name else None

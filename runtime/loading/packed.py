@@ -2,7 +2,7 @@
 
     dit = load_packed_dit("model.safetensors", device="cpu", compute="a16")
 
-The network is built on the meta device, so nothing is allocated but the packed tensors themselves.
+The network is built on the meta device, so only the packed tensors are allocated.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def load_packed_dit(
     modulation: str | None = None,
     verify_content: bool | None = None,
 ) -> Network:
-    """The network of a packed file, in eval mode.
+    """Loads the network of a packed file, in eval mode.
 
-    compute: "a16" (weight-only) or "a8" (int8 activations as well). dtype: of everything that is
-    not packed; float32 on CPUs and float16 elsewhere by default. modulation: "table" or "int8"
-    where the file holds both (default: the exact tables). verify_content: check the sha256; by
-    default up to 256 MiB. Raises FormatError (a UserError) for anything wrong with the file.
+    compute: "a16" (weight-only) or "a8" (int8 activations). dtype: of activations and of tensors
+    that are not packed; float32 on CPUs and float16 elsewhere by default. modulation: "table" or
+    "int8" for files that hold both (default: the exact tables). verify_content: check the content's
+    sha256; by default for files of up to 256 MiB. Raises FormatError for a malformed or damaged
+    file, UserError for an unknown device or compute mode, or a modulation that the file lacks.
     """
     execution = choose(device, compute, dtype=dtype)
     return load_packed(path, execution, modulation=modulation, verify_content=verify_content)
@@ -48,7 +49,7 @@ def load_packed(
     modulation: str | None = None,
     verify_content: bool | None = None,
 ) -> Network:
-    """As `load_packed_dit`, with the decision how to compute already made."""
+    """Loads the network of a packed file for a given execution; see `load_packed_dit`."""
     header = read_header(path)
     chosen = _modulation(header, modulation)
     if verify_content or (verify_content is None and header.size <= VERIFY_BELOW):
@@ -64,7 +65,7 @@ def load_packed(
         return network
 
     def compute_of(name: str) -> str:
-        # Modulation runs once a step on one row: int8 activations would only cost.
+        # Modulation runs once per step on one row: int8 activations have a cost and no gain.
         return "a16" if linears[name].role == "modulation" else execution.compute
 
     return fill(make, network_source(header, chosen), execution, compute_of=compute_of)
@@ -73,7 +74,7 @@ def load_packed(
 def network_source(header: PackedHeader, modulation: str) -> Source:
     """The network's tensors under the names of its modules, with modulation as "table" or "int8".
 
-    A modulation table takes the place of the module around its linear.
+    A modulation table replaces the module around its linear.
     """
     names, layouts = {}, {}
     stored = {name.removeprefix("model."): name for name in header.tensors}

@@ -1,11 +1,12 @@
-"""The next phase's network comes while a phase computes, on a thread and a CUDA stream of its own.
+"""Loads the next phase's network on a background thread and CUDA stream during the current phase.
 
-    network = ahead(load, "cuda")   # begins
-    ...                             # the phase before computes
-    network()                       # waits for the thread, and lets the GPU wait for the copies
+    network = ahead(load, "cuda")   # starts loading
+    ...                             # the current phase computes
+    network()                       # waits for the thread; the GPU waits for the copies
 
-Reading and checking tensors leaves Python's lock to others, and copies on a stream of their own
-wait for no kernel, so a phase that keeps a GPU busy hides all of it. Never run on a GPU.
+Reading and checking tensors releases Python's lock, and copies on a separate stream wait for no
+kernel, so a phase that keeps the GPU busy hides all of it. Compiled, not timed: it has never run on
+a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ T = TypeVar("T")
 
 
 def ahead(load: Callable[[], T], device: str = "cpu") -> Callable[[], T]:
-    """Begins `load()`; what is returned gives its result once it is there, or raises its error.
+    """Starts `load()`; the returned function waits for its result, or raises its error.
 
-    Its copies wait for what the device has been given so far: the memory that they fill may have
-    been a network's that is gone here and still computes there.
+    Copies to the device wait for the work queued so far: they may reuse the memory of a network
+    that was freed on the host while the GPU still computes with it.
     """
     stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
     if stream is not None:
@@ -34,12 +35,12 @@ def ahead(load: Callable[[], T], device: str = "cpu") -> Callable[[], T]:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             return load()
 
-    thread = ThreadPoolExecutor(1, "vitapack-ahead")
-    coming = thread.submit(run)
-    thread.shutdown(wait=False)  # it ends with its work
+    thread = ThreadPoolExecutor(1, "vitapack-prefetch")
+    pending = thread.submit(run)
+    thread.shutdown(wait=False)  # the thread ends after `run`
 
     def result() -> T:
-        network = coming.result()
+        network = pending.result()
         if stream is not None:
             torch.cuda.current_stream(device).wait_stream(stream)
         return network

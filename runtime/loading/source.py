@@ -1,4 +1,4 @@
-"""Sources of tensors: the names, shapes and layouts that a module is filled from."""
+"""Sources of tensors: the names, shapes, layouts and values with which a module is filled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vitapack.runtime.format.reader import TensorReader
 class Source:
     """The stored tensors of one module, read one by one.
 
-    `read(name)` gives a tensor as it is stored, and raises FormatError naming file and tensor if a
-    float is not finite or a scale not above 0. `layouts` holds the layout of each packed linear by
-    its module name; tensors of all others are floats.
+    `read(name)` returns a tensor in its stored dtype. It raises FormatError, naming file and
+    tensor, if a float is not finite or a scale not above 0. `layouts` holds the layout of each
+    packed linear by module name; all other tensors are floats.
     """
 
     label: str  # names the file or folder in messages
@@ -30,12 +30,12 @@ class Source:
     layouts: Mapping[str, WeightLayout] = field(default_factory=dict)
 
     def below(self, prefix: str) -> Source:
-        """The tensors whose names start with `prefix`, without it."""
+        """The tensors whose names start with `prefix`, with it removed."""
         names = {n.removeprefix(prefix): n for n in self.shapes if n.startswith(prefix)}
         return self.renamed(names)
 
     def renamed(self, names: Mapping[str, str]) -> Source:
-        """Some of the tensors under other names: new -> old."""
+        """A selection of the tensors under other names; `names` maps new to old."""
         linears = {
             new.removesuffix(f".weight.{self.layouts[linear].codes}"): self.layouts[linear]
             for new, old in names.items()
@@ -46,7 +46,7 @@ class Source:
         return Source(self.label, self.config, shapes, lambda name: self.read(names[name]), linears)
 
     def unpacked_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the module with plain linears; K is padded in layouts of blocks."""
+        """Shapes with every packed weight as (N, K), where block layouts pad K."""
         shapes = dict(self.shapes)
         for linear, layout in self.layouts.items():
             rows, row_bytes = shapes[f"{linear}.weight.{layout.codes}"]
@@ -59,9 +59,9 @@ class Source:
 def packed_component(
     header: PackedHeader, component: str, original: Callable[[str], Source] | None
 ) -> Source:
-    """A component inside a packed file, else `original(component)` of the file it refers to.
+    """Source of an embedded component, else `original(component)` for a referenced one.
 
-    Raises UserError if the file neither holds it nor is given its original.
+    Raises UserError if the component is not embedded and `original` is None.
     """
     entry = getattr(header, component)
     if entry["storage"] != "embedded":
@@ -74,15 +74,15 @@ def packed_component(
         )
     prefix = f"{PARTS[component]}."
     shapes = {name: info.shape for name, info in header.tensors.items() if name.startswith(prefix)}
-    # Components have one packed layout, told by the name of its codes (docs/format.md).
+    # Components have one packed layout, recognised by the name of its codes (docs/format.md).
     suffix = f".weight.{W8.codes}"
     layouts = {n.removesuffix(suffix): W8 for n in shapes if n.endswith(suffix)}
-    whole = Source(str(header.path), entry["config"], shapes, reading(header), layouts)
-    return whole.below(prefix)
+    stored = Source(str(header.path), entry["config"], shapes, reading(header), layouts)
+    return stored.below(prefix)
 
 
 def reading(header: PackedHeader) -> Callable[[str], Tensor]:
-    """`Source.read` of a packed file, which is opened for each tensor."""
+    """`Source.read` for a packed file, which it opens for each tensor."""
 
     def read(name: str) -> Tensor:
         with TensorReader(header) as reader:

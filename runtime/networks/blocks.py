@@ -1,4 +1,4 @@
-"""Building blocks that the networks share: norms, attention, MLP, condition tokens."""
+"""Layers that the networks share: norms, attention, MLP, condition tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vitapack.runtime.format.architecture import Architecture
 
 @dataclass(frozen=True)
 class Condition:
-    """Condition tokens (B or 1, N, D), each standing for `repeats` equal ones.
+    """Condition tokens (B or 1, N, D), each of which counts as `repeats` equal ones.
 
     Condition tokens have no positions, so equal tokens stay equal through all blocks. The
-    unconditional pass, whose N tokens are all zeros, is therefore exactly a pass on one token with
-    `repeats=N` (see `vitapack.runtime.sampling.guidance`).
+    unconditional pass, whose N tokens are all zeros, therefore equals exactly a pass on one token
+    with `repeats=N` (see `vitapack.runtime.sampling.guidance`).
     """
 
     tokens: Tensor
@@ -30,10 +30,9 @@ class Condition:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v for (B, H, n, d), returned as (B, n, H*d); `bias` (1, n)
-    of the keys."""
+    """softmax(q k^T / sqrt(d) + bias) v: (B, H, n, d) each to (B, n, H*d), key bias (1, n)."""
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.requires_grad:
-        # torch's CPU flash attention has a slow backward at ~100 tokens: 0.273 s a training step
+        # torch's CPU flash attention has a slow backward at ~100 tokens: 0.273 s per training step
         # with it, 0.154 s with the explicit form (furniture model, 2 cores).
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         out = torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
@@ -57,7 +56,7 @@ def repeated_key_bias(condition: Condition, img: Tensor) -> Tensor | None:
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine, eps 1e-6."""
+    """LayerNorm without scale and bias, eps 1e-6."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 

@@ -2,12 +2,12 @@
 
 Read from top to bottom it is Fig. 2 of the paper: two token streams (latents `img`, condition
 `txt`) meet in joint attention in the double blocks, are concatenated [condition ; latents], pass
-through the single blocks, and the latent tokens leave as a velocity. Parameter names are those of
+through the single blocks, and the latent tokens become a velocity. Parameter names are those of
 the released Hunyuan3D checkpoints (after `model.`), so that family needs no key mapping.
 
 Pruning is a list: `DiTConfig.double_blocks` and `.single_blocks` hold the ORIGINAL indices of the
-kept blocks, and parameters keep those indices in their names. A linear is any module that is called
-on x: `nn.Linear` here, a packed one in a packed model.
+kept blocks, and parameters keep those indices in their names. The linears are `nn.Linear` here and
+packed ones in a packed network.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class FinalLayer(nn.Module):
         )
 
     def shift_scale(self, step: StepModulation) -> tuple[Tensor, ...]:
-        """Modulation (B or 1, 1, h) each, from the weights or from their table."""
+        """Shift and scale, (B or 1, 1, h) each, from the weights or from their table."""
         modulation = self.adaLN_modulation[1]
         if isinstance(modulation, ModulationTable):
             return modulation.chunks(step)
@@ -132,7 +132,7 @@ class DiT(Network):
     """Velocity of the latents: x (B, L, C), t (B,) or (1,), cond (B, N, D) -> (B, L, C).
 
     t may be a precomputed StepModulation; forward then reads no tensor values on the host, as CUDA
-    graphs require. cond may be a `Condition` whose tokens stand for several equal ones each.
+    graphs require. cond may be a `Condition`, whose tokens count as several equal ones each.
     """
 
     config: DiTConfig
@@ -174,9 +174,9 @@ class DiT(Network):
         h, m = config.hidden, config.mlp_hidden
         latents, cond = call.latents[0], call.cond_tokens
         tokens = latents + cond
-        # Single block: x and its halves outside, linear1's 3h + m, q and k, attention, the wide
-        # part, and both joined. Double block: both streams outside and inside, q, k and v twice,
-        # attention, then the MLP of the longer stream.
+        # Single block: z and both streams of the caller, linear1's 3h + m, q and k, attention, the
+        # MLP's m, and both concatenated. Double block: both streams of caller and block, q, k and v
+        # twice, attention, then the MLP of the longer stream.
         single = tokens * (8 * h + 3 * m) if config.single_blocks else 0
         double = tokens * 10 * h + max(latents, cond) * (3 * h + 2 * m)
         largest = max(single, double if config.double_blocks else 0)
@@ -184,6 +184,6 @@ class DiT(Network):
 
 
 def given_bytes(config: DiTConfig, call: CallShape) -> int:
-    """Input and output latents, and the condition."""
+    """Bytes of input and output latents and of the condition tokens."""
     values = 2 * call.latents[0] * config.in_channels + call.cond_tokens * config.cond_channels
     return call.batch * values * call.dtype.itemsize

@@ -1,10 +1,11 @@
-"""TRELLIS: the sparse-structure flow transformer, one kind of block, and its occupancy decoder.
+"""TRELLIS: the sparse-structure flow transformer, with one block kind.
 
-A latent cube (8 channels, 16 a side) becomes 4096 tokens with their places added; 24 blocks of
-modulated self-attention, plain cross-attention to the picture's tokens and a modulated MLP turn
-them into a velocity. Names follow `runtime/networks/dit.py` where a part is the same (`latent_in`,
-`time_in`, `mod.lin`); `runtime/families/trellis.py` maps the released ones. The structured-latent
-(SLAT) flow has the same blocks between sparse convolutions: of it, the blocks alone are here.
+A latent cube (8 channels, 16 cells per side) becomes 4096 tokens, to which position embeddings are
+added; 24 blocks of modulated self-attention, plain cross-attention to the condition tokens and a
+modulated MLP turn them into a velocity. Names follow `runtime/networks/dit.py` for the same layers
+(`latent_in`, `time_in`, `mod.lin`); `runtime/families/trellis.py` maps the released names. The
+structured-latent (SLAT) flow has the same blocks between sparse convolutions; only its blocks are
+implemented here.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def position_embedding(
 ) -> Tensor:
     """(side^3, channels): [sin | cos] of each coordinate, padded with zeros.
 
-    What the released files hold as the buffer `pos_emb`; 16.8 MB there, so it is computed, and
-    kept where it is used: no step copies it to a GPU.
+    Released files hold it as the buffer `pos_emb` of 16.8 MB; here it is computed, and cached on
+    the device, so that no step copies it to a GPU.
     """
     count = channels // 6
     frequencies = 1.0 / 10_000.0 ** (torch.arange(count, dtype=torch.float64) / count)
@@ -81,9 +82,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """To the picture's tokens as they come: not normalised, not gated.
+    """Attention to the condition tokens, without normalisation and gate.
 
-    Of a single token attention gives its value, whatever the queries are.
+    With a single condition token the output is its value, whatever the queries are.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -170,26 +171,26 @@ class FlowTransformer(Network):
     def step_bytes(cls, config: FlowConfig, call: CallShape) -> int:
         h, m, size = config.hidden, config.mlp_hidden, call.dtype.itemsize
         tokens = token_count(config, call)
-        # x of the caller and of the block, the MLP's input, its two wide tensors.
+        # x of the caller and of the block, the MLP's input, its two tensors of width m.
         weight = h * m * size if call.packed and call.compute == "a16" else 0  # expanded to floats
         working = call.batch * tokens * (3 * h + 2 * m) * size
         return given_bytes(config, call) + working + weight
 
 
 def token_count(config: FlowConfig, call: CallShape) -> int:
-    """Of the latent cube; any number for SLAT's blocks alone."""
+    """Number of tokens of the latent cube; for SLAT's blocks alone that of the call."""
     return (config.resolution // config.patch) ** 3 or call.latents[0]
 
 
 def given_bytes(config: FlowConfig, call: CallShape) -> int:
-    """Input and output tokens, and the condition."""
+    """Bytes of input and output tokens and of the condition tokens."""
     values = 2 * token_count(config, call) * config.token_channels
     values += call.cond_tokens * config.cond_channels
     return call.batch * values * call.dtype.itemsize
 
 
 def patches(x: Tensor, p: int) -> Tensor:
-    """(B, C, R, R, R) to (B, (R/p)^3, C p^3): channel slowest, then the place in the patch."""
+    """(B, C, R, R, R) to (B, (R/p)^3, C p^3): channel slowest, then the cell in the patch."""
     batch, channels, side = x.shape[0], x.shape[1], x.shape[2] // p
     x = x.reshape(batch, channels, side, p, side, p, side, p)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, side**3, channels * p**3)

@@ -16,9 +16,9 @@ from vitapack.runtime.choices import COMPUTES
 class PackedLinear(nn.Module):
     """y = x W^T + b with a packed W, by Triton kernels on GPUs, else in plain PyTorch.
 
-    The buffers are the tensors of the packed file, by their names in the weight's layout, and
-    `bias`, (N,) in the dtype of the activations. forward changes nothing, so threads may share a
-    module. On CPUs the loader makes engines/cpu_linear.py's CpuLinear instead.
+    The buffers are the tensors of the packed file, under the names in the weight's layout, and
+    `bias`, (N,) in the dtype of the activations. forward has no side effects, so threads may share
+    a module. On the path "cpu-int8" the loader makes engines/cpu_linear.py's CpuLinear instead.
     """
 
     scale: Tensor
@@ -33,6 +33,7 @@ class PackedLinear(nn.Module):
         self.hold(weight, bias)
 
     def hold(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        """Stores weight and bias; subclasses choose how."""
         for name in self.layout.names:
             self.register_buffer(name, weight.tensors[name])
         self.register_buffer("bias", bias)
@@ -53,7 +54,7 @@ class PackedLinear(nn.Module):
         return dispatch.linear(x, self.packed(), bias, self.compute)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
-        # module.half() must not touch the scales: 1e-5 and less is common and denormal in fp16.
+        # module.half() must not change the scales: 1e-5 and less is common, and denormal in fp16.
         scale = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""adaLN modulation: from a step's time to shifts, scales and gates, by weights or by exact tables.
+"""adaLN modulation: shifts, scales and gates of a step's time, from weights or exact tables.
 
 Modulation depends on the time (and the embedded guidance) alone. A packed file therefore stores its
 values at the sampler's own times instead of the weights (compressor/packing/modulation_tables.py).
@@ -28,8 +28,8 @@ def sinusoid(t: Tensor, config: TimeEmbedding) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(config.max_period) * steps / half)
     angles = (t.float() * config.scale)[:, None] * frequencies
-    parts = [angles.cos(), angles.sin()]
-    return torch.cat(parts if config.cos_first else parts[::-1], dim=-1)
+    pair = [angles.cos(), angles.sin()]
+    return torch.cat(pair if config.cos_first else pair[::-1], dim=-1)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Modulated(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """The parameters of `sublayers` sublayers from one linear of the step's vector."""
+    """Computes the modulation of `sublayers` sublayers by one linear on the step's vector."""
 
     def __init__(self, hidden: int, sublayers: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Modulation(nn.Module):
 
 
 class ModulationTable(nn.Module):
-    """The same values read from an exact table (T, chunks * h) at the sampler's own times."""
+    """Reads the modulation from an exact table (T, chunks * h) at the sampler's own times."""
 
     table: Tensor
 
@@ -75,7 +75,7 @@ class ModulationTable(nn.Module):
         self.register_buffer("table", table)
 
     def chunks(self, step: StepModulation) -> tuple[Tensor, ...]:
-        """(B or 1, 1, h) each."""
+        """All shifts, scales and gates, (B or 1, 1, h) each."""
         assert step.rows is not None
         return self.table[step.rows][:, None].chunk(self.count, dim=-1)
 
@@ -84,7 +84,7 @@ class ModulationTable(nn.Module):
 
 
 def grouped(chunks: Sequence[Tensor]) -> tuple[Modulated, ...]:
-    """Three chunks for each sublayer."""
+    """Groups chunks by sublayer: shift, scale and gate of each."""
     return tuple(Modulated(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
 
 
@@ -103,14 +103,14 @@ class TimeMLP(nn.Module):
 
 
 class MissingTime(UserError):
-    """A time or guidance value that the modulation tables of a packed file do not hold."""
+    """The modulation tables of a packed file lack a time or guidance value."""
 
 
 class TimeNodes(nn.Module):
-    """Finds the table row of each time: exact nodes only, never between them.
+    """Finds the table row of each time; raises MissingTime for a time without a row.
 
     Interpolating modulation is not safe: at 128 nodes the error is still 45 % with weights that use
-    the sinusoid's fast components, so a time that has no row is an error that lists what there is.
+    the sinusoid's fast components. The error lists the schedules that the tables hold.
     """
 
     nodes: Tensor
@@ -135,10 +135,10 @@ class TimeNodes(nn.Module):
                 f"{self.schedules}; choose one of these or compress again with --steps"
             )
         if guidance is not None and self.guidance is not None:
-            asked = guidance.double()
-            if ((asked - self.guidance).abs() > 1e-3 * (1 + abs(self.guidance))).any():
+            wanted = guidance.double()
+            if ((wanted - self.guidance).abs() > 1e-3 * (1 + abs(self.guidance))).any():
                 raise MissingTime(
                     f"the modulation tables hold guidance {self.guidance:g}, "
-                    f"not {asked.flatten()[0].item():g}; compress again with that value"
+                    f"not {wanted.flatten()[0].item():g}; compress again with that value"
                 )
         return rows

@@ -1,4 +1,4 @@
-"""What every network has in common: how it is called, pruned and measured."""
+"""The base class of all networks: calling, pruning, memory prediction."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Net = TypeVar("Net", bound="Network")
 
 @dataclass(frozen=True)
 class CallShape:
-    """Sizes of one call of a network, and how it computes: what its memory depends on."""
+    """Sizes and execution of one network evaluation, from which its memory is predicted."""
 
-    latents: tuple[int, ...]  # without the batch
+    latents: tuple[int, ...]  # without the batch dimension
     cond_tokens: int
     batch: int
     dtype: torch.dtype
     compute: str = "a16"
-    packed: bool = False  # on a GPU: linears may expand packed weights to floats or int8
+    packed: bool = False  # Triton path, which may expand packed weights to floats or int8
 
 
 class Network(nn.Module):
@@ -46,11 +46,11 @@ class Network(nn.Module):
     def step_modulation(
         self, t: Tensor | StepModulation, guidance: Tensor | None = None
     ) -> StepModulation:
-        """The step's modulation input; one that was made before is returned as it is.
+        """The step's modulation input; a StepModulation is returned unchanged.
 
         t (B,) or (1,), guidance (B,) or None. With modulation tables this reads t on the host.
-        Raises ValueError if guidance is missing or given to a network without guidance embedding,
-        MissingTime for a time that the tables do not hold.
+        Raises ValueError if guidance is missing, or given to a network without guidance embedding;
+        MissingTime if the tables lack a time.
         """
         if isinstance(t, StepModulation):
             return t
@@ -92,15 +92,15 @@ class Network(nn.Module):
 
     @classmethod
     def step_bytes(cls, config: Any, call: CallShape) -> int:
-        """Predicted working memory of one call, without weights.
+        """Predicted working memory of one network evaluation, in bytes, without weights.
 
-        Adds up the tensors that are alive together at the fullest moment of `forward`; tests count
-        them in running networks. Attention is a fused kernel everywhere, so nothing grows with the
-        square of the tokens.
+        Adds up the tensors that are alive at the peak of `forward`; tests compare with the memory
+        of running networks. Attention is a fused kernel everywhere, so nothing grows with
+        the square of the token count.
         """
         raise NotImplementedError
 
     @classmethod
     def run_bytes(cls, config: Any, call: CallShape) -> int:
-        """Predicted working memory of a sampling run, with guidance as a batch or in two passes."""
+        """Predicted working memory of sampling, in bytes; guidance in one batch or two passes."""
         return cls.step_bytes(config, replace(call, batch=1) if config.embeds_guidance else call)

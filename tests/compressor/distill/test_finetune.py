@@ -109,7 +109,7 @@ def test_only_the_chosen_blocks_change_and_the_file_is_as_big(packed: Path, tmp_
     assert changed
     assert all(n.startswith(("model.double_blocks.7.", "model.single_blocks.3.")) for n in changed)
     assert not any(name.endswith((".table", ".group", "weight.scale")) for name in changed)
-    assert "double 7, single 3: 4 iterations on 2 pictures" in describe(after)
+    assert "double 7, single 3: 4 iterations on 2 images" in describe(after)
     assert not (tmp_path / "out.safetensors.finetune").exists()
 
 

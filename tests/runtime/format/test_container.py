@@ -103,8 +103,8 @@ def test_writer_refuses_what_was_not_announced(tmp_path):
     layout = lay_out({"a": ("U8", (2,)), "b": ("U8", (1,))}, {})
     path = tmp_path / "a.safetensors"
     for items, message in (
-        ([("a", b"12")], "never came: b"),
-        ([("a", b"12"), ("a", b"12")], "came twice"),
+        ([("a", b"12")], "not written: b"),
+        ([("a", b"12"), ("a", b"12")], "written twice"),
         ([("c", b"")], "not in the layout"),
         ([("a", b"1")], "1 bytes, expected 2"),
     ):
@@ -140,7 +140,7 @@ HEADERS = [
             "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
             "b": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]},
         },
-        "without holes",
+        "without gaps",
     ),
 ]
 

@@ -199,15 +199,15 @@ LIES = [
     ("network.time.activation", "relu", "'silu' or 'gelu'"),
     ("network.time.surprise", 1, "network time: unknown field"),
     ("layer_map.group", 48, "group 48"),
-    ("layer_map.group", 64, "ask for layout w4-b64-g64-v1, found w4-b64-g32-v1"),
-    ("layer_map.blocks.0.bits", 8, "ask for layout w8-c-v1, found w4-b64-g32-v1"),
+    ("layer_map.group", 64, "require layout w4-b64-g64-v1, found w4-b64-g32-v1"),
+    ("layer_map.blocks.0.bits", 8, "require layout w8-c-v1, found w4-b64-g32-v1"),
     ("layer_map.blocks.0.kind", "block", "layer map|only 0 such"),
     ("layer_map.blocks", [], "the layer map keeps double blocks"),
     ("layer_map.notes", 7, "expected|object|iterable"),
     (f"linears|{QKV}", "w3-v1", "unknown layout 'w3-v1'; this vitapack reads"),
     (f"linears|{QKV}", ["w8-c-v1"], "unknown layout"),
-    (f"linears|{QKV}", ..., "ask for layout w4-b64-g32-v1, found None"),
-    ("linears|nobody", "w8-c-v1", "ask for layout None, found w8-c-v1"),
+    (f"linears|{QKV}", ..., "require layout w4-b64-g32-v1, found None"),
+    ("linears|nobody", "w8-c-v1", "require layout None, found w8-c-v1"),
     ("rest", "BF16", "this vitapack knows F16, F32"),
     ("rest", "F32", "expected F32"),
     ("modulation.kind", "spline", "this vitapack knows table, int8, both, kept"),
@@ -226,7 +226,7 @@ LIES = [
     ("shape_decoder.storage", "none", "is none, but the file holds tensors under 'vae.'"),
     ("conditioner.storage", "embedded", "holds no tensors under 'conditioner.'"),
     ("conditioner.storage", "referenced", "conditioner source: expected an object"),
-    ("shape_decoder.source", {}, "a source is for referenced parts only"),
+    ("shape_decoder.source", {}, "a source is for referenced components only"),
 ]
 
 

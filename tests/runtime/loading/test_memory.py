@@ -19,7 +19,7 @@ memory.keep_no_holes()
 print(kept())
 with memory.holes_kept():
     print(kept())
-assert memory._least == memory.LARGE
+assert memory._threshold == memory.LARGE
 """
 
 

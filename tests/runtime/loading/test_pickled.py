@@ -123,8 +123,8 @@ def hostile():
         for name in held.namelist():
             out.writestr(name, held.read(name))
     return [
-        (saved(around), "nests its dicts without end"),
-        (saved(laughs), "nests its dicts without end"),
+        (saved(around), "nests its dicts endlessly"),
+        (saved(laughs), "nests its dicts endlessly"),
         (saved({"model": {"x": torch.eye(3).to_sparse()}}), "tensor model.x is torch.sparse_coo"),
         (saved({"model": {"x": torch.empty(2, device="meta")}}), "on meta; expected plain numbers"),
         (saved({"model": [1, "text"]}), "holds no tensors"),

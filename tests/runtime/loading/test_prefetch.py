@@ -32,7 +32,7 @@ def test_it_begins_at_once_and_is_waited_for():
     result = ahead(load)
     assert began.wait(10)
     go.set()
-    assert result().startswith("vitapack-ahead")
+    assert result().startswith("vitapack-prefetch")
     assert result() == result()
 
 

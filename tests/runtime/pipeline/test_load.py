@@ -61,7 +61,7 @@ def test_shards(golden, released, tmp_path):
     assert source["name"] == "model"
     assert len(set(source["sha256"])) > 1
     (folder / "model-2.safetensors").unlink()
-    with pytest.raises(FormatError, match=r"model-2\.safetensors of its 2 shards are not there"):
+    with pytest.raises(FormatError, match=r"model-2\.safetensors of its 2 shards are missing"):
         load_dit(folder)
 
 

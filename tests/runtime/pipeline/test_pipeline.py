@@ -156,7 +156,7 @@ VAE_TENSOR = "vae.blocks.0.attn.kv.bias"
         (None, {VAE_TENSOR: None}, "do not fit FurnitureDecoder: blocks.0.attn.kv.bias"),
         (None, {VAE_TENSOR: ("F16", (3,))}, "do not fit FurnitureDecoder"),
         (None, {"vae.extra": ("F16", (3,))}, "do not fit FurnitureDecoder: extra"),
-        (None, {VAE_TENSOR: ("U64", (384,))}, "is stored as U64, which no packed model is"),
+        (None, {VAE_TENSOR: ("U64", (384,))}, "is stored as U64, a dtype of no packed file"),
     ],
 )
 def test_embedded_parts_that_lie(setting, tensors, message, packed_path, tmp_path) -> None:
