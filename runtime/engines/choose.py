@@ -1,6 +1,6 @@
 """Decides once how networks compute: device, dtype, arithmetic and executable form.
 
-    execution = choose("auto", "a8")        # logged by the kernels' own announcements
+    execution = choose("auto", "a8")         # the kernels log the choice
     network = network_of(config, execution)  # on the current device, not yet filled
 
 Everything that loads, predicts or measures a network takes the `Execution` from here.
@@ -32,7 +32,7 @@ class Execution:
     """
 
     device: str  # "cpu", "cuda" or "cuda:N"
-    dtype: torch.dtype  # of activations and of all weights that are not packed
+    dtype: torch.dtype  # of activations and of weights that are not packed
     compute: str = "a16"
     path: str = "plain"
 
@@ -41,7 +41,7 @@ class Execution:
         return self.device == "cpu"
 
     def call(self, latents: tuple[int, ...], cond_tokens: int, batch: int) -> CallShape:
-        """The sizes of one call, for memory predictions."""
+        """Sizes and execution of one network evaluation, for memory predictions."""
         packed = self.path == "triton"
         return CallShape(latents, cond_tokens, batch, self.dtype, self.compute, packed)
 
@@ -53,7 +53,7 @@ READABLE: Mapping[type[Architecture], type[Network]] = {DiTConfig: DiT, FlowConf
 
 
 def fused_forms(execution: Execution) -> Mapping[type[Architecture], type[Network]]:
-    """Networks whose whole blocks run fused in this execution; others have packed linears only."""
+    """Networks with fused blocks in this execution, by architecture; others run unfused."""
     if execution.path == "triton":
         from vitapack.runtime.engines.gpu_dit import GpuDiT
 
@@ -74,11 +74,11 @@ def choose(
     packed: bool = True,
     present: bool = True,
 ) -> Execution:
-    """The execution on a device.
+    """Chooses the execution on a device.
 
     dtype: float32 on CPUs and float16 elsewhere by default. packed: whether the linears are packed
-    (an original checkpoint's are not). present: False for predictions about a device that need not
-    be there. Raises UserError for an unknown or missing device, or an unknown compute mode.
+    (an original's are not). present: False for predictions about a device that this machine may
+    lack. Raises UserError for an unknown or missing device, or an unknown compute mode.
     """
     check_choice("compute mode", compute, COMPUTES)
     name = str(device)
@@ -88,16 +88,16 @@ def choose(
     if packed and name == "cpu":
         path = "cpu-int8" if cpu_engine(f"int8 {compute} linears") else "plain"
     elif packed and name != "meta":
-        served = not present or gpu_kernels("packed linears", torch.device(name))
-        path = "triton" if served else "plain"
+        supported = not present or gpu_kernels("packed linears", torch.device(name))
+        path = "triton" if supported else "plain"
     return Execution(name, dtype, compute, path)
 
 
 def form_of(config: Architecture, execution: Execution = PLAIN) -> type[Network]:
-    """The class that computes an architecture: its fused form if there is one."""
+    """The class for an architecture: its fused form if there is one, else its readable form."""
     return fused_forms(execution).get(type(config), READABLE[type(config)])
 
 
 def network_of(config: Any, execution: Execution = PLAIN) -> Any:
-    """The network with these hyper-parameters, not yet filled, on torch's current device."""
+    """Makes the network of an architecture, not yet filled, on torch's current device."""
     return form_of(config, execution)(config)

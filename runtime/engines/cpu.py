@@ -1,10 +1,10 @@
-"""What the networks on the CPU's int8 engine share (cpu_dit.py, cpu_flow.py).
+"""Shared by the networks on the CPU's int8 engine (cpu_dit.py, cpu_flow.py).
 
-`load_dit(..., compute="a8")` returns such a network, called like any other. Its modules are the
-same with the same parameters; only the order of the arithmetic differs (csrc/int8/blocks.h). A call
-computes in memory that is planned once for its shape: beside its output nothing is allocated that
-grows with the tokens (but TRELLIS' latent cube as patches). What the engine cannot take, a block
-with 16-bit linears or a call that needs gradients, runs in the readable form.
+`load_dit(..., compute="a8")` returns such a network, called like any other. Its modules and
+parameters are the same; only the order of the arithmetic differs (csrc/int8/blocks.h). A call
+computes in memory that is laid out once for its shape: apart from its output (and TRELLIS' latent
+cube as patches), it allocates nothing that grows with the number of tokens. Blocks with 16-bit
+linears and calls that need gradients run in the readable form.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from vitapack.runtime.engines.cpu_linear import CpuLinear
 from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.modulation import StepModulation
 
-ROWS = 192  # rows of a block that a thread takes at a time (csrc/int8/blocks.h)
+ROWS = 192  # rows that a thread computes at a time (csrc/int8/blocks.h)
 
 
 class Scratch:
-    """The plans of a model and its copies: memory for two shapes, for one caller.
+    """Working memory of a network and of copies that share its weights: two shapes, one caller.
 
-    Two, because a DiT's guided step is a call with the picture's tokens and one with a single one.
+    Two, because a DiT's guided step is one call with all condition tokens and one with one token.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.plans: list[Any] = []  # the one used last comes last
+        self.plans: list[Any] = []  # most recently used last
 
     def plan_for(self, make: Callable[..., Any], *key: int) -> Any:
+        """The memory for the shape `key`: one of the last two, or newly made by make(*key)."""
         plan = next((plan for plan in self.plans if plan.key == key), None)
         if plan is None:
-            del self.plans[:-1]  # the old shape's memory goes before the new one's comes
+            del self.plans[:-1]  # free the oldest shape's memory before allocating
             plan = make(*key)
         else:
             self.plans.remove(plan)
@@ -46,7 +47,7 @@ class Scratch:
 
     @property
     def plan(self) -> Any:
-        """Of the last call; None before the first."""
+        """The memory of the last call; None before the first."""
         return self.plans[-1] if self.plans else None
 
     @property
@@ -61,7 +62,7 @@ class Scratch:
 
 
 def runs_fused(x: Tensor, cond: Tensor | Condition) -> bool:
-    """Whether the engine takes a call: on a CPU, without gradients, and built."""
+    """Whether a call can run on the engine: on a CPU, without gradients, and compiled."""
     needs_gradients = torch.is_grad_enabled() and (
         x.requires_grad or Condition.of(cond).tokens.requires_grad
     )
@@ -69,31 +70,31 @@ def runs_fused(x: Tensor, cond: Tensor | Condition) -> bool:
 
 
 def takes(linears: Iterable[nn.Module]) -> bool:
-    """Whether all linears of a block are the engine's and compute on int8 activations."""
+    """Whether all these linears run on the engine with int8 activations."""
     return all(isinstance(linear, CpuLinear) and linear.compute == "a8" for linear in linears)
 
 
 def dense(linear: nn.Linear) -> Any:
-    """A linear that is kept in float, as the engine reads it."""
+    """A float linear in the engine's form."""
     from vitapack.kernels.linear.cpu_plans import Dense
 
     return Dense(linear.weight.detach(), None if linear.bias is None else plain(linear.bias))
 
 
 def modulation_rows(modulation: Any, step: StepModulation) -> Tensor:
-    """Modulation as the engine reads it: (B or 1, chunks * h) float32."""
+    """Modulation in the engine's form: (B or 1, chunks * h), contiguous float32."""
     if hasattr(modulation, "table"):
         return modulation.table[step.rows].float().contiguous()
     return modulation.lin(step.vector).float().contiguous()
 
 
 def plain(values: Tensor) -> Tensor:
-    """As the engine reads parameters: contiguous float32."""
+    """A parameter in the engine's form: contiguous float32."""
     return values.detach().float().contiguous()
 
 
 def stream_weights(attention: Any, mlp: Any) -> Any:
-    """Self-attention and MLP of one stream of tokens."""
+    """Weights of self-attention and MLP of one token stream, in the engine's form."""
     from vitapack.kernels.linear.cpu_plans import StreamWeights
 
     return StreamWeights(

@@ -1,5 +1,4 @@
-"""The packed DiT on CPUs: the blocks of `runtime/networks/dit.py` through the int8 engine's fused
-phases."""
+"""The packed DiT on CPUs: the blocks of `runtime/networks/dit.py` on the int8 engine."""
 
 from __future__ import annotations
 
@@ -85,7 +84,7 @@ class CpuDiT(DiT):
             else:
                 z.copy_(block(z.to(x.dtype), step, bias))
         final = dense(self.final_layer.linear)
-        shift, scale = (part[:, 0].float() for part in self.final_layer.shift_scale(step))
+        shift, scale = (chunk[:, 0].float() for chunk in self.final_layer.shift_scale(step))
         out = torch.empty(*x.shape[:2], len(final.weight), dtype=x.dtype)
         plan.leave(final, shift, scale, 1e-6, out)
         return out
@@ -94,25 +93,25 @@ class CpuDiT(DiT):
     def step_bytes(cls, config: DiTConfig, call: CallShape) -> int:
         h, m = config.hidden, config.mlp_hidden
         tokens = call.latents[0] + call.cond_tokens
-        # Two float32 streams; q, k and v in bytes, with 28 bytes a head of scales and sums.
+        # Two float32 streams; q, k and v in bytes, with 28 bytes per head of scales and sums.
         streams = call.batch * tokens * (2 * 4 * h + 3 * h + 28 * config.heads)
         rows = torch.get_num_threads() * ROWS * 5 * (h + m)
         return given_bytes(config, call) + streams + rows
 
     @classmethod
     def run_bytes(cls, config: DiTConfig, call: CallShape) -> int:
-        found = super().run_bytes(config, call)
-        if call.batch == 1 and not config.embeds_guidance:  # keeps memory for both passes
-            found += cls.step_bytes(config, replace(call, cond_tokens=1))
-        return found
+        total = super().run_bytes(config, call)
+        if call.batch == 1 and not config.embeds_guidance:  # keeps the memory of both passes
+            total += cls.step_bytes(config, replace(call, cond_tokens=1))
+        return total
 
 
 def fused(block: DoubleBlock | SingleBlock) -> bool:
-    """Whether the engine takes a block."""
+    """Whether a block runs on the engine."""
     linears: list[nn.Module]
     if isinstance(block, DoubleBlock):
-        sides = ((block.img_attn, block.img_mlp), (block.txt_attn, block.txt_mlp))
-        linears = [linear for a, m in sides for linear in (a.qkv, a.proj, m[0], m[2])]
+        streams = ((block.img_attn, block.img_mlp), (block.txt_attn, block.txt_mlp))
+        linears = [linear for a, m in streams for linear in (a.qkv, a.proj, m[0], m[2])]
     else:
         linears = [block.linear1, block.linear2]
     return takes(linears)

@@ -1,6 +1,7 @@
-"""TRELLIS' packed flow transformer on CPUs: the blocks of `runtime/networks/flow.py` through the
-int8
-engine's fused phases, SLAT's too."""
+"""TRELLIS' packed flow transformer on CPUs: `runtime/networks/flow.py` on the int8 engine.
+
+SLAT's blocks run on it too.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class CpuFlow(FlowTransformer):
         block: Any
         for block in self.blocks.values():
             if fused(block):
-                # A single token of the condition adds the same to all tokens.
+                # A single condition token adds the same vector to all tokens.
                 given = block.cross_attn(z, wide)[:, 0] if cond.shape[1] == 1 else wide
                 plan.block(
                     stream_weights(block.self_attn, block.mlp),
@@ -104,7 +105,7 @@ class CpuFlow(FlowTransformer):
 
 
 def fused(block: FlowBlock) -> bool:
-    """Whether the engine takes a block."""
+    """Whether a block runs on the engine."""
     own, cross = block.self_attn, block.cross_attn
     return takes((own.qkv, own.proj, cross.q, cross.kv, cross.proj, block.mlp[0], block.mlp[2]))
 

@@ -1,10 +1,10 @@
-"""The packed linear on CPUs: its weight lies in the order of the int8 engine, and only there.
+"""The packed linear on CPUs, with its weight held only in the int8 engine's order.
 
     linear = linear_for(weight, bias, "a8", execution.path)
     linear(x)
 
-Made while loading, one weight at a time, so that no weight is held twice; forward changes nothing,
-so threads may share a module, and copies share its memory.
+It is made during loading, one weight at a time, so that no weight is held twice. forward has no
+side effects, so threads may share a module, and copies share its memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vitapack.runtime.networks.linear import PackedLinear
 
 
 class CpuLinear(PackedLinear):
-    """A PackedLinear that the int8 engine multiplies.
+    """A PackedLinear on the int8 engine.
 
-    Gradients through x take plain PyTorch with the exact int8 weight, unpacked for the call: to
-    train, load the network on the plain path. state_dict and pickles hold the file's tensors.
-    float() and half() change nothing. Another device is refused. torch.compile breaks its graph
-    here and runs the engine.
+    Calls that need gradients of x run in plain PyTorch on the exact integers, unpacked for the
+    call; to train, load the network on the plain path. state_dict and pickles hold the packed
+    file's tensors. float() and half() have no effect. Moving to another device raises UserError.
+    torch.compile breaks its graph at this module and runs the engine.
     """
 
     panels: cpu.Panels
@@ -43,7 +43,7 @@ class CpuLinear(PackedLinear):
         return None if bias is None else bias[: self.out_features].to(self.floats)
 
     def packed(self) -> PackedWeight:
-        """The weight in its layout, unpacked: as large again."""
+        """The weight in its layout: a copy of the same size."""
         return self.panels.unpacked()[0]
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -53,10 +53,10 @@ class CpuLinear(PackedLinear):
         return run(x, self.panels)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CpuLinear:
-        if (place := fn(torch.empty(1)).device).type != "cpu":
+        if (device := fn(torch.empty(1)).device).type != "cpu":
             raise UserError(
-                f"this network's weights lie in the order of the CPU engine and cannot move to "
-                f"{place}: load it there, with device={str(place)!r}"
+                f"this network's weights are in the CPU engine's order and cannot move to "
+                f"{device}: load it there, with device={str(device)!r}"
             )
         return self
 
@@ -79,14 +79,17 @@ class CpuLinear(PackedLinear):
 
 
 def linear_for(weight: PackedWeight, bias: Tensor | None, compute: str, path: str) -> PackedLinear:
-    """The packed linear of an execution path: a CpuLinear on "cpu-int8" if the engine reads the
-    weight's layout, else the plain PackedLinear, with a warning."""
+    """Makes the packed linear of an execution path.
+
+    On "cpu-int8" a CpuLinear, or with a warning a PackedLinear if the engine does not support the
+    weight's layout; on other paths a PackedLinear.
+    """
     if path != "cpu-int8":
         return PackedLinear(weight, bias, compute)
     layout = weight.layout
     if cpu.serves(layout):
         return CpuLinear(weight, bias, compute)
-    why = f"the int8 engine does not read layout {layout.id}; slow"
+    reason = f"the int8 engine does not read layout {layout.id}; slow"
     layer = f"{layout.name} {compute} linear"
-    support.announce(layer, "cpu", "plain PyTorch", why, logging.WARNING)
+    support.announce(layer, "cpu", "plain PyTorch", reason, logging.WARNING)
     return PackedLinear(weight, bias, compute)

@@ -1,17 +1,17 @@
-"""A network whose calls are CUDA graphs: recorded at the first call of a shape, then replayed.
+"""A network called through CUDA graphs: recorded at the first call of a shape, then replayed.
 
     network = GraphedNetwork(load_dit("model.safetensors", torch.float16, "cuda"))
     network(x, t, cond)
 
 A call of a packed DiT is hundreds of kernels, each launched from Python; a graph launches them all
-at once. What a replay reads lies at fixed addresses: latents, condition tokens and the modulation
+at once. A replay reads its inputs at fixed addresses: latents, condition tokens and the modulation
 input of the time (a table's row number, or a vector) are copied there first. So one graph serves
-all steps. A graph a step would save the tables' look-up, a small copy a block, for as many
-recordings and as much of the driver's memory as there are steps.
+all steps. One graph per step would save the tables' look-up, a small copy per block, but needs a
+recording and the driver's memory for each step.
 
-Guided steps make two recordings, of the pass with the picture's tokens and of the one with a single
-token. They share one pool of memory, which lives as long as the network here: about the activations
-of the larger pass. Never run on a GPU.
+Guided steps make two recordings: the pass with the condition tokens and the one with a single
+token. They share one memory pool, which lives as long as the GraphedNetwork and is about as large
+as the activations of the larger pass. Compiled, not timed: never run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import Network
 
 WARM_UPS = 3  # as in torch's notes on CUDA graphs; the first one compiles Triton's kernels
-# A replay runs the kernels of the eager call; cuBLAS alone may split a sum in another way.
+# Largest relative error of a replay. It runs the same kernels as the eager call; only cuBLAS may
+# split a sum differently.
 CLOSE = 1e-2
 
 
 def expect_gpu(device: str) -> None:
-    """UserError where the device has no CUDA graphs."""
+    """Raises UserError if the device has no CUDA graphs."""
     if torch.device(device).type != "cuda":
         raise UserError(
             f"--cuda-graphs: the device is {device}, and only CUDA GPUs have graphs; leave it out"
@@ -42,7 +43,7 @@ def expect_gpu(device: str) -> None:
 
 
 class GraphedNetwork(nn.Module):
-    """A DiT or flow transformer on a GPU, called like itself; without gradients."""
+    """Wraps a network on a GPU and is called like it; without gradients."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -66,19 +67,19 @@ class GraphedNetwork(nn.Module):
         cond: Tensor | Condition,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """The network's own; every new combination of shapes and repeats is recorded.
+        """As the network's forward; records each new combination of shapes, dtypes and repeats.
 
         Raises UserError if the recording fails.
         """
         step, condition = self.step_modulation(t, guidance), Condition.of(cond)
-        of_time = "vector" if step.rows is None else "rows"
-        inputs = (x, condition.tokens, getattr(step, of_time))
+        field = "vector" if step.rows is None else "rows"
+        inputs = (x, condition.tokens, getattr(step, field))
         repeats = condition.repeats
-        key = (repeats, of_time, *((value.shape, value.dtype) for value in inputs))
+        key = (repeats, field, *((value.shape, value.dtype) for value in inputs))
         if key not in self._recordings:
 
             def call(x: Tensor, tokens: Tensor, value: Tensor) -> Tensor:
-                step = StepModulation(**{of_time: value})
+                step = StepModulation(**{field: value})
                 return self.network(x, step, Condition(tokens, repeats))
 
             other = next(iter(self._recordings.values()), None)
@@ -87,7 +88,7 @@ class GraphedNetwork(nn.Module):
 
 
 class Recording:
-    """One call as a CUDA graph over buffers of its own."""
+    """One call as a CUDA graph with its own input buffers."""
 
     stream: torch.cuda.Stream
 
@@ -96,21 +97,22 @@ class Recording:
     ) -> None:
         """Captures call(*inputs), which must not synchronise with the host or copy from it.
 
-        Shares the memory pool and the stream of `other`, if given. Raises UserError.
+        Shares the memory pool and the stream of `other`, if given. Raises UserError if recording
+        fails or a replay differs from the call.
         """
         self.inputs = [value.clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(inputs[0].device):
             current = torch.cuda.current_stream()
-            # One stream for all: a pool's memory is used again on the stream that had it, and each
-            # stream has a cuBLAS workspace of 8 MiB, 32 on sm_90.
+            # One stream for all: a pool reuses memory only on the stream that allocated it, and
+            # each stream has a cuBLAS workspace of 8 MiB, 32 on sm_90.
             self.stream = torch.cuda.Stream() if other is None else other.stream
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
                     expected = call(*self.inputs)
                 try:
-                    # Errors of this thread alone count: others may allocate meanwhile.
+                    # Only errors of this thread count: others may allocate meanwhile.
                     with torch.cuda.graph(
                         self.graph,
                         pool=None if other is None else other.graph.pool(),
@@ -124,18 +126,19 @@ class Recording:
                         " run it without --cuda-graphs"
                     ) from error
             current.wait_stream(self.stream)
-        # Kernels launched past torch's stream are not in a graph, and nothing says so: replays with
-        # SageAttention were 80 % off (its pull request 371; `dispatch.attention` avoids it).
+        # Kernels launched outside torch's stream are missing from the graph without an error:
+        # replays with SageAttention were 80 % off (its pull request 371; `attention.attention`
+        # avoids it).
         difference = (self(*inputs) - expected).float().norm()
         far = difference > CLOSE * expected.float().norm()
         if far or (expected.isfinite().all() and not difference.isfinite()):
             raise UserError(
-                "a CUDA graph of this model's step does not give what the step gives: a kernel in "
-                "it was not recorded; run it without --cuda-graphs"
+                "a CUDA graph of this model's step differs from the step itself: a kernel in it "
+                "was not recorded; run it without --cuda-graphs"
             )
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the recorded call gives for other values, in a tensor of its own."""
+        """Replays the call on other inputs; returns a new tensor."""
         for buffer, value in zip(self.inputs, inputs, strict=True):
             buffer.copy_(value)
         self.graph.replay()

@@ -1,4 +1,4 @@
-"""Where to compute: "auto", "cpu", "cuda" or "cuda:N" as the user wrote it, checked."""
+"""Checks the user's choice of device: "auto", "cpu", "cuda" or "cuda:N"."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from vitapack.runtime.errors import UserError
 
 
 def chosen_device(name: str) -> str:
-    """A device that is there; "auto" is the GPU where torch sees one. UserError."""
+    """The device of this name; "auto" is the GPU if torch sees one, else the CPU.
+
+    Raises UserError for an unknown or missing device.
+    """
     if choices.device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+            raise UserError("--device cuda: torch sees no CUDA GPU; use --device cpu")
         if int(index[:9] or 0) >= (count := torch.cuda.device_count()):
             raise UserError(f"no device {name!r}: torch sees {count} CUDA GPUs, counted from 0")
     return name

@@ -1,13 +1,13 @@
 """The packed DiT on GPUs: the blocks of `runtime/networks/dit.py` through fused Triton operators.
 
 `load_dit(packed, device="cuda")` returns a `GpuDiT`, called like any other. Its blocks are the same
-modules with the same parameters; only the order of the arithmetic differs: adaLN, GELU and the join
-before the second linear emit the int8 codes that the next GEMM reads, gate and residual are part of
-a GEMM's epilogue, q and k are normalised in one pass. Compiled, not timed: it has run on CPUs only,
-where the operators are the reference.
+modules with the same parameters; only the order of the arithmetic differs: adaLN, GELU and the
+concatenation before the second linear write the int8 codes that the next GEMM reads, gate and
+residual are in a GEMM's epilogue, q and k are normalised by one kernel. Compiled, not timed: it has
+run on CPUs only, on which the operators are the reference.
 
 `velocity` never synchronises with the host, so CUDA graphs can record it; `step_modulation` looks
-the times up on the host, once a step.
+up the times on the host, once per step.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class GpuDiT(DiT):
         tokens, longer = call.latents[0] + call.cond_tokens, max(call.latents[0], call.cond_tokens)
         # Input of a linear, and the scratch that a packed weight is expanded to for many tokens:
         # int8 in a8 (on sm_90, from int4). A single block holds z, linear1's output and then either
-        # its input and scratch, or q, k and attention twice, or attention and the join. A double
-        # block holds both streams and q, k and v twice, once with the room that v's view keeps;
-        # later the joint attention and, of the longer stream, the MLP's two sides.
+        # its input and scratch, or q, k and attention twice, or attention and its concatenation. A
+        # double block holds both streams and q, k and v twice, once with all of qkv, which v views;
+        # later the joint attention and, for the longer stream, the MLP's input and output.
         code = 1 if call.compute == "a8" else size
         first = tokens * ((4 * h + m) * size + h * code)
         join = tokens * ((5 * h + m) * size + (h + m) * code)
@@ -91,8 +91,8 @@ class GpuDiT(DiT):
         return given_bytes(config, call) + max(peaks)
 
 
-# `GpuDiT.step_bytes` counts the largest working memory of a step: parts are functions of
-# their own so that what they made is gone when they return.
+# `GpuDiT.step_bytes` counts the peak working memory of a step. It relies on these functions: their
+# temporary tensors are freed when they return.
 
 
 def double_block(
@@ -126,7 +126,7 @@ def single_block(
 def attended(
     block: SingleBlock, z: Tensor, mod: Modulated, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Input of a single block's second linear: attention and the wide part, joined."""
+    """Input of a single block's second linear: attention and GELU of the MLP, concatenated."""
     wants = wants_codes(block.linear1)
     fused = project(block.linear1, ops.modulate(z, mod.shift, mod.scale, wants), z)
     qkv, wide = fused.split(block.widths, dim=-1)
@@ -157,7 +157,7 @@ def both(
 
 
 def mlp(layers: nn.Sequential, x: Tensor, mod: Modulated) -> Tensor:
-    """x + gate * MLP(adaLN(x)). GELU is part of whatever touches the wide tensor next."""
+    """x + gate * MLP(adaLN(x)). GELU is fused with the next operation on the wide tensor."""
     first, second = layers[0], layers[2]
     rows = ops.modulate(x, mod.shift, mod.scale, wants_codes(first))
     if wants_codes(second):
@@ -168,27 +168,27 @@ def mlp(layers: nn.Sequential, x: Tensor, mod: Modulated) -> Tensor:
 
 
 def values(qkv: Tensor, heads: int) -> Tensor:
-    """The values (B, H, n, d) inside (B, n, 3 * H * d), as a view."""
+    """The values (B, H, n, d) as a view of qkv (B, n, 3 * H * d)."""
     return qkv.unflatten(-1, (3, heads, -1))[:, :, 2].transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, linear: nn.Module, bias: Tensor | None) -> Tensor:
-    """Attention (B, H, n, d) to (B, n, H * d), as exact as the block's linears."""
+    """Attention (B, H, n, d) to (B, n, H * d); may quantize if the block's linears use int8."""
     return attention.attention(q, k, v, wants_codes(linear), bias).transpose(1, 2).flatten(2)
 
 
 def fused(linear: nn.Module) -> bool:
-    """Whether the Triton kernels read a linear's weight."""
+    """Whether Triton kernels support a linear's weight layout."""
     return isinstance(linear, PackedLinear) and "triton" in linear.layout.kernels
 
 
 def wants_codes(linear: nn.Module) -> bool:
-    """Whether a linear multiplies int8 activations in Triton kernels."""
+    """Whether a linear runs on int8 activations in Triton kernels."""
     return fused(linear) and linear.compute == "a8"
 
 
 def quantized(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x as its linear wants it: int8 codes with their scales, or itself."""
+    """x in the form that its linear takes: int8 codes and scales, or (x, None)."""
     return ops.join(None, x, False, True) if wants_codes(linear) else (x, None)
 
 
@@ -203,7 +203,7 @@ def project(
 
     With a gate (B or 1, 1, N): stream + gate * y.
     """
-    y, steps = rows
+    y, scales = rows
     if not fused(linear):
         out = linear(y)
         if gelu:
@@ -218,6 +218,6 @@ def project(
         None if gate is None else gate[:, 0],
         stream.shape[1],
     )
-    steps = steps.flatten() if linear.compute == "a8" and steps is not None else None
-    out = gpu_ops.gemm(y.flatten(0, 1), steps, linear.packed(), epilogue, stream.dtype)
+    scales = scales.flatten() if linear.compute == "a8" and scales is not None else None
+    out = gpu_ops.gemm(y.flatten(0, 1), scales, linear.packed(), epilogue, stream.dtype)
     return out.unflatten(0, stream.shape[:2])

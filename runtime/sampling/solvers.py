@@ -1,14 +1,14 @@
-"""Samplers: from noise to latents along a learned flow, knowing the network only as a velocity.
+"""Solvers: from noise to latents along a learned flow, given the velocity as a function.
 
     settings = SamplerDefaults("unipc", steps=20, guidance=5.0)
     velocity = classifier_free(network, cond, torch.zeros_like(cond), settings.guidance)
     latents = sample(velocity, noise, settings)
 
-`velocity(x, t)` takes the latents and a python float: the time in the model's OWN convention
-(Hunyuan3D 0..1, Step1X-3D and TRELLIS 1000..0), already rounded to float32, since that is what a
-network is given. `times(...)` lists, before anything runs, exactly the floats that will be asked
-for: the packed file holds exact modulation tables for them and for no others. They come from
-additions, multiplications and divisions alone, so every machine computes the same bits.
+`velocity(x, t)` takes the latents and a Python float: the time in the model's OWN convention
+(Hunyuan3D 0..1, Step1X-3D and TRELLIS 1000..0), rounded to float32 as the network receives it.
+`schedules.times(...)` lists exactly these floats before anything runs: the packed file holds exact
+modulation tables for them and for no others. They are computed with additions, multiplications and
+divisions alone, so every machine computes the same bits.
 
 The three flows differ in direction: Hunyuan3D runs t from 0 (noise) to 1 (data) and predicts
 data - noise; the others run sigma from 1 (noise) to 0 (data) and predict noise - data.
@@ -39,7 +39,7 @@ def sample(
     settings: SamplerDefaults,
     control: Control | None = None,
 ) -> Tensor:
-    """Latents of the shape and dtype of `noise`: float32, also where the network's is lower."""
+    """Samples latents in the shape and dtype of `noise`: float32, even for 16-bit networks."""
     x = noise
     for x in trajectory(velocity, noise, settings, control):  # noqa: B007
         pass
@@ -52,7 +52,7 @@ def trajectory(
     settings: SamplerDefaults,
     control: Control | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the N + 1 states: the noise, then the state after every step.
+    """Yields the N + 1 latents of a sampling trajectory: the noise, then those after each step.
 
     `control` reports the phase "denoise" in network evaluations and cancels before each of them.
     """
@@ -84,12 +84,12 @@ def classifier_free(
     one_batch: bool = False,
     only_at: Collection[float] | None = None,
 ) -> Velocity:
-    """Guided velocity u + scale (c - u), c and u the network's outputs with and without the image.
+    """Guided velocity u + scale (c - u), c the conditional and u the unconditional velocity.
 
-    network(x, t, cond) with t a float; cond, uncond (1 or B, n, D). `one_batch` asks for both in
-    one call of twice the batch, [cond, uncond], for which they are of one shape; otherwise two.
-    A scale of 1 is the conditional output: one call. `only_at` (see `guided_times`) lists the times
-    at which guidance is on. TRELLIS' (1 + w) c - w u is scale = 1 + w.
+    network(x, t, cond) with t a float; cond, uncond (1 or B, n, D). one_batch: evaluate both as one
+    batch of twice the size, [cond, uncond], which must have the same shape; otherwise in two
+    passes. A scale of 1 needs only the conditional pass. only_at: the times at which guidance is
+    applied (see `guided_times`); None for all. TRELLIS' (1 + w) c - w u is scale = 1 + w.
     """
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -99,16 +99,16 @@ def classifier_free(
             import torch
 
             both = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (cond, uncond)])
-            with_image, without = network(torch.cat([x, x]), t, both).chunk(2)
+            cond_v, uncond_v = network(torch.cat([x, x]), t, both).chunk(2)
         else:
-            with_image, without = network(x, t, cond), network(x, t, uncond)
-        return without + scale * (with_image - without)
+            cond_v, uncond_v = network(x, t, cond), network(x, t, uncond)
+        return uncond_v + scale * (cond_v - uncond_v)
 
     return velocity
 
 
 def _euler(velocity: Velocity, x: Tensor, plan: Schedule) -> Iterator[Tensor]:
-    """x += (level' - level) v; every family's, since v is always d x / d level."""
+    """x += (level' - level) v, for every family, since v is always dx / dlevel."""
     yield x
     for i, t in enumerate(plan.times):
         if plan.evaluated[i]:
@@ -121,13 +121,13 @@ def _unipc(
 ) -> Iterator[Tensor]:
     """UniPC (Zhao et al. 2023, "bh2") in data prediction, with the corrector on every step.
 
-    Like diffusers' scheduler: lower orders at both ends, the last step of order 1 to sigma = 0.
-    The yielded states are the predictor's; the corrector acts at the start of the next step and
-    keeps the prediction that was made at the uncorrected state.
+    As in diffusers' scheduler, the order is lower at both ends, and the last step has order 1 and
+    ends at sigma = 0. The yielded latents are the predictor's; the corrector acts at the start of
+    the next step and keeps the prediction that was made at the uncorrected latents.
     """
     sigmas, steps = plan.levels, len(plan.times)
     corrected, used = x, 0
-    data: list[Tensor] = []  # predicted clean latents, one a step
+    data: list[Tensor] = []  # predicted clean latents, one per step
     yield x
     for i, t in enumerate(plan.times):
         predicted = velocity(x, t)
@@ -149,7 +149,7 @@ def _unipc_update(
     order: int,
     new: Tensor | None,
 ) -> Tensor:
-    """From sigma_i to sigma_{i+1}: the predictor, or given the `new` prediction the corrector."""
+    """Moves x from sigma_i to sigma_{i+1}: the predictor, or with `new` the corrector."""
     before, after = sigmas[i], sigmas[i + 1]
     if after == 0:
         return data[i]
@@ -167,7 +167,7 @@ def _unipc_update(
 
 
 def _unipc_weights(ratios: list[float], h: float) -> list[float]:
-    """rho of the order conditions R rho = b; a single one is 1/2 by definition of the method."""
+    """Solves the order conditions R rho = b; a single rho is 1/2 by definition of the method."""
     count = len(ratios)
     if count < 2:
         return [0.5] * count
