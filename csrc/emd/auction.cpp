@@ -2,13 +2,13 @@
 //
 // Gauss-Seidel auction (Bertsekas) with epsilon scaling. One person (a point of x) at a time scans
 // the objects (points of y) for the smallest and second smallest cost + price, takes the first and
-// raises its price by the difference plus epsilon; whoever owned it bids next. Prices stay from
+// raises its price by the difference plus epsilon; the previous owner bids next. Prices stay from
 // phase to phase. Objects lie in kd order in leaves of 16; boxes and price minima of a 16-ary tree
-// let a scan skip what cannot matter. The hot loops are in scan.h.
+// let a scan skip nodes that cannot matter. The hot loops are in scan.h.
 //
-// The result does not rest on any of that: the certificate is a float64 dual,
+// The result does not depend on any of that: the certificate is a float64 dual,
 //   (sum_i min_j (cost_ij + price_j) - sum_j price_j) / N <= EMD,
-// taken over the unrounded inputs, and it holds for whatever prices the auction left behind.
+// computed from the unrounded inputs; it holds for any prices that the auction ends with.
 
 #include <algorithm>
 #include <atomic>
@@ -51,7 +51,7 @@ namespace {
 
 constexpr int kFan = 16;  // points of a leaf, children of a node: one AVX-512 register of floats
 
-// Sums float64 numbers to about the last bit (Neumaier), in the order they come.
+// Sums float64 numbers in the given order, exact to about the last bit (Neumaier).
 struct Sum {
   double total = 0, rest = 0;
   void add(double v) {
@@ -110,7 +110,7 @@ template <class T> struct Tree {
       offset[top] = total;
       total += std::size_t(blocks[top]) * 7 * kFan;
       children = blocks[top];
-      // Four blocks at the top cost a scan less than one more level over them would.
+      // Four blocks at the top cost a scan less than another level above them.
       if (children <= 4 || top + 1 == kMaxLevels) break;
     }
     node_data = allocate(total);
@@ -134,7 +134,7 @@ template <class T> struct Tree {
               high = std::max(high, below[(3 + axis) * kFan + k]);
             }
           } else {
-            low = high = inf;  // infinitely far: its room of max(0, limit - inf) is 0, not below
+            low = high = inf;  // infinitely far: its room is max(0, limit - inf) = 0
           }
           slot[axis * kFan] = low;
           slot[(3 + axis) * kFan] = high;
@@ -164,7 +164,7 @@ struct Work {
   std::vector<int> object;        // of a person, or -1
   std::vector<int> hint1, hint2;  // a person's two best at its last bid, or -1
   std::vector<int> todo;          // people without an object; the last one bids next
-  int near1 = 0, near2 = 1;       // the hints of the last bidder, for people without any
+  int near1 = 0, near2 = 1;       // hints of the last bidder, for people without hints
 };
 
 struct Kernels {
@@ -228,7 +228,7 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
-// `name` empty: the best that this CPU has.
+// An empty `name` selects the best that this CPU supports.
 Kernels kernels_for(const std::string& name) {
   const auto found = instruction_sets();
   const std::string wanted = name.empty() ? found.front() : name;
@@ -273,7 +273,7 @@ template <class R> class KdOrder {
     int left = (size / 2 + unit / 2) / unit * unit;
     left = std::max(unit, std::min(left, (size - 1) / unit * unit));
     const int middle = begin + left;
-    // Ties by index, so that the order is the same whatever nth_element does inside.
+    // Ties by index, so that the order does not depend on nth_element's implementation.
     std::nth_element(order_.begin() + begin, order_.begin() + middle, order_.begin() + end,
                      [&](int i, int j) {
                        const R u = points_[3 * std::size_t(i) + axis];
@@ -304,7 +304,7 @@ struct Outcome {
   bool converged = false;
 };
 
-// One pair. `R` is the type of the input; everything that ends up in the result is float64.
+// One pair. `R` is the type of the input; everything in the result is computed in float64.
 template <class R> class Pair {
  public:
   Pair(const R* x, const R* y, int n, const Options& options, const Kernels& kernels,
@@ -392,7 +392,7 @@ template <class R> class Pair {
     for (int i = 0; i < n_; ++i) work_.todo[i] = n_ - 1 - i;
   }
 
-  // The float64 side is first needed for the certificate; it takes the prices over.
+  // The float64 tree is first needed for the certificate; it takes over the prices.
   void refresh_exact() {
     if (exact_.n == 0) {
       const auto scaled = [&](const R* cloud, int i, int a) {
@@ -439,7 +439,7 @@ template <class R> class Pair {
   std::pair<double, double> certify(const Sums& sums) const {
     Sum total;
     for (int j = 0; j < n_; ++j) total.add(exact_.price(j));
-    // A minimum is a cost plus a price, neither negative: it is rounded 6 times in a row at most,
+    // A minimum is a cost plus a price, neither negative: it is rounded at most 6 times in a row,
     // by half an epsilon of itself each time. The sums round once more.
     const double margin = 8 * DBL_EPSILON * (sums.minimum.value() + total.value()) / n_;
     const double primal = sums.matched.value() / n_;
@@ -449,7 +449,7 @@ template <class R> class Pair {
     return {std::sqrt(primal), std::sqrt(dual)};
   }
 
-  // The absolute gap that counts as reached, in scaled units.
+  // The absolute gap at which a pair is solved, in scaled units.
   double goal(double distance) const {
     return std::max(options_.gap * std::max(distance, 1e-6 * diagonal_), 1e-13 * diagonal_);
   }
@@ -515,7 +515,7 @@ template <class R> class Pair {
     }
     out.distance = ends.first / scale_;
     out.lower_bound = ends.second / scale_;
-    // Not `goal`, which gives up below what float64 can show.
+    // Not `goal`, which stops at the resolution of float64.
     out.converged =
         ends.first - ends.second <= options_.gap * std::max(ends.first, 1e-6 * diagonal_);
     return out;
@@ -589,7 +589,7 @@ void run_jobs(std::int64_t count, int threads, std::atomic<bool>& stop, Job job)
       try {
         pool.emplace_back(loop);
       } catch (const std::system_error&) {
-        // Fewer threads will do; with none at all this one has to work, without Ctrl-C.
+        // Fewer threads suffice; with none this thread does the work, without Ctrl-C.
         {
           std::lock_guard<std::mutex> hold(mutex);
           running -= wanted - t - (t == 0 ? 1 : 0);

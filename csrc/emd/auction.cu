@@ -1,19 +1,19 @@
 // Earth Mover's Distance between two clouds of equal size: the CUDA solver.
 //
-// The auction of auction.cpp, with many bids at a time. A pair is worked on by one block of a
+// The auction of auction.cpp, with many bids at a time. A pair is solved by one block of a
 // persistent kernel (batches) or by all blocks of a cooperative launch (few pairs); no step returns
 // to the host. A round takes `round_size` people from the end of the todo list; a warp, or a team
-// of warps where there are fewer bidders than warps, scans the objects for each:
+// of warps if there are fewer bidders than warps, scans the objects for each:
 //   32 leaves at a time, a lane computes one leaf's lower bound; leaves that may matter are read
-//   by the whole warp, a lane an object. Bids compete by atomicMax on (increment, person), one
-//   winner an object; the losers and the evicted are put back in order.
-// What a round does depends on the state alone, never on how many blocks or warps there are, on
-// which finishes first, or on the other pairs. So the result has the same bits for any batch, and
-// one pair alone on all blocks gives what it gives in a batch. Tests run this file on a CPU, thread
-// by thread, in several orders (CUDA_ON_CPU).
+//   by the whole warp, one object per lane. Bids compete by atomicMax on (increment, person), one
+//   winner per object; the losers and the evicted are put back in order.
+// A round depends on the state alone, never on the number of blocks or warps, on their order of
+// completion, or on other pairs. So the result is bit-identical for any batch, also between one
+// pair on all blocks and the same pair in a batch. Tests run this file on a CPU, thread by thread,
+// in several orders (CUDA_ON_CPU).
 //
-// float32 first; the float64 kernel then takes the certificate over the unrounded inputs, and goes
-// on with the auction where float32 was too coarse. Any GPU of compute capability 6.0 or later.
+// float32 first; the float64 kernel then computes the certificate from the unrounded inputs, and
+// continues the auction if float32 was too coarse. Any GPU of compute capability 6.0 or later.
 //
 // Host interface at the end: a C ABI of device pointers. It allocates nothing.
 
@@ -41,7 +41,7 @@ static cudaError_t launch_cooperative(K kernel, unsigned blocks, unsigned thread
 
 namespace {
 
-constexpr int kThreads = 512;  // 16 warps; at up to 128 registers a thread one block an SM
+constexpr int kThreads = 512;  // 16 warps; at up to 128 registers per thread one block per SM
 constexpr int kMaxWarps = 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr double kEpsilon64 = 2.220446049250313e-16;
@@ -54,8 +54,8 @@ template <> struct Limits<double> {
   static constexpr double epsilon = kEpsilon64, smallest = 2.2250738585072014e-308;
 };
 
-// Explicit roundings: the compiler must not fuse a bound in another way than a value, or a leaf
-// could be skipped that holds the best object. Each operation is monotone, so bound <= value.
+// Explicit roundings: the compiler must not fuse a bound differently from a value, or the leaf with
+// the best object could be skipped. Each operation is monotone, so bound <= value.
 __device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
@@ -80,7 +80,7 @@ template <class T> struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Objec
   T x, y, z, price;
 };
 
-// How a pair stands; written by one thread, read by all after a barrier.
+// State of a pair; written by one thread, read by all after a barrier.
 enum State : int { kGoOn, kCoarse, kEstimated, kLimit, kDone };
 struct Control {
   double eps, next;  // of this phase and of the one after it
@@ -95,7 +95,7 @@ struct Problem {
   const double* centre;    // (pairs, 3) of the joint bounding box, in the same units
   const double* diagonal;  // (pairs,)
   unsigned char* workspace;
-  size_t stride;  // bytes of workspace a pair
+  size_t stride;  // bytes of workspace per pair
   double *distance, *bound, *prices;  // (pairs,), (pairs,), (pairs, n), in scaled units
   int* assignment;                    // (pairs, n)
   long long* bids;
@@ -105,7 +105,7 @@ struct Problem {
   int n, pair;  // `pair` >= 0: all blocks work on that one
 };
 
-// Slices a pair's workspace; also says how long it is.
+// Slices a pair's workspace; also computes its length.
 struct Layout {
   size_t used = 0;
   __host__ __device__ size_t take(size_t bytes) {
@@ -197,8 +197,8 @@ template <class T> struct Best {
   T first, second;
   int first_at, second_at;
   unsigned start;  // where this bidder's order of objects begins
-  // Ties for the first go by an order of all objects, so the order of taking does not matter. It
-  // begins elsewhere for every bidder, or all who stand before equal objects would bid for one.
+  // Ties for the first are broken by an order of all objects, so the scan order does not matter. It
+  // starts at another object for every bidder, or all bidders with equal objects would bid for one.
   __device__ bool sooner(int at) const { return unsigned(at) - start < unsigned(first_at) - start; }
   __device__ bool wants(T value, int at) const {
     return value < second || (value == first && sooner(at));
@@ -249,9 +249,9 @@ template <class T, int P> __device__ inline T value_at(const View<T>& view, Plac
   return total(cost_at<T, P>(view, at, j), view.objects[j].price);
 }
 
-// One warp goes through the leaves rank, rank + team, ...; every lane returns the same Best.
-// Only what is below `second` on entry, or ties with `first`, is looked at. With `Both` false only
-// the first matters.
+// One warp scans the leaves rank, rank + team, ...; every lane returns the same Best. Only values
+// below `second` on entry, or equal to `first`, are considered. With `Both` false only the first
+// matters.
 template <class T, int P, bool Both>
 __device__ Best<T> scan(const View<T>& view, Place<T> at, Best<T> best, int rank, int team) {
   for (int base = rank; base < view.leaves; base += 32 * team) {
@@ -269,7 +269,7 @@ __device__ Best<T> scan(const View<T>& view, Place<T> at, Best<T> best, int rank
     while (mask) {
       const int k = __ffs(int(mask)) - 1;
       mask &= mask - 1;
-      if (!best.may_want(__shfl_sync(kAll, bound, k))) continue;  // `second` fell since the ballot
+      if (!best.may_want(__shfl_sync(kAll, bound, k))) continue;  // `second` fell after the ballot
       const int j = (base + k * team) * 32 + lane();
       const T value = value_at<T, P>(view, at, j);
       bool open = value < infinite<T>();
@@ -286,7 +286,7 @@ __device__ Best<T> scan(const View<T>& view, Place<T> at, Best<T> best, int rank
   return best;
 }
 
-// A limit from above with a trace on top: what made it is then found again as strictly below.
+// An upper limit plus a tiny number: the object that determined it is then strictly below it.
 template <class T> __device__ inline Best<T> sentinel(T limit) {
   const T padded = limit + (limit * (4 * Limits<T>::epsilon) + Limits<T>::smallest);
   return {padded, padded, kNowhere, kNowhere, 0};
@@ -299,7 +299,7 @@ template <class T> __device__ void refresh_leaf(const View<T>& view, int leaf) {
 }
 
 // Keeps the non-negative of list[0..count) in order at into[0..); all threads of one block call it.
-// `into` may be `list` itself. Returns how many.
+// `into` may be `list` itself. Returns their number.
 __device__ int compact(Shared& shared, const int* list, int count, int* into) {
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   int kept = 0;
@@ -338,9 +338,9 @@ __device__ double block_sum(Shared& shared, const double* list, int count) {
   return all;
 }
 
-// How many people bid in the next round. All at once (Jacobi) takes up to 6 times the bids of one
-// at a time, a quarter of them keeps the warps of a GPU busy while it matters; and where most
-// bidders lose, because they all want the same few objects, fewer of them lose less.
+// Number of bidders in the next round. All at once (Jacobi) takes up to 6 times the bids of one at
+// a time; a quarter of them keeps the warps of a GPU busy while it matters. If most bidders lose,
+// because they all want the same few objects, fewer bidders waste fewer bids.
 __device__ inline int next_width(int width, int winners) {
   return 2 * winners < width ? larger(16, width / 2) : smaller(1 << 20, 2 * width);
 }
@@ -360,7 +360,7 @@ __device__ void auction(const View<T>& view, const Lists& lists, Group all, Shar
     int bidders = round_size(todo, control.width);
     if (bidders > left) bidders = int(left);
     if (bidders <= 0) break;
-    // The tail of a phase is many rounds with few bidders: one block does them without the others.
+    // A phase ends with many rounds of few bidders: one block runs them without the others.
     if (group.blocks > 1 && todo <= 32) {
       if (!group.leads()) break;
       group.blocks = 1;
@@ -370,7 +370,7 @@ __device__ void auction(const View<T>& view, const Lists& lists, Group all, Shar
     while (2 * team <= warps_a_block && 2 * team * bidders <= group.warps()) team *= 2;
     const int rank = group.warp() % team;
     const int* people = lists.todo + (todo - bidders);
-    // With teams there is at most one bidder each, so all threads pass the barrier below once.
+    // A team has at most one bidder, so all threads pass the barrier below once.
     for (int b = group.warp() / team; team > 1 || b < bidders; b += group.warps() / team) {
       Best<T> best{};
       Place<T> at{};
@@ -472,7 +472,7 @@ __device__ void check(const View<T>& view, const Lists& lists, const Group& grou
   group.sync();
 }
 
-// After max_bids: everyone without an object gets the best that is free. One block.
+// After max_bids: everyone without an object gets the best free one. Run by one block.
 template <class T, int P>
 __device__ void finish(const View<T>& view, const Lists& lists, Shared& shared) {
   Control& control = *lists.control;
@@ -520,13 +520,13 @@ __device__ inline double as_distance(double cost, int p) {
   return p == 1 ? cost : sqrt(larger(0.0, cost));
 }
 
-// The absolute gap that counts as reached, in scaled units.
+// The absolute gap at which a pair is solved, in scaled units.
 __device__ inline double goal(double gap, double distance, double diagonal) {
   return larger(gap * larger(distance, 1e-6 * diagonal), 1e-13 * diagonal);
 }
 
-// Sums up a check and decides. One block. Afterwards control.state says what is next, and in
-// kGoOn those whose object is worse than their best by more than the next epsilon are in the todo.
+// Sums up a check and decides; run by one block. Afterwards control.state is the next step; for
+// kGoOn, people whose object is worse than their best by more than the next epsilon are in todo.
 template <class T, int P>
 __device__ void decide(const View<T>& view, const Lists& lists, Shared& shared, double gap,
                        double diagonal) {
@@ -556,14 +556,14 @@ __device__ void decide(const View<T>& view, const Lists& lists, Shared& shared, 
   const double prices = block_sum(shared, lists.saved, n);
   const double mean = block_sum(shared, lists.matched, n) / n;
   const double minimum = block_sum(shared, lists.minimum, n);
-  // A minimum is a cost plus a price, neither negative: it is rounded 6 times in a row at most, by
+  // A minimum is a cost plus a price, neither negative: it is rounded at most 6 times in a row, by
   // half an epsilon of itself each time. block_sum rounds up to 24 times (5 lanes, 16 warps, ends).
   const double margin = kExact ? 16 * kEpsilon64 * (minimum + prices) / n : 0;
   double dual = (minimum - prices) / n - margin;
   dual = larger(0.0, smaller(dual, mean));
   const double distance = as_distance(mean, P), bound = as_distance(dual, P);
   const bool met = distance - bound <= goal(gap, distance, diagonal);
-  // The epsilon that should just meet the goal: a phase leaves a gap of about 0.55 epsilon.
+  // The epsilon that should just meet the goal: the gap left by a phase is about 0.55 epsilon.
   double wanted = 1.6 * goal(gap, distance, diagonal);
   if (P == 2) wanted *= 2 * larger(distance, 1e-6 * diagonal);
   const double eps = control.eps;
@@ -577,7 +577,7 @@ __device__ void decide(const View<T>& view, const Lists& lists, Shared& shared, 
   if (threadIdx.x == 0) {
     control.primal = distance;
     control.dual = bound;
-    // Not `goal`, which gives up below what float64 can show.
+    // Not `goal`, which stops at the resolution of float64.
     control.converged = distance - bound <= gap * larger(distance, 1e-6 * diagonal);
     control.next = next;
     if (kExact)
@@ -653,7 +653,7 @@ template <> __device__ inline void round_people(const View<float>& view, const G
 __device__ inline View<float>& pick(Space& space, float) { return space.rough; }
 __device__ inline View<double>& pick(Space& space, double) { return space.exact; }
 
-// The float32 kernel starts a pair, the float64 kernel certifies or goes on, and writes the result.
+// The float32 kernel starts a pair; the float64 kernel certifies or continues, and writes results.
 template <class T, int P> __global__ void __launch_bounds__(kThreads, 1) solve(Problem problem) {
   constexpr bool kExact = sizeof(T) == 8;
   BLOCK_SHARED(Shared, shared);
@@ -678,7 +678,7 @@ template <class T, int P> __global__ void __launch_bounds__(kThreads, 1) solve(P
     round_people(view, group);
     for (int i = group.thread(); i < n; i += group.threads()) {
       lists.owner[i] = lists.object[i] = -1;
-      // Both clouds are in the same kind of order, so the same place is a fair first guess.
+      // Both clouds are in the same kind of order, so the same position is a fair first guess.
       lists.hint1[i] = i;
       lists.hint2[i] = i > 0 ? i - 1 : 1;
       lists.todo[i] = n - 1 - i;
@@ -760,7 +760,7 @@ cudaError_t launch(Kernel kernel, Problem problem, int pairs, int blocks, int th
   return cudaSuccess;
 }
 
-// Blocks of a cooperative launch for `pairs`, or 0 where a block a pair fills the GPU as well.
+// Blocks of a cooperative launch for `pairs`, or 0 if one block per pair fills the GPU as well.
 cudaError_t cooperative_blocks(int n, int pairs, int* blocks) {
   int device = 0, multiprocessors = 0, able = 0;
   cudaError_t code = cudaGetDevice(&device);
@@ -769,11 +769,11 @@ cudaError_t cooperative_blocks(int n, int pairs, int* blocks) {
   if (code == cudaSuccess)
     code = cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device);
   if (code != cudaSuccess) return code;
-  // A round's bidders are at most a quarter of the people, a warp each.
+  // A round has at most a quarter of the people as bidders, one warp each.
   const int useful = (n / 4 + kThreads / 32 - 1) / (kThreads / 32);
   *blocks = useful < multiprocessors ? useful : multiprocessors;
-  // Eight pairs one after the other on all multiprocessors take about as long as side by side on
-  // one each: the tails of the phases are serial either way. Estimated, not timed.
+  // Eight pairs in sequence on all multiprocessors take about as long as in parallel on one
+  // each: the tails of the phases are serial either way. Estimated, not timed.
   if (!able || pairs >= 8 || *blocks < 2) *blocks = 0;
   return cudaSuccess;
 }
@@ -788,8 +788,8 @@ EXPORT size_t vitapack_emd_workspace(int n, int pairs) {
 }
 
 // Enqueues the work on `stream`; all pointers are device memory as in Problem, of the current
-// device. `blocks`: of a cooperative launch, 0 for one block a pair, -1 to choose. `threads`: a
-// power of two from 32 to 512, 0 to choose. Returns a cudaError_t, of the launches only.
+// device. `blocks`: of a cooperative launch, 0 for one block per pair, -1 to choose. `threads`:
+// a power of two from 32 to 512, 0 to choose. Returns the cudaError_t of the launches only.
 EXPORT int vitapack_emd_solve(const double* x, const double* y, const double* centre,
                               const double* diagonal, int pairs, int n, int p, double gap,
                               long long max_bids, void* workspace, size_t workspace_bytes,

@@ -9,8 +9,8 @@
 //
 // Why pruning is exact and not "exact up to rounding": a box's squared distance is computed by the
 // same operations as a point's, and each of them (subtract, square, add) is monotone under
-// round-to-nearest, so box <= point holds for the rounded numbers as well; the limit that both are
-// held against is padded by more than the test's own arithmetic can round.
+// round-to-nearest, so box <= point holds for the rounded numbers as well; the limit for
+// both is padded by more than the rounding of the test's own arithmetic.
 
 namespace EMD_NAMESPACE {
 
@@ -111,21 +111,21 @@ template <class T> EMD_TARGET static inline T lowest(const T* values) {
   return folded[0];
 }
 
-// What a scan is looking for: the smallest and second smallest of cost + price.
-// Values that are not below `second` on entry are not looked at.
+// Result of a scan: the smallest and second smallest cost + price.
+// Values that are not below `second` on entry are ignored.
 template <class T> struct Best {
   T x, y, z;
   T first, second;
   T limit;      // `second`, padded
-  int done[2];  // leaves that were looked at before the rest
+  int done[2];  // leaves that were scanned first
   int first_at, second_at;
 };
 
-// Both tests below ask whether cost + price < limit without a square root, which would be a third
+// Both tests below check cost + price < limit without a square root, which would take a third
 // of their time: with room = limit - price they ask square < room^2 (p = 2: square < room).
-// `limit` comes with a few float steps on top, and with a trace whose square is above 0, so neither
-// rounding nor underflow loses a point; where a lane passes, values are computed and compared for
-// real. Most leaves have no such lane.
+// `limit` is padded by a few float steps and by a tiny number whose square is above 0, so neither
+// rounding nor underflow loses a point; if a lane passes, the values are computed and compared
+// exactly. Most leaves have no such lane.
 template <class T> EMD_TARGET static inline T padded(T limit) {
   const T trace = sizeof(T) == 4 ? T(1e-18) : T(1e-150);
   return limit + (limit * (8 * std::numeric_limits<T>::epsilon()) + trace);
@@ -180,7 +180,7 @@ EMD_TARGET static inline unsigned node_test(const T* node, T x, T y, T z, T limi
   return mask;
 }
 
-// Takes a leaf's points into `best`. With `Both` false only the smallest value is wanted, and
+// Updates `best` with a leaf's points. With `Both` false only the smallest value is needed, and
 // `second` is kept equal to `first`.
 template <class T, int P, bool Both>
 EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best) {
@@ -205,7 +205,7 @@ EMD_TARGET static inline void look(const Tree<T>& tree, int child, Best<T>& best
   best.limit = padded(best.second);
 }
 
-// Goes through what is under a node and may matter.
+// Scans the children of a node that may hold a value below the limit.
 template <class T, int P, bool Both>
 EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>& best) {
   alignas(64) T bound[kFan];
@@ -214,7 +214,7 @@ EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>&
   while (mask) {
     const int k = __builtin_ctz(mask);
     mask &= mask - 1;
-    if (!(bound[k] < best.second)) continue;  // an earlier child may have held something better
+    if (!(bound[k] < best.second)) continue;  // an earlier child may have improved `best`
     const int child = block * kFan + k;
     if (level > 0) {
       visit<T, P, Both>(tree, level - 1, child, best);
@@ -224,9 +224,9 @@ EMD_TARGET static void visit(const Tree<T>& tree, int level, int block, Best<T>&
   }
 }
 
-// Finds what `best` asks for. The leaves of two objects that were good before come first: they
-// bring the limit down to about its final value, which saves a third of the leaves (10k points on
-// surfaces) to two thirds (outliers).
+// Scans all objects into `best`. The leaves of two objects that were good before are scanned first:
+// they bring the limit down to about its final value, which saves a third of the leaves (10k points
+// on surfaces) to two thirds (outliers).
 template <class T, int P, bool Both>
 EMD_TARGET static inline void scan(const Tree<T>& tree, int from, int also, Best<T>& best) {
   best.limit = padded(best.second);
@@ -252,7 +252,7 @@ EMD_TARGET static inline T value_at(const Tree<T>& tree, int j, T x, T y, T z) {
   return cost_at<T, P>(tree, j, x, y, z) + tree.price(j);
 }
 
-// Sets a price and mends the minima above it.
+// Sets a price and updates the minima above it.
 template <class T> EMD_TARGET static inline void set_price(Tree<T>& tree, int j, T price) {
   T* prices = tree.leaf(j / kFan) + 3 * kFan;
   T old = prices[j % kFan];
@@ -261,7 +261,7 @@ template <class T> EMD_TARGET static inline void set_price(Tree<T>& tree, int j,
   for (int level = 0; level <= tree.top; ++level) {
     T* minima = tree.node(level, child / kFan) + 6 * kFan;
     T& slot = minima[child % kFan];
-    if (old > slot) return;  // this point was not what the minimum came from
+    if (old > slot) return;  // this point did not determine the minimum
     const T low = lowest(prices);
     if (low == slot) return;
     old = slot;
@@ -288,8 +288,8 @@ EMD_TARGET static void auction(Work& work, Tree<T>& tree, const T* people, T eps
     Best<T> best;
     best.x = people[3 * i], best.y = people[3 * i + 1], best.z = people[3 * i + 2];
     if (work.hint1[i] >= 0) near1 = work.hint1[i], near2 = work.hint2[i];
-    // The larger of two objects' values bounds the second best from above; a trace is added so
-    // that the scan, which takes only what is strictly below, finds those two again.
+    // The larger of two objects' values bounds the second best from above; a tiny number
+    // is added so that the scan, which takes only strictly smaller values, finds those two again.
     const T a = value_at<T, P>(tree, near1, best.x, best.y, best.z);
     const T b = value_at<T, P>(tree, near2, best.x, best.y, best.z);
     const T limit = a > b ? a : b;
@@ -339,8 +339,8 @@ EMD_TARGET static Sums check(Work& work, const Tree<T>& tree, const T* people, T
   return sums;
 }
 
-// Gives everyone who has no object the nearest (in cost + price) that is free. A leftover object
-// may be far away, so this is only for a run that has used up its bids.
+// Assigns the nearest free object (in cost + price) to everyone without one. A leftover object may
+// be far away, so this is only used when max_bids is reached.
 template <class T, int P>
 EMD_TARGET static void finish(Work& work, Tree<T>& tree, const T* people,
                               const std::atomic<bool>& stop) {

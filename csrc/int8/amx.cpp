@@ -24,7 +24,7 @@
 
 namespace {
 
-// Linux lets a process use the tile registers only after it has asked (XTILEDATA is state 18).
+// Linux lets a process use the tile registers only after a request (XTILEDATA is state 18).
 bool tiles_allowed() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;

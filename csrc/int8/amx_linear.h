@@ -2,7 +2,7 @@
 // while the next one multiplies. On a core of Emerald Rapids 1450 GOP/s at 1024 inputs and 1960 at
 // 4096; tiles of 16 x 64, finished when they are done, reach 950 and 1525, AVX-512 556 and 582.
 
-// Sums of a square, of which some vectors of 16 are finished at a time.
+// Sums of a square, finished some vectors of 16 at a time.
 struct Square {
   const Linear& w;
   const float* sx;
@@ -31,7 +31,7 @@ void linear(const Linear& w, std::int64_t first, std::int64_t last, const std::u
   alignas(64) std::int32_t acc[kTile * kPanel];
   const Tiles tiles;
   const std::int64_t bytes = w.panel_bytes(), steps = w.kp / 4;
-  // A last tile of up to 16 rows is no square. Squares fetch the next panel into L2.
+  // A last tile of up to 16 rows is not a square. Squares fetch the next panel into L2.
   const std::int64_t squared = (rows + kTile - 1) / kTile / 2 * kSquare;
   const std::int64_t pace = squared ? bytes / (squared / kSquare * 2 * w.kp) + 1 : 0;
   const std::int64_t vectors = 2 * kSquare, some = (vectors * 16 + steps - 1) / steps;

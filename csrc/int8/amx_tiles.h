@@ -20,7 +20,7 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// GCC's tile loads declare no memory: makes the compiler write first what they will read.
+// GCC's tile loads declare no memory: makes the compiler write their inputs first.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
 // acc (16, 64) = start (64) + A (16 rows) * panel; `steps` is a multiple of 16.
@@ -53,8 +53,8 @@ inline void tile_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_
 constexpr int kSquare = 32;
 
 // acc (32, 32) = start (32) + A (32 rows) * half a panel: every register loaded serves two products,
-// 4 loads for 4 instead of 5. meanwhile() is called once per 64 inputs, for which the products take
-// 64 cycles: what it does costs little.
+// 4 loads for 4 instead of 5. meanwhile() is called once per 64 inputs, during the 64
+// cycles of their products, so its work costs little.
 template <class F>
 inline void square_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_t* b,
                       std::int64_t steps, const std::int32_t* start, std::int32_t* acc,
@@ -85,7 +85,7 @@ inline void square_i8(const std::uint8_t* a, std::int64_t stride, const std::int
 
 inline double peak(std::int64_t loops) {  // on registers alone
   const Tiles tiles;
-  const std::int64_t turns = loops / 10 + 1;  // as long as that many of the AVX-512 loop
+  const std::int64_t turns = loops / 10 + 1;  // takes as long as so many turns of the AVX-512 loop
   for (std::int64_t i = 0; i < turns; ++i) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);

@@ -2,17 +2,17 @@
 //
 // q, k and v are quantized per token and head. With int8 scores S = (q8 . k8) sq sk and values
 // v = v8 sv, softmax(S) v needs sum_j p_j sv_j v8_j. The scale sv_j goes into the exponent:
-// p'_j = 2^(S_j + log2 sv_j - m) is what is rounded to 8 bits, so that rounding is relative to the
-// largest CONTRIBUTION of a step of 256 keys, not to the largest probability, and a token with a
-// small v but a large p ("attention sink") takes no range from others. The denominator
+// p'_j = 2^(S_j + log2 sv_j - m) is rounded to 8 bits, so rounding is relative to the largest
+// CONTRIBUTION of a step of 256 keys, not to the largest probability, and a token with a small v
+// but a large p ("attention sink") takes no range from others. The denominator
 // sum_j p_j = sum_j p'_j / sv_j is summed in float from values that are not rounded.
 
 // 2^(x - shift) of 64 floats x <= shift + 8, to 64 bytes in the order of key_group, and the sum of
-// weight * 2^(x - shift). A pair of 16 at a time and in stages, so that other work can go between.
+// weight * 2^(x - shift). Two vectors of 16 at a time, in stages, to interleave other work.
 #if VP_LEVEL == 512
 // With y = w + f, w in sixteenths and |f| <= 1/32, 2^y is 2^w times a line in f. As a multiple of
-// c + f, with c = 23/16 near the best 1 / ln 2, it takes one multiplication, for which dot products
-// wait, and one look-up in a register; it is exact to 1.6e-4, less than 8 bits show, and the
+// c + f, with c = 23/16 near the best 1 / ln 2, it takes one multiplication, which delays dot
+// products, and one look-up in a register; it is exact to 1.6e-4, less than 8 bits resolve, and the
 // denominator sums the same numbers.
 constexpr float kTangent = 1.4375f;
 constexpr float kSixteenths = 786432.0f;  // 1.5 * 2^19: adding it rounds to sixteenths, whose
@@ -65,7 +65,7 @@ struct Powers {
 };
 #endif
 
-// What is subtracted from scores is the row's largest less this: log2(255), so that its largest
+// The row's largest score less this is subtracted from scores: log2(255), so that its largest
 // contribution becomes 255, and the tangent's offset.
 constexpr float kRaise = 7.99435344f + kTangent;
 
@@ -119,8 +119,8 @@ struct Pending {
   const std::uint8_t* p = nullptr;  // (tile, kKeys)
   const std::int8_t* v = nullptr;
   std::int64_t keys = 0, row = 0, count = 0;
-  alignas(64) float keep[16];  // by what the rows' old output,
-  alignas(64) float add[16];   // and by what the product is multiplied
+  alignas(64) float keep[16];  // factors of the rows' old output
+  alignas(64) float add[16];   // and of the product
 };
 
 #ifdef VP_AMX
@@ -241,7 +241,7 @@ inline void add_values(const Pending& tile, const std::int32_t* product, std::in
   }
 }
 
-// Multiplies a tile's contributions with v, 64 values after the other from `done` on.
+// Multiplies a tile's contributions with v, 64 values at a time from `done` on.
 inline void multiply_values(const Pending& tile, std::int64_t done, std::int64_t parts,
                             std::int64_t keys, std::int32_t* product, std::int64_t stride,
                             float* o) {
@@ -285,7 +285,7 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
           tile_i8(q + r * dp, dp, k + j * dp, VP_STEPS(h.dim), h.k_start + at + j, sums + j, kKeys);
         scores(sums, q_scale + r, h.k_scale + at, h.v_log + at, keys, top);
       }
-      std::int64_t done = 0;  // 64s of values that the previous tile has got
+      std::int64_t done = 0;  // 64s of values of the previous tile that are multiplied
       if (kInterleaved && before.count && before.keys == keys) {
         values_and_powers(before, product, s, top, h.v_inverse + at, keys, p, total);
         add_values(before, product, dp, o);
@@ -296,7 +296,7 @@ void attend(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t ro
                               total + i);
       }
       multiply_values(before, done, parts, h.keys, product, dp, o);
-      // All rows of the tile at once: by what the old and the new sums are multiplied.
+      // All rows of the tile at once: the factors of the old and the new sums.
       const F old_top = load(m + r), new_top = load(top), larger = max(old_top, new_top);
       const F keep = power_of_two<6>(old_top - larger), add = power_of_two<6>(new_top - larger);
       before.p = p;

@@ -1,4 +1,4 @@
-// The row kernels with 512-bit registers and VNNI (Ice Lake, Zen 4 and later; bf16 where it is).
+// The row kernels with 512-bit registers and VNNI (Ice Lake, Zen 4 and later; bf16 if available).
 
 #include "engine.h"
 

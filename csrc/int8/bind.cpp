@@ -1,5 +1,5 @@
-// vitapack._C's int8 functions. Arrays come as addresses: vitapack.kernels.linear.cpu checks shapes,
-// types and lifetimes, and is what everybody else calls.
+// vitapack._C's int8 functions. Arrays are passed as addresses: vitapack.kernels.linear.cpu checks
+// shapes, types and lifetimes; call these functions only through it.
 
 #include <algorithm>
 #include <memory>
@@ -64,7 +64,7 @@ void run_linear(const Linear& w, Address x, const std::string& x_type, std::int6
   if (m == 0 || w.n == 0) return;
   const std::int64_t stride = w.kp + 64, size = std::int64_t(size_of(from));
   // Every thread quantizes the rows that it multiplies, which stay in its L2. Few rows: as many
-  // blocks as threads, each of all channels. Where that is less than two tiles each, and where all
+  // blocks as threads, each of all channels. If that is less than two tiles each, or if all
   // rows of a layer of less than 8 bits fit into L2, so that a panel is expanded once, the channels
   // are divided instead, which costs a phase of its own for the quantization.
   const std::int64_t tiles = (m + k.tile - 1) / k.tile, most = kRowBlock / k.tile;
@@ -179,7 +179,7 @@ void run_accumulate(const Linear& w, Address xq, std::int64_t m, Address out) {
   }
 }
 
-// Attention operands that stay from call to call while the shape does.
+// Attention operands that are reused by calls of the same shape.
 struct Attention {
   HeadBuffers operands;
   std::int64_t batch, tokens, heads;

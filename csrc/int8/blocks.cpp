@@ -8,7 +8,7 @@ namespace {
 constexpr std::int64_t kLine = 64;
 constexpr std::int64_t kRows = kRowBlock + kMaxTile;
 
-// Hands out pieces of one allocation; with no base it only counts.
+// Divides one allocation; without a base it only counts bytes.
 struct Carver {
   std::size_t used = 0;
   template <class T> std::size_t take(std::int64_t count) {
@@ -22,7 +22,7 @@ struct Carver {
 
 RowScratch::RowScratch(std::int64_t widest_input, std::int64_t widest_float,
                        std::int64_t head_dim) {
-  // One more cache line a row: rows 4096 bytes apart would all fall into one set of L1.
+  // One more cache line per row: rows 4096 bytes apart would all map to one set of L1.
   stride = round_up(widest_input, kBlock) + kLine;
   wide_stride = round_up(widest_float, kPanel) + 16;
   const std::int64_t dp = round_up(head_dim, kBlock);
@@ -73,7 +73,7 @@ HeadBuffers::HeadBuffers(std::int64_t batch_heads, std::int64_t queries, std::in
   heads.v = buffer_.as<std::int8_t>(at_v);
   heads.v_log = buffer_.as<float>(at_v_log);
   heads.v_inverse = buffer_.as<float>(at_v_inverse);
-  // Keys beyond the tokens never win and add nothing; no one writes them later.
+  // Keys beyond the tokens never win and add nothing; they are not written again.
   std::fill(heads.v_log, heads.v_log + keys, -1e30f);
 }
 
@@ -106,7 +106,7 @@ std::vector<BlockPlan::Rows> BlockPlan::row_blocks(const std::vector<Span>& span
                                                      std::int64_t largest) const {
   std::int64_t total = 0;
   for (const Span& s : spans) total += batch_ * s.tokens;
-  // Blocks of up to 192, or fewer rows where threads would have nothing to do; a span's blocks
+  // Blocks of up to 192, or fewer rows if threads would have nothing to do; a span's blocks
   // are equal but for whole tiles, so that all threads finish together.
   const std::int64_t share = (total + 4 * threads_ - 1) / (4 * threads_);
   const std::int64_t most = std::min(largest, std::max<std::int64_t>(share, 12));
@@ -184,7 +184,7 @@ void BlockPlan::front(const Kernels& k, const Stream& s, const Rows& at, RowScra
                 });
 }
 
-// Rows of a part of a head to attention's operands. Keys after the repeated ones start at a panel.
+// Rows of q, k or v of a head to attention's operands. Keys after the repeated ones start at a panel.
 void BlockPlan::split(const Kernels& k, int part, std::int64_t head, const float* x,
                       std::int64_t stride, const Rows& at, const float* norm, float* work) {
   const std::int64_t before = std::clamp(repeated_ - at.token, std::int64_t(0), at.rows);
@@ -197,8 +197,8 @@ void BlockPlan::split(const Kernels& k, int part, std::int64_t head, const float
 
 void BlockPlan::attend(const Kernels& k, std::int64_t first) {
   const std::int64_t dim = hidden_ / heads_;
-  // n equal terms of a softmax are one whose exponent is log2 n larger. Its contribution may be n
-  // times all others', which 8 bits would round to nothing in a step together.
+  // n equal terms of a softmax equal one whose exponent is log2 n larger. Its contribution may be n
+  // times any other, which 8 bits would round to 0 in a common step.
   for (std::int64_t head = 0; head < batch_ * heads_; ++head)
     for (std::int64_t t = 0; t < repeated_; ++t)
       operands_.heads.v_log[head * operands_.heads.keys + t] += times_log_;

@@ -1,5 +1,5 @@
-// What the networks' blocks share (dit.cpp, flow.cpp): memory, phases, and the steps that
-// rows take through attention and MLP.
+// Shared by the networks' blocks (dit.cpp, flow.cpp): memory, phases, and the steps of rows through
+// attention and MLP.
 //
 // Everything but self-attention acts on tokens alone, so a block of 192 rows runs through ALL of
 // it before the next one starts: attention's output is quantized, projected, gated into the
@@ -19,7 +19,7 @@
 
 namespace vitapack {
 
-// Where a thread's time goes, for `benchmarks.cpu --parts breakdown`. Two reads of the clock (50 ns)
+// A thread's time by operation, for `benchmarks.cpu --parts breakdown`. Two reads of the clock (50 ns)
 // around calls of 30 us and more: always on.
 enum Operation {
   kNorm, kQkv, kSplit, kAttend, kQuantize, kProject, kUp, kDown, kLinear2, kCrossQuery, kCrossKeys,
@@ -45,7 +45,7 @@ class Laps {
   std::chrono::steady_clock::time_point last_;
 };
 
-// What one thread needs for a block of rows.
+// Scratch of one thread for a block of rows.
 class RowScratch {
  public:
   RowScratch(std::int64_t widest_input, std::int64_t widest_float, std::int64_t head_dim);
@@ -57,7 +57,7 @@ class RowScratch {
   float* row = nullptr;          // (widest)
   std::int8_t* panel = nullptr;  // an expanded 4-bit panel
   float* attend = nullptr;
-  std::uint8_t* q = nullptr;  // one head's queries, where they are used at once: as in Heads
+  std::uint8_t* q = nullptr;  // one head's queries, if they are used at once: as in Heads
   float* q_scale = nullptr;
   Laps laps;
   std::size_t bytes() const { return buffer_.bytes(); }
@@ -79,9 +79,9 @@ class HeadBuffers {
   Buffer buffer_;
 };
 
-// Tokens that one set of weights serves.
+// Tokens that share one set of weights.
 struct Span {
-  std::int64_t token = 0, tokens = 0;  // where in the joint sequence
+  std::int64_t token = 0, tokens = 0;  // position in the joint sequence
 };
 
 // One token stream of a block. Modulation is (batch or 1, chunks * hidden) float32: shift, scale
@@ -98,8 +98,7 @@ struct Stream : Span {
   const Linear* down = nullptr;
 };
 
-// What a network's blocks are computed in: all memory of a forward pass beyond the weights, for one
-// shape.
+// All memory of a forward pass except the weights, for one shape.
 class BlockPlan {
  public:
   virtual ~BlockPlan() = default;
@@ -112,8 +111,8 @@ class BlockPlan {
   // tokens, with `stride` floats from one batch entry's shift and scale to the next.
   void leave(const Kernels& k, const Dense& w, const Span& from, const float* shift,
              const float* scale, std::int64_t stride, float epsilon, char* out, Type type);
-  // Seconds of all threads together by operation since the plan was made, and of the phases as a
-  // whole (wall), which waiting for one another makes longer.
+  // Since the plan was made: seconds per operation summed over all threads, and wall seconds of the
+  // phases, waiting included.
   std::array<double, kOperations> seconds() const;
   double phase_seconds() const { return phases_; }
   // The residual stream.
@@ -128,7 +127,7 @@ class BlockPlan {
   };
 
   // `widest` quantized and float rows of the network's linears. Each of the first `repeated` tokens
-  // stands for `times` equal ones: as a key of attention it has `times` its weight.
+  // counts as `times` equal ones: as a key of attention it has `times` its weight.
   BlockPlan(std::int64_t batch, std::int64_t tokens, std::int64_t hidden, std::int64_t heads,
             std::int64_t mlp, int threads, std::int64_t widest_input, std::int64_t widest_float,
             std::int64_t repeated = 0, float times = 1);
@@ -140,7 +139,7 @@ class BlockPlan {
 
   // Steps of a block of rows. Those that end in `own.a` leave quantized rows for the next linear.
 
-  // Modulated norm, then q, k and v in the form that attention takes.
+  // Modulated norm, then q, k and v as operands of attention.
   void front(const Kernels& k, const Stream& s, const Rows& at, RowScratch& own,
              bool queries = true);
   // (1 + scale) * LayerNorm + shift of the residual stream to own.a.
@@ -161,7 +160,7 @@ class BlockPlan {
   template <class F>
   void project_heads(const Kernels& k, const Linear& w, std::int64_t begin, const Rows& at,
                      RowScratch& own, Operation what, F&& use) {
-    const std::int64_t dim = hidden_ / heads_;  // one head at a time where it is whole panels
+    const std::int64_t dim = hidden_ / heads_;  // one head at a time if it is whole panels
     const std::int64_t step = dim % kPanel == 0 ? dim / kPanel : w.panel_count();
     for (std::int64_t panel = begin; panel < w.panel_count(); panel += step) {
       const std::int64_t first = panel * kPanel / dim;

@@ -1,4 +1,4 @@
-// Which instruction sets this processor has, best first.
+// Instruction sets that this processor supports, best first.
 
 #include "engine.h"
 
@@ -73,8 +73,8 @@ const Kernels& kernels_for(const std::string& name) {
   throw std::invalid_argument("no instruction set '" + name + "' here: choose one of " + known);
 }
 
-// Whether bf16 products are faster than float32's, which lose nothing. Having the instruction does
-// not tell: Zen 4 takes half the time with it, Emerald Rapids more than twice. Timed once for half a
+// Whether bf16 products are faster than float32's, which are exact. The instruction alone does not
+// tell: Zen 4 takes half the time with it, Emerald Rapids more than twice. Timed once for half a
 // millisecond; a ratio that far from 1 survives a noisy machine.
 bool bf16_pays(const Kernels& k) {
   if (!k.bf16) return false;

@@ -1,13 +1,13 @@
 // The blocks of the canonical DiT (runtime/networks/dit.py is the readable form), fused for CPUs in the phases
 // of blocks.h.
 //
-// A row's scale is known when all its channels are, so that quantizing for the next linear reads
-// the 192 rows again, mostly out of L2: 2.5 % of a forward. Seeking the largest values in the
+// A row's scale is known once all its channels are, so quantizing for the next linear reads the 192
+// rows again, mostly out of L2: 2.5 % of a forward. Seeking the largest values in the
 // epilogue of the GELU instead was built and dropped: quantization fell by 0.3 % of a forward, and
 // the linear took 2.5 % more.
 //
-// The single block's linear1 is q, k, v and the MLP's first layer in one. Its two parts are
-// computed apart, the MLP's after attention: the LayerNorm is done twice (1 % of the block),
+// The single block's linear1 is q, k, v and the MLP's first layer in one. The two are computed
+// separately, the MLP's after attention: the LayerNorm is done twice (1 % of the block),
 // and 31 MB of activations at 3764 tokens are never written.
 
 #include "dit.h"
@@ -16,7 +16,7 @@ namespace vitapack {
 namespace {
 
 // Rows [from, n) of a linear, starting at the whole panel before `from`: its first
-// from % 64 channels belong to the part before.
+// from % 64 channels belong to the rows before.
 Linear rows_from(const Linear& w, std::int64_t from) {
   const std::int64_t panel = from / kPanel, skipped = panel * kPanel;
   Linear part = w;

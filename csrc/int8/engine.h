@@ -1,4 +1,4 @@
-// The int8 engine for CPUs: the types that its files share. Read blocks.h for what it is for.
+// The int8 engine for CPUs: types shared by its files. blocks.h explains its purpose.
 //
 // One weight layout serves every instruction set: panels of 64 output channels, within a panel
 // steps of 4 inputs, within a step 64 x 4 bytes. One step of one channel is the 32 bits that
@@ -26,7 +26,7 @@ constexpr int kPanel = 64;      // output channels of a panel
 constexpr int kBlock = 64;      // inputs are padded to whole blocks
 constexpr int kMaxTile = 16;    // rows of the largest tile (AMX); 6 for AVX-512
 constexpr int kKeys = 256;      // keys of one step of the online softmax, at most
-constexpr int kQueries = 96;    // queries that pass the keys together: their sums are 24 KB
+constexpr int kQueries = 96;    // queries processed together: their sums are 24 KB
 constexpr int kRowBlock = 192;  // rows that run through a chain of layers together, see blocks.h
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -61,7 +61,7 @@ struct Dense {
   std::int64_t panel_count() const { return round_up(n, kPanel) / kPanel; }
 };
 
-// What becomes of acc * sx[row] * scale[channel] + bias[channel].
+// The epilogue applied to acc * sx[row] * scale[channel] + bias[channel].
 struct Epilogue {
   void* out = nullptr;
   std::int64_t stride = 0;      // of out, in elements
@@ -141,13 +141,13 @@ struct Kernels {
   // Rows [row, row + rows) of one head, rows <= kQueries; out (rows, stride) float32.
   void (*attend)(const Heads& h, std::int64_t head, std::int64_t row, std::int64_t rows, float* out,
                  std::int64_t stride, float* work);
-  // A panel as s8 (kp/4, 64, 4): as it lies there, or expanded to `work`, 64 * kp bytes.
+  // A panel as s8 (kp/4, 64, 4): in place, or expanded to `work`, 64 * kp bytes.
   const std::int8_t* (*panel_i8)(const Linear& w, std::int64_t panel, std::int8_t* work);
-  // An int8 tile on its own: acc (tile, 64) = start + a * panel; what the peak is measured with.
+  // A single int8 tile: acc (tile, 64) = start + a * panel; used to measure the peak.
   void (*tile_i8)(const std::uint8_t* a, std::int64_t stride, const std::int8_t* panel,
                   std::int64_t steps, const std::int32_t* start, std::int32_t* acc,
                   std::int64_t acc_stride);
-  // A tile of linear_wide: acc (tile, 64) = a (tile, k) * panel; what bf16_pays compares.
+  // A tile of linear_wide: acc (tile, 64) = a (tile, k) * panel; timed by bf16_pays.
   void (*tile_wide)(const char* a, const char* panel, std::int64_t k, bool bf16, float* acc);
   double (*peak)(std::int64_t loops);  // operations done by register-only dot products
 };
@@ -157,7 +157,7 @@ constexpr std::int64_t attend_work(std::int64_t dp) {
   return (kQueries + kMaxTile) * (dp + 2) + 2 * kMaxTile * kKeys + kMaxTile * kPanel;
 }
 
-const Kernels* kernels_avx512();   // null where the compiler or the system has none
+const Kernels* kernels_avx512();   // null if the compiler or the system lacks it
 const Kernels* kernels_vnni256();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx2();
@@ -184,7 +184,7 @@ template <class F> void parallel(int threads, std::int64_t units, F&& f) {
       &f);
 }
 
-// Zeroed memory in whole cache lines, in huge pages where the system gives them.
+// Zeroed memory in whole cache lines, in huge pages if the system provides them.
 class Buffer {
  public:
   Buffer() = default;
@@ -204,8 +204,8 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
-// Memory for the length of a call, of any content, in whole cache lines. It stays for later calls: as
-// many buffers as there were callers at the same time, each as large as its largest call.
+// Uninitialised memory for one call, in whole cache lines. It is kept for later calls: as many buffers
+// as there were concurrent callers, each of the size of its largest call.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes);

@@ -11,7 +11,7 @@
 namespace vitapack {
 namespace {
 
-// q and k are divided by their length, which the readable form holds above 1e-12.
+// q and k are divided by their length, which the readable form keeps above 1e-12.
 constexpr float kLeastSquare = 1e-24f;
 
 }  // namespace
@@ -37,7 +37,7 @@ std::size_t FlowPlan::bytes() const {
   return BlockPlan::bytes() + condition_.bytes() + ones_.bytes();
 }
 
-// Keys and values of some of the condition's tokens.
+// Keys and values of a range of condition tokens.
 void FlowPlan::condition_heads(const Kernels& k, const Linear& kv, const float* condition,
                                const Rows& at, RowScratch& own) {
   k.quantize(condition + at.token * condition_channels_, Type::f32, condition_channels_, at.rows,

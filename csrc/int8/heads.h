@@ -1,11 +1,11 @@
 // q, k and v of a head to the operands of attention (`Heads`), once per instruction set (included by
 // kernels.h): RMSNorm of q and k, 8 bits per token, and the order that the tiles read.
 
-// A token whose v is 0 still counts in the denominator: any small scale will do.
+// A token whose v is 0 still counts in the denominator: any small scale suffices.
 constexpr float kLeastScale = 1e-30f;
 
-// The sum of 16, added in the order of split_four: a row's numbers must not depend on which rows come
-// with it, which the number of threads decides.
+// The sum of 16, added in the order of split_four: a row's numbers must not depend on the rows
+// processed with it, which vary with the number of threads.
 inline float row_sum(F x) {
 #if VP_LEVEL == 512
   const F rows[4] = {x, x, x, x};
@@ -31,8 +31,8 @@ inline void rms_norm(const float* x, std::int64_t dim, const float* weight, floa
   for (; i < dim; ++i) out[i] = x[i] * by * weight[i];
 }
 
-// Quantizes `dim` floats to u8 (value + 128); returns the scale, NaN for NaN or infinity. Times
-// 127 / peak where that is finite: nothing here has to agree with the reference to the bit.
+// Quantizes `dim` floats to u8 (value + 128); returns the scale, NaN for NaN or infinity.
+// Multiplies by 127 / peak if that is finite: bit-equality with the reference is not needed here.
 inline float quantize_head(const float* x, std::int64_t dim, std::uint8_t* out) {
   Peak peak;
   peak_of(x, dim, peak);
@@ -45,7 +45,7 @@ inline float quantize_head(const float* x, std::int64_t dim, std::uint8_t* out) 
 
 // Where the group of 4 keys t / 4 lies among the 16 groups of its 64 keys in v. With 512 bits the
 // probabilities of 64 keys are narrowed by two rounds of packing within 128-bit lanes, which
-// transposes the 4 x 4 groups: v is laid out so that nothing has to put them right.
+// transposes the 4 x 4 groups: v is laid out so that nothing has to be reordered.
 inline std::int64_t key_group(std::int64_t t) {
   const std::int64_t group = t / 4 % 16;
   return t / kPanel * 16 + (VP_LEVEL == 512 ? group % 4 * 4 + group / 4 : group);
@@ -115,8 +115,8 @@ template <int lane> inline void store_lane(const __m512i (&c)[4], std::int8_t* t
 }
 
 // The same as split_row and split_values for four tokens t.. of one group and heads of 64: sums and
-// maxima of the four rows are found together, and bytes move 16 at a time. False, and nothing done,
-// where a row is 0 or not finite.
+// maxima of the four rows are found together, and bytes move 16 at a time. Returns false and does
+// nothing if a row is 0 or not finite.
 inline bool split_four(int part, const float* x, std::int64_t stride, const float* norm,
                        const Heads& to, std::int64_t head, std::int64_t t) {
   F v[4][4], sums[4];

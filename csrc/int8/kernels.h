@@ -1,4 +1,4 @@
-// The row kernels: everything that runs hot, compiled once per instruction set.
+// The row kernels: all hot code, compiled once per instruction set.
 //
 // A file named after the set (avx512.cpp) switches it on for all functions that follow, defines
 //   VP_NAME   the name under which users know it       VP_LEVEL  512, 256 or 0: see vec.h
@@ -25,7 +25,7 @@ inline F divided(F x, F by, F inverse) {
 }
 
 // Makes u8 of k floats: round-half-even(x / sx) + 128 with sx = peak / 127, as reference.py does.
-// `check` is 0, or NaN where a value is NaN or infinite: then sx is NaN, and so is what it scales.
+// `check` is 0, or NaN if a value is NaN or infinite: then sx is NaN, and so are the scaled values.
 inline float quantize_row(const float* x, std::int64_t k, float peak, float check,
                           std::uint8_t* out) {
   if (!(check == 0.0f)) {
@@ -38,7 +38,7 @@ inline float quantize_row(const float* x, std::int64_t k, float peak, float chec
   const F bottom = all(-kInt8Max);
   std::int64_t i = 0;
   if (VP_LEVEL && sx > 1e-30f && sx < 1e30f) {  // beyond, inverse or remainder may leave the normal
-    // Added to 1.5 * 2^23, a number is rounded half to even, and its low byte is what is wanted.
+    // Added to 1.5 * 2^23, a number is rounded half to even, and its low byte is the result.
     const F inverse = all(1.0f / sx), zero_there = all(12582912.0f + 128.0f);
     for (; i + 16 <= k; i += 16)
       store_low_bytes(out + i, divided(load(x + i), by, inverse) + zero_there);
@@ -204,7 +204,8 @@ inline void finish_tile(const std::int32_t* acc, const Linear& w, std::int64_t p
 #ifdef VP_AMX
 #include "amx_linear.h"
 #else
-// What a tile will be added to, while it multiplies: rows lie pages apart, and no hardware guesses.
+// Prefetches a tile's target while it multiplies: rows are pages apart, which hardware cannot
+// predict.
 inline void fetch_rows(const Epilogue& e, std::int64_t row, std::int64_t rows,
                        std::int64_t column) {
 #if VP_LEVEL
@@ -281,7 +282,7 @@ inline void tile_f32_by_parts(const char* a, std::int64_t stride, const char* pa
   }
 }
 
-// Channels [base, n) of a layer, at most a panel: what a float tile is scaled and biased by.
+// Channels [base, n) of a layer, at most a panel: scale and bias of a float tile.
 struct Channels {
   std::int64_t base, n;
   const float* scale;  // null: 1

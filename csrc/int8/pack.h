@@ -7,7 +7,7 @@
 namespace vitapack {
 
 // rows (n, bytes) of u8, `bytes` a multiple of 4 after zero padding to `padded`, to panels
-// (n/64, padded/4, 64, 4): int8 weights as they are, those of fewer bits byte by byte.
+// (n/64, padded/4, 64, 4): int8 weights unchanged, those of fewer bits byte by byte.
 void pack_rows(const std::uint8_t* rows, std::int64_t n, std::int64_t bytes, std::int64_t padded,
                std::uint8_t* panels, int threads);
 void unpack_rows(const std::uint8_t* panels, std::int64_t n, std::int64_t bytes,

@@ -1,17 +1,17 @@
-// The engine's threads, and the scratch of functions that stand alone.
+// The engine's threads, and the scratch of stand-alone functions.
 //
 // Nothing is shared between callers: two pipelines in one process never wait for each other. A job
 // borrows a pool for its length, and as many pools exist as there were callers at the same time; one
-// caller gets the same pool every time. So two callers of 8 threads each use 16 cores, and where
-// there are fewer the system divides them, as it does between OpenMP's teams. (With one pool, which
-// the second caller did without, that caller had one core of 16 until the first was done.)
+// caller gets the same pool every time. So two callers of 8 threads each use 16 cores, and with
+// fewer cores the system divides them, as between OpenMP's teams. (With a single pool, the second
+// caller had one core of 16 until the first was done.)
 //
 // Made for cores that are shared: waiting is a bounded spin (about 100 us, more than the serial parts
 // between two phases of a network, or the Python between two calls, take) and then a condition
-// variable, units are handed out one by one, and whoever calls never waits for a worker that has
-// not started: once the units are all taken the job is closed, and a thread that the system wakes
-// late finds it so. A spinning barrier instead made oneDNN 60 times slower here when another
-// process had the second core.
+// variable, units are handed out one by one, and a caller never waits for a worker that has not
+// started: once all units are taken the job is closed, and a thread that wakes late finds it closed.
+// A spinning barrier instead made oneDNN 60 times slower on a machine of two cores when another
+// process used the second one.
 
 #include "engine.h"
 
@@ -83,7 +83,7 @@ class Pool {
   }
 
  private:
-  // The number of workers inside the current job, and whether it lets in no more.
+  // The number of workers inside the current job, and whether it is closed to others.
   static constexpr std::uint32_t kClosed = 1u << 31;
 
   void take_units(int thread) {
@@ -101,7 +101,7 @@ class Pool {
         // them would hang in a forked child, where they do not exist.
         std::thread([this, index = int(workers_) + 1] { work(index); }).detach();
       } catch (const std::system_error&) {
-        return;  // fewer threads will do
+        return;  // fewer threads suffice
       }
       ++workers_;
     }
@@ -192,7 +192,7 @@ Scratch::Scratch(std::size_t bytes) {
   place_ = place;
   Buffer& buffer = place ? place->kept : own_;
   if (buffer.bytes() < bytes) {
-    buffer = Buffer();  // first, so that both are never there
+    buffer = Buffer();  // first, so that old and new memory never coexist
     buffer = Buffer(bytes);
   }
   data_ = buffer.as<void>();
@@ -204,7 +204,7 @@ Scratch::~Scratch() {
 
 Buffer::Buffer(std::size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  // 2 MiB alignment lets large buffers have huge pages: the panels of a layer are read in strides.
+  // 2 MiB alignment lets large buffers use huge pages: the panels of a layer are read in strides.
   const std::size_t align = bytes >= (std::size_t(4) << 20) ? std::size_t(2) << 20 : 64;
   const std::size_t whole = (bytes + align - 1) / align * align;
   data_ = ::operator new(whole, std::align_val_t(align));

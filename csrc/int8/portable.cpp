@@ -1,4 +1,4 @@
-// The row kernels in plain C++: any processor, and what the others are checked against.
+// The row kernels in plain C++: any processor, and the reference of the others.
 
 #include "engine.h"
 

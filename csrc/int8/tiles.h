@@ -5,8 +5,8 @@
 // 2 bf16 or 1 float) a step, and the panel in steps of 256 bytes. The integer tiles are exact:
 // int32 sums that wrap modulo 2^32, and the true result fits for every K up to 133,144.
 
-// What a tile fetches into L2 meanwhile, `pace` bytes on for every 8 inputs: else the first tile on
-// each panel waits for the last-level cache, 6 to 12 % of a linear on Emerald Rapids.
+// The prefetch of a tile into L2, `pace` bytes per 8 inputs: without it the first tile on each panel
+// waits for the last-level cache, 6 to 12 % of a linear on Emerald Rapids.
 struct Ahead {
   const void* next = nullptr;
   std::int64_t pace = 0;
@@ -275,17 +275,17 @@ inline double peak(std::int64_t loops) {  // the tile itself, on data in L1
   alignas(64) static std::int8_t b[kPanel * kInputs];
   alignas(64) static const std::int32_t start[kPanel] = {};
   alignas(64) std::int32_t acc[kTile * kPanel];
-  const std::int64_t tiles = loops / 64 + 1;  // as long as that many of the loops above
+  const std::int64_t tiles = loops / 64 + 1;  // takes as long as so many of the loops above
   for (std::int64_t i = 0; i < tiles; ++i) {
     tile_i8(a, kInputs, b, kInputs / 4, start, acc, kPanel);
-    [[maybe_unused]] volatile std::int32_t seen = acc[i % (kTile * kPanel)];  // else it is left out
+    [[maybe_unused]] volatile std::int32_t seen = acc[i % (kTile * kPanel)];  // else it is removed
   }
   return double(tiles) * kTile * kPanel * kInputs * 2;
 }
 #endif
 
 #ifndef VP_AMX
-struct Tiles {  // no registers that have to be set up
+struct Tiles {  // no registers to set up
   Tiles() {}
 };
 #endif
@@ -354,7 +354,7 @@ inline void expand_panel(const Linear& w, std::int64_t panel, std::int8_t* out) 
   }
 }
 
-// A panel as s8 (kp/4, 64, 4): as it lies there, or expanded to `work`, 64 * kp bytes.
+// A panel as s8 (kp/4, 64, 4): in place, or expanded to `work`, 64 * kp bytes.
 inline const std::int8_t* panel_i8(const Linear& w, std::int64_t panel, std::int8_t* work) {
   if (w.bits == 8) return reinterpret_cast<const std::int8_t*>(w.panels) + panel * w.panel_bytes();
   expand_panel(w, panel, work);

@@ -1,4 +1,4 @@
-// Sixteen floats: what the row kernels are written in, once per instruction set.
+// Sixteen floats: the vector type of the row kernels, once per instruction set.
 //
 // Included by kernels.h inside a namespace of the instruction set, with VP_LEVEL 512, 256
 // or 0. Rounding is to nearest even everywhere; max(a, b) returns b if one of them is NaN.
@@ -9,8 +9,8 @@ struct F {
 };
 inline F all(float a) { return {_mm512_set1_ps(a)}; }
 inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
-// Zen 4 multiplies nothing for 1.5 cycles when it stores 512 bits, but stores twice 256 beside a
-// multiplication a cycle.
+// Zen 4 multiplies nothing for 1.5 cycles when it stores 512 bits, but stores twice 256 and
+// multiplies once per cycle.
 inline void store(float* p, F a) {
   _mm256_storeu_ps(p, _mm512_castps512_ps256(a.v));
   _mm256_storeu_ps(p + 8, _mm512_extractf32x8_ps(a.v, 1));
@@ -135,7 +135,7 @@ inline float sum(F x) {
 inline void store_low_bytes(std::uint8_t* p, __m256i x, __m256i y) {
   const __m256i low = _mm256_set1_epi32(255);
   const __m256i a = _mm256_and_si256(x, low), b = _mm256_and_si256(y, low);
-  // Words in the order a0-3 b0-3 a4-7 b4-7, then put right.
+  // Words in the order a0-3 b0-3 a4-7 b4-7, then reordered.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
   const __m128i bytes =
       _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -301,7 +301,7 @@ inline void store_any(void* base, Type type, std::int64_t at, F a, std::int64_t 
 }
 
 // 2^x for x <= 127; 0 below -126 and NaN for NaN. Minimax polynomials on [-1/2, 1/2]: degree 6 is
-// exact to 2e-9, degree 4 to 2.6e-6, which 8-bit probabilities cannot see.
+// exact to 2e-9, degree 4 to 2.6e-6, below the resolution of 8-bit probabilities.
 template <int degree> inline F power_of_two(F x) {
   const F bounded = max(all(-126.0f), min(all(127.0f), x));
   const F whole = round(bounded);
@@ -326,8 +326,8 @@ template <int degree> inline F power_of_two(F x) {
 // GELU, tanh form.
 #if VP_LEVEL == 512
 // gelu(x) = gelu(|x|) + min(x, 0), and gelu(|x|) from polynomials of degree 5 around the multiples of
-// 1/2, found by looking up in registers: exact to 2e-7, and half of the multiplications of the
-// formula, which dot products wait for.
+// 1/2, found by looking up in registers: exact to 2e-7, with half of the multiplications of the
+// formula, which delay dot products.
 alignas(64) constexpr float kGelu[6][16] = {
     {0.0f, 0.345714032f, 0.841191944f, 1.39957154f, 1.9545977f, 2.48491575f, 2.99636261f,
      3.4993838f, 3.99992975f, 4.49999486f, 4.99999977f, 5.5f, 6.0f, 6.5f, 7.0f, 7.5f},

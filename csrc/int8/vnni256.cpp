@@ -1,4 +1,4 @@
-// The row kernels with 256-bit VNNI in AVX-512's encoding: the same source as AVX-VNNI's, where it
+// The row kernels with 256-bit VNNI in AVX-512's encoding: the same source as AVX-VNNI's, so that it
 // can be tested on servers, and for chips that slow down with 512 bits.
 
 #include "engine.h"
