@@ -6,13 +6,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test bench lint build setup clean
 
-demo: setup
+demo: build
 	$(RUN) -m vitapack demo --out demo-out
 
-test: setup lint
+test: build lint
 	$(RUN) -m pytest -q
+
+# Micro-benchmarks, compared with the last saved run on this processor.
+bench: build
+	$(RUN) -m benchmarks.micro
 
 # mypy does not follow setuptools' package mapping: it is shown the installed layout through links.
 lint: setup
@@ -24,13 +28,17 @@ lint: setup
 		build/types/vitapack/
 	MYPYPATH=build/types $(RUN) -m mypy -p vitapack
 
+# The compiled parts, through ninja: only what changed.
+build: setup
+	$(RUN) csrc/build.py
+
 setup: $(VENV)/.ready
 
 # torch first and pinned: left to itself pip may choose a build of several gigabytes.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q $(TORCH)
-	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	VITAPACK_COMPILE=0 $(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:

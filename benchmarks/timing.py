@@ -47,8 +47,8 @@ def all_times(
 def register_dots(seconds: float) -> tuple[Run, float]:
     """A loop of dot products on registers that takes about `seconds`, and its 1e9 operations.
 
-    It measures the VNNI peak. Interleave it with the runs that are compared with the peak, since
-    the machine's speed drifts by a tenth.
+    It measures the int8 peak of the instruction set in use. Interleave it with the runs that are
+    compared with the peak, since the machine's speed drifts by a tenth.
     """
 
     def run() -> float:

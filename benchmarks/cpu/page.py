@@ -47,7 +47,7 @@ AIMS = {
     "3072 latents: W8A8 / torch bf16": "",
     "guided step, 512 latents: W8A8 / torch bf16 as the reference implementation runs it": "",
     "W8A8 / fastest other library": "0.60",
-    "linears in the forward pass, share of VNNI peak": "70%",
+    "linears in the forward pass, share of int8 peak": "70%",
     "the slowest of them": "",
     "single linears, 128 rows or more, lowest share": "70%",
     "single attention, lowest share": "40%",
@@ -100,7 +100,7 @@ def ratios(results: Results) -> dict[str, str]:
 
 
 def peak_of(row: dict[str, Any], part: dict[str, Any]) -> float:
-    """Measured VNNI peak in GOP/s, interleaved with the row; for Zen 4 the part's best."""
+    """Measured int8 peak in GOP/s, interleaved with the row; for Zen 4 the part's best."""
     return float(row.get("peak_gops") or part["peak_gops"])
 
 
@@ -137,7 +137,7 @@ def dit_text(part: dict[str, Any]) -> str:
                 f"| {seconds[name] / seconds['bf16']:.3f} | {share} | {found['n_runs']} |"
             )
     return "### A forward pass of Hunyuan3D-2mini\n\nBatch 2, random weights.\n\n" + lines(
-        "| latents + condition | | seconds | of bf16 | of VNNI peak | n |", rows
+        "| latents + condition | | seconds | of bf16 | of int8 peak | n |", rows
     )
 
 
@@ -177,7 +177,7 @@ def breakdown_text(part: dict[str, Any]) -> str:
         f"### Time of a forward pass by operation, {part['latents']} latents\n\nSeconds summed "
         "over threads, divided by their number. Waiting: for other threads at the end of a phase. "
         f"Outside: {outside}. Mean of {part['n_runs']}.\n\n"
-        + lines("| | W8A8, s | | of VNNI peak | W4A8, s |", rows)
+        + lines("| | W8A8, s | | of int8 peak | W4A8, s |", rows)
     )
 
 
@@ -225,7 +225,7 @@ def gemm_text(part: dict[str, Any]) -> str:
             f"| {gops['w4a8']:.0f} | {gops['w4a8'] / peak:.0%} | {gops['w8a16']:.0f} |"
         )
     return (
-        f"### Single linears, GOP/s\n\nFrom bf16 to bf16, quantization included; VNNI peak "
+        f"### Single linears, GOP/s\n\nFrom bf16 to bf16, quantization included; int8 peak "
         f"{statistics.median(peaks):.0f} GOP/s, n = {part['n_runs']}.\n\n"
         + lines(
             "| M | K x N | torch bf16 | W8A8 | of peak | x bf16 | W4A8 | of peak | W8A16 |", rows
@@ -242,7 +242,7 @@ def attention_text(part: dict[str, Any]) -> str:
         for r in part["rows"]
     ]
     return f"### Single attention\n\nBatch 2, 16 heads of 64, n = {part['n_runs']}.\n\n" + lines(
-        "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of VNNI peak | error | error of bf16 |",
+        "| tokens | SDPA bf16, ms | int8, ms | x bf16 | of int8 peak | error | error of bf16 |",
         rows,
     )
 

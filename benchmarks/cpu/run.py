@@ -8,7 +8,7 @@ docs/cpu_figures.md shows them all.
     python -m benchmarks.cpu --page-only                   # only both pages, from the JSON
 
 Parts:
-    gemm, attention  GOP/s as a fraction of the VNNI peak measured in the same run
+    gemm, attention  GOP/s as a fraction of the int8 peak measured in the same run
     dit        a Hunyuan3D-2mini forward pass, random weights, batch 2
     guided     a guided step as the pipeline runs it, and as one batch of two
     errors     relative errors of the forward pass; not timed
@@ -261,6 +261,8 @@ def machine() -> dict[str, Any]:
     info = {name.strip(): value.strip() for name, value in lines}
     number = f"{info['cpu family']} {info['model']}"
     file, title = PROCESSORS.get(number, (number.replace(" ", "-"), info["model name"]))
+    if cpu.instruction_set().startswith("amx"):  # a virtual machine may hide it
+        file, title = f"{file}-amx", f"{title} with AMX"
     return {
         "file": file,
         "processor": title,

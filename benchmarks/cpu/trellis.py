@@ -140,6 +140,6 @@ def text(part: dict[str, Any]) -> str:
         "### A forward pass of TRELLIS's sparse-structure flow\n\n"
         f"{part['tokens']} tokens, {part['condition']} condition tokens, {part['blocks']} of 24 "
         "blocks, random weights; errors relative to float32.\n\n"
-        + "\n".join(table("| | seconds | of fp32 | of bf16 | of VNNI peak | error | n |", rows))
+        + "\n".join(table("| | seconds | of fp32 | of bf16 | of int8 peak | error | n |", rows))
         + f"\n\nOf W8A8's time: {shares}. Scratch {part['scratch_bytes'] / 1e6:.0f} MB."
     )

@@ -10,6 +10,9 @@
 
 #if defined(VITAPACK_X86) && defined(__linux__) && defined(__x86_64__) && \
     (defined(__clang__) || __GNUC__ >= 11)
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -8,6 +8,9 @@
 #include "scalar.h"
 
 #if defined(VITAPACK_X86) && !defined(_WIN32)
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 shapes, and both have to give what they give alone."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from vitapack.kernels.linear import cpu
 from vitapack.kernels.linear.cpu_plans import Dense, DitPlan, StreamWeights
+from vitapack.kernels.linear.weights import int8_weight
 
 HIDDEN, TOKENS = 128, 70
 
@@ -23,7 +25,7 @@ def two_threads():
 def panels(n, k, seed=0):
     rng = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (n, k), generator=rng, dtype=torch.int8)
-    return cpu.pack(q8=codes, scale=torch.rand(n, generator=rng) * 0.01, in_features=k)
+    return cpu.pack(int8_weight(codes, torch.rand(n, generator=rng) * 0.01))
 
 
 def engine_calls():
@@ -76,26 +78,21 @@ def test_in_turn_on_one_thread(isa):
 def test_on_several_threads_at_once(isa, two_threads):
     theirs = torch_calls()
     expected = [call() for call in theirs]
-    wrong, started = [], threading.Barrier(3)
+    started = threading.Barrier(3)
 
     def work():
         ours = engine_calls()
         first = [call() for call in ours]
-        started.wait()
+        started.wait(60)
         for turn in range(6):
             for i, call in enumerate(ours):
                 j = (turn + i) % len(theirs)
-                if not torch.equal(theirs[j](), expected[j]):
-                    wrong.append(f"torch {j}")
-                if not torch.equal(call(), first[i]):
-                    wrong.append(f"engine {i}")
+                assert torch.equal(theirs[j](), expected[j])
+                assert torch.equal(call(), first[i])
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(work) for _ in range(3)]:
+            done.result()
 
 
 def test_a_block_is_the_same_with_amx_and_avx512():
