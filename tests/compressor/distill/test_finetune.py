@@ -155,6 +155,24 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.safetensors", whole.name]
 
 
+@pytest.mark.parametrize("phase", ["conditions", "paths"])
+def test_cancelled_before_the_training_it_goes_on_there(
+    packed: Path, tmp_path: Path, phase: str
+) -> None:
+    out = tmp_path / "out.safetensors"
+    control = Control(lambda at: (at.phase, at.done) == (phase, 1) and control.cancel())
+    with pytest.raises(Cancelled):
+        tuned(packed, out, iterations=2, batch=1, control=control)
+    assert not out.exists()
+    assert list(tmp_path.rglob("*.npy"))  # the finished conditions, and then a trajectory
+    seen: list[Progress] = []
+    note = tuned(packed, out, iterations=2, batch=1, control=Control(seen.append))
+    assert [at.done for at in seen if at.phase == "fine-tune"] == [1, 2]
+    again = tmp_path / "again.safetensors"
+    assert tuned(packed, again, iterations=2, batch=1) == note
+    assert again.read_bytes() == out.read_bytes()
+
+
 def test_other_choices(packed: Path, tmp_path: Path) -> None:
     header = read_header(packed)
     assert tuner.blocks_to_train(header, "max-vital") == [("double", 0), ("single", 9)]
