@@ -1,4 +1,4 @@
-"""Offline: an original checkpoint and images become a packed file.
+"""Offline compression: makes a packed file from an original checkpoint and images.
 
-Rooms in the order of the work: vitality, planning, packing, distill, evaluate, report.
+Packages in the order of the work: vitality, planning, packing, distill, evaluate, report.
 """

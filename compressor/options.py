@@ -1,11 +1,10 @@
-"""Options of `analyze`, `plan`, `compress`, `finetune` and `evaluate`, checked when they are made.
+"""Options of `analyze`, `plan`, `compress`, `finetune` and `evaluate`, checked when created.
 
     compress(checkpoint, layer_map, out, CompressOptions(steps=(20, 30)))
     compress(checkpoint, layer_map, out, steps=(20, 30))    # the same
 
-The command line, Python, a server and a node all fill these. A value that cannot work raises a
-UserError of one line. Light: the command line takes its defaults from here before anything else is
-imported.
+The command line, Python, a server and a node all fill these. An invalid value raises a UserError of
+one line. This module imports little, because the command line takes its defaults from it.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """How vitality is measured. steps, guidance: None for the model's own."""
+    """How vitality is measured. steps, guidance: None for the model's own values."""
 
     metric: str = "emd"
-    points: int = 10_000  # per cloud; the paper's
+    points: int = 10_000  # per cloud, as in the paper
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     gap: float = 1e-2  # certified relative gap of each EMD
-    curve: bool = True  # also remove blocks one after another
-    curve_images: int = 8  # images for which that is done
+    curve: bool = True  # also measure pruning curves
+    curve_images: int = 8  # images for the pruning curves
     jobs: int = 1  # worker processes, on CPUs
     resume: bool = False
 
@@ -53,24 +52,26 @@ class AnalyzeOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a plan is made: by at most one of these, else automatically. The thresholds `tau` and
-    `tau8` are by block kind: blocks with a vitality below `tau` are pruned, those above `tau8` get
-    8 bits."""
+    """How a plan is made: by one of these options, or automatically if none is given.
+
+    tau, tau8: thresholds by block kind. Blocks with a vitality below `tau` are pruned, those above
+    `tau8` get 8 bits. Both together count as one option.
+    """
 
     target_size: int | None = None  # bytes
     paper: bool = False  # the family's published layer map
-    max_distance: float | None = None  # of the automatic plan: largest distance to the original
+    max_distance: float | None = None  # largest distance of the automatic plan to the original
     tau: Mapping[str, float] = field(default_factory=dict)
     tau8: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ways = {
+        choice = {
             "--target-size": self.target_size is not None,
             "--paper": self.paper,
             "--max-distance": self.max_distance is not None,
             "thresholds": bool(self.tau or self.tau8),
         }
-        if len(given := [name for name, used in ways.items() if used]) > 1:
+        if len(given := [name for name, used in choice.items() if used]) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; choose one")
         if self.target_size is not None:
             choices.at_least_one(self.target_size, "target size")
@@ -87,9 +88,9 @@ class CompressOptions:
     """How a checkpoint is packed.
 
     modulation: "table" (exact, at the schedules' times only), "int8" (any time), "both", or "kept"
-    (as in the original). Tables serve `schedules`; by default each of `samplers` (else the model's
-    own) with each count of `steps` (else its own). embed: shape decoder and image encoder in the
-    file; None: if they take at most 64 MiB together.
+    (unchanged from the original). Tables cover `schedules`; by default every one of `samplers`
+    (default: the model's) with every count of `steps` (default: the model's). embed: stores shape
+    decoder and image encoder in the file; None: if they take at most 64 MiB together.
     """
 
     quantizer: str = "search"
@@ -100,7 +101,7 @@ class CompressOptions:
     table_dtype: str = "F16"  # of modulation tables
     rest: str = "F16"  # of unquantized tensors
     embed: bool | None = None
-    encoder_bits: int = 8  # of the linears of an embedded DINOv2
+    encoder_bits: int = 8  # bits of the embedded image encoder's linears (DINOv2)
 
     def __post_init__(self) -> None:
         check_choice("quantizer", self.quantizer, choices.QUANTIZERS)
@@ -118,13 +119,16 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How kept blocks are trained. steps, guidance: of the teacher's sampling trajectories, None
-    for the packed file's own, whose modulation tables must serve them."""
+    """How kept blocks are trained.
 
-    blocks: str = "min-vital"  # of each kind the least or most vital kept one, or all
+    steps, guidance: of the teacher's sampling trajectories; None for the packed file's own values.
+    The packed file's modulation tables must cover them.
+    """
+
+    blocks: str = "min-vital"  # the least or most vital kept block of each kind, or all
     iterations: int = 1000
-    batch: int = 16  # points per step, and trajectories that are recorded together
-    lr: float = 3e-4  # of Adam, decayed linearly to 0
+    batch: int = 16  # points per iteration, and trajectories recorded together
+    lr: float = 3e-4  # learning rate of Adam, decayed linearly to 0
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
@@ -143,13 +147,13 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """How pairs of meshes are compared; stored in every result."""
+    """How pairs of meshes are compared. Stored in every result."""
 
     resolution: int = 64  # voxels along the reference's longest side
     points: int = 10_000  # surface samples of each mesh for Chamfer and F-score
     emd_points: int = 4096  # 0: no EMD
-    tau: float = 0.05  # of the F-score, in the frame in which the reference is 2 long
-    align: str = "rigid"  # or "similarity" (one scale too), or "none"
+    tau: float = 0.05  # of the F-score, in the frame in which the reference's longest side is 2
+    align: str = "rigid"  # or "similarity" (with one scale), or "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -165,7 +169,7 @@ class EvaluateSettings:
 
 
 def check_sampling(steps: int | None, guidance: float | None) -> None:
-    """UserError for numbers that no model can be sampled with; None is the model's own."""
+    """Raises UserError if no model can be sampled with these values. None: the model's own."""
     if steps is not None:
         choices.steps(steps, "steps")
     if guidance is not None:

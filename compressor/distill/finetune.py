@@ -1,18 +1,18 @@
-"""Targeted distillation: the least vital kept blocks learn to follow the original (section 3.3).
+"""Fine-tuning: trains the least vital kept blocks to follow the original (paper, section 3.3).
 
-    note = finetune("furniture", "model.safetensors", pictures, "tuned.safetensors")
+    note = finetune("furniture", "model.safetensors", images, "tuned.safetensors")
 
-The ORIGINAL network walks from noise to a shape for every picture (paths.py). The trained blocks
-then take optimizer steps on points of these paths, in random order, to lower
+The original network's sampling trajectory is recorded for every image (trajectories.py). The
+trained blocks then take optimizer steps on points of these trajectories, in random order, to lower
 
     |v_student(x, t, I) - v_teacher(x, t, I)|^2 + |v_student(x, t, 0) - v_teacher(x, t, 0)|^2
 
-The paper takes one step at each time of a walk in turn. Mixed points of many walks are what a
-gradient should be an average of: on the furniture model's automatic plan with all blocks trained,
-100 steps on 32 points leave a loss of 0.20 of 0.50, 300 steps along walks of 8 left 0.29 of 0.54.
-Where guidance is off or embedded the second term is left out. The trained weights are seen through
-the packed file's own integers (fake_quant.py), so the result is a packed file of the same layout
-and size.
+The paper takes one optimizer step at each time of a trajectory in turn. Gradients averaged over
+points of many trajectories train better: on the furniture model's automatic plan with all blocks
+trained, 100 steps on 32 points reduce the loss from 0.50 to 0.20, 300 steps along trajectories in
+batches of 8 from 0.54 to 0.29. The second term is omitted if guidance is off or embedded. The
+trained weights are rounded to the packed file's grid in every forward pass (trained_linear.py), so
+the result is a packed file of the same layout and size.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch import Tensor
 import vitapack
 from vitapack.compressor.distill.state import State
 from vitapack.compressor.distill.trainer import (
-    Block,
-    Run,
+    BlockId,
     Settings,
-    Spoilt,
-    Trained,
+    TrainedBlocks,
+    Trainer,
+    TrainingFailed,
 )
-from vitapack.compressor.distill.trajectories import Paths
+from vitapack.compressor.distill.trajectories import Trajectories
 from vitapack.compressor.options import FinetuneOptions
 from vitapack.compressor.packing.compress import as_bytes
 from vitapack.runtime.condition.images import load_image
@@ -56,7 +56,7 @@ from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling.guidance import velocity_of
 
-HELD_OUT = 8  # one picture in so many judges the result and is not trained on, at most as many
+HELD_OUT = 8  # one image in 8 is held out, 8 at most
 
 
 def finetune(
@@ -69,27 +69,26 @@ def finetune(
     control: Control | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Writes the fine-tuned file `out` and returns what its header says of it.
+    """Fine-tunes `packed` into the file `out` and returns the note that its header gets.
 
-    `model` is the original that `packed` was made from; images: files; `changes`: fields of the
-    options. One picture in eight (at most 8; of a single picture another noise) is held out: on
-    their paths the loss is measured before and after.
+    model: the original that `packed` was made from. images: files. changes: fields of the options.
+    One image in eight is held out, 8 at most (with a single image, a second seed of it): the loss
+    on the held-out trajectories is measured before and after.
 
-    A folder `out`.finetune beside `out` keeps the pictures' conditions, the original's paths and
-    the state of the training while it lasts: the same call goes on after an interruption, from the
-    last state that was saved (30 seconds apart), and gives the same file, bit for bit, on the same
-    machine.
+    The folder `out`.finetune, next to `out`, holds condition tokens, trajectories and the training
+    state until training ends. After an interruption the same call continues from the last saved
+    state (one every 30 seconds) and writes the same file, bit for bit, on the same machine.
 
-    Raises UserError for a packed file of another model, no pictures, nothing to train, a state of
-    other settings, a loss that is no number, and where the result is no nearer to the original on
-    the held-out paths; then nothing is written.
+    Raises UserError if `packed` was made from another model, if there are no images or no blocks to
+    train, if a saved state has other settings, if the loss is not finite, or if the result is no
+    closer to the original on the held-out trajectories. Nothing is written then.
     """
     options = merged(FinetuneOptions, options, changes)
     control = control or Control()
     out = destination(out)
     header = read_header(packed)
     if out == header.path.resolve():
-        raise UserError(f"{out} is the file to start from: name another one for the result")
+        raise UserError(f"{out} is the packed file to fine-tune: name another one for the result")
     sampler = SamplerDefaults.from_json(header.sampler).with_values(
         steps=options.steps, guidance=options.guidance
     )
@@ -98,7 +97,7 @@ def finetune(
     )
     chosen = blocks_to_train(header, options.blocks)
     if not images:
-        raise UserError("no pictures to train on: give a folder with at least one")
+        raise UserError("no images to train on: give a folder with at least one")
     pipeline = Pipeline.from_model(model, options.device, memory="lean")
     if pipeline.source_sha256 != header.source["sha256"]:
         raise UserError(
@@ -115,17 +114,17 @@ def finetune(
     }
     folder = out.with_name(f"{out.name}.finetune")
     state = State(folder / "state.safetensors", identity)
-    # Plain PyTorch: the blocks that are trained need gradients, on GPUs too.
+    # The plain path on GPUs too: trained blocks need gradients.
     student = load_packed(packed, Execution(pipeline.device, torch.float32))
-    velocity_of(student, sampler, torch.zeros(1, 1, 1))  # MissingTime now, not after the recording
+    velocity_of(student, sampler, torch.zeros(1, 1, 1))  # a missing table fails before recording
     conditions = condition_all(pipeline, images, digests, folder, control)
-    trained = Trained(student, pipeline.dit, header, chosen)
-    seen, held = record(pipeline, conditions, settings, folder, control)
+    trained = TrainedBlocks(student, pipeline.dit, header, chosen)
+    training, held_out = record(pipeline, conditions, settings, folder, control)
     pipeline.free("denoise")
-    run = Run(student, trained, seen, held, settings, state, pipeline.device)
+    trainer = Trainer(student, trained, training, held_out, settings, state, pipeline.device)
     try:
-        note = run.note(chosen, control)
-    except Spoilt as error:
+        note = trainer.note(chosen, control)
+    except TrainingFailed as error:
         shutil.rmtree(folder)
         raise UserError(str(error)) from None
     write(header, out, trained.stored(), note)
@@ -133,14 +132,17 @@ def finetune(
     return note
 
 
-def blocks_to_train(header: PackedHeader, choice: str) -> list[Block]:
-    """Of each kind the kept block of least or most vitality, or every kept block. UserError."""
+def blocks_to_train(header: PackedHeader, choice: str) -> list[BlockId]:
+    """The least ("min-vital") or most ("max-vital") vital kept block of each kind, or "all".
+
+    Raises UserError if the layer map keeps no blocks, or lacks the vitality that `choice` needs.
+    """
     layer_map: LayerMap = header.layer_map
-    found = []
+    chosen = []
     for kind in BLOCK_FIELDS:
         kept = [block for block in layer_map.blocks if block.kind == kind]
         if choice == "all":
-            found += kept
+            chosen += kept
         elif kept:
             if any(block.vitality is None for block in kept):
                 raise UserError(
@@ -148,10 +150,10 @@ def blocks_to_train(header: PackedHeader, choice: str) -> list[Block]:
                     "with a plan made from `vitapack analyze`, or train with --blocks all"
                 )
             pick = min if choice == "min-vital" else max
-            found.append(pick(kept, key=lambda block: (block.vitality, block.index)))
-    if not found:
+            chosen.append(pick(kept, key=lambda block: (block.vitality, block.index)))
+    if not chosen:
         raise UserError(f"{header.path} keeps no blocks: nothing to train")
-    return [(block.kind, block.index) for block in found]
+    return [(block.kind, block.index) for block in chosen]
 
 
 def condition_all(
@@ -161,20 +163,20 @@ def condition_all(
     folder: Path,
     control: Control,
 ) -> list[Path]:
-    """The condition tokens of every picture, (1, N, D) in a .npy each, made once."""
+    """Files of the condition tokens of every image, (1, N, D), computed only if missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    places = []
+    files = []
     for number, (path, digest) in enumerate(zip(images, digests, strict=True)):
         control.step("conditions", number, len(images))
         key = hashlib.sha256(f"{pipeline.source_sha256} {pipeline.device} {digest}".encode())
-        places.append(folder / f"{key.hexdigest()[:32]}.npy")
-        if not places[-1].exists():
+        files.append(folder / f"{key.hexdigest()[:32]}.npy")
+        if not files[-1].exists():
             cond = pipeline.condition(load_image(path), str(path), control.quiet())
-            with atomic_path(places[-1]) as part:
-                np.save(part, cond.cpu().numpy())
+            with atomic_path(files[-1]) as temporary:
+                np.save(temporary, cond.cpu().numpy())
     control.report("conditions", len(images), len(images))
     pipeline.free("condition")
-    return places
+    return files
 
 
 def record(
@@ -183,28 +185,29 @@ def record(
     settings: Settings,
     folder: Path,
     control: Control,
-) -> tuple[Paths, Paths]:
-    """The original's paths to train on, and those held out: of other pictures, or, where there is
-    only one, from another noise."""
-    last = min(HELD_OUT, -(-len(conditions) // HELD_OUT)) if len(conditions) > 1 else 0
-    rows = [*conditions, *conditions[:1]] if not last else list(conditions)
-    count = len(conditions) - last
+) -> tuple[Trajectories, Trajectories]:
+    """Records the trajectories to train on and the held-out ones, which are of other images (with a
+    single image, of another seed)."""
+    held_out = min(HELD_OUT, -(-len(conditions) // HELD_OUT)) if len(conditions) > 1 else 0
+    files = list(conditions) if held_out else [*conditions, *conditions[:1]]
+    count = len(conditions) - held_out
     seeds = [
-        int(seed) for seed in np.random.default_rng(settings.seed).integers(2**31, size=len(rows))
+        int(seed) for seed in np.random.default_rng(settings.seed).integers(2**31, size=len(files))
     ]
 
-    def part(some: slice) -> Paths:
-        return Paths.record(
-            pipeline, rows[some], seeds[some], settings.sampler, folder, settings.batch,
-            lambda done: control.step("paths", (some.start or 0) + done, len(rows)),
+    def recorded(rows: slice) -> Trajectories:
+        return Trajectories.record(
+            pipeline, files[rows], seeds[rows], settings.sampler, folder, settings.batch,
+            lambda done: control.step("trajectories", (rows.start or 0) + done, len(files)),
             control.quiet(),
         )  # fmt: skip
 
-    return part(slice(0, count)), part(slice(count, None))
+    return recorded(slice(0, count)), recorded(slice(count, None))
 
 
 def write(header: PackedHeader, out: Path, trained: dict[str, Tensor], note: dict) -> None:
-    """The packed file again, with other tensors of the same dtypes and shapes, and the note."""
+    """Writes the packed file to `out` with the trained tensors, whose dtypes and shapes are the
+    same, and with `note` in the header."""
     layer_map = replace(header.layer_map, notes=header.layer_map.notes | {NOTE: note})
     fields = {name: getattr(header, name) for name in FIELDS}
     fields |= {"tool": f"vitapack {vitapack.__version__}", "layer_map": layer_map}

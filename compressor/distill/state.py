@@ -1,4 +1,4 @@
-"""The state of an interrupted training on disk."""
+"""The saved state of a training, from which an interrupted one continues."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vitapack.runtime.files import atomic_path
 
 
 class State:
-    """The training after a step, on the disk: parameters, Adam's moments, the step."""
+    """A training after one iteration, in a file: parameters, Adam's moments, the iteration."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """UserError where the file there belongs to other settings."""
+        """Raises UserError if `path` exists and belongs to a training with another identity."""
         self.path, self.identity = path, json.dumps(identity, sort_keys=True)
         self.header: dict[str, str] = {}
         if path.exists():
@@ -27,14 +27,15 @@ class State:
                 self.header = file.metadata() or {}
             if self.header.get("identity") != self.identity:
                 raise UserError(
-                    f"{path} belongs to a training with other files or settings: go on with "
+                    f"{path} belongs to a training with other files or settings: continue with "
                     f"those, delete {path.parent}, or name another output file"
                 )
 
     def load(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> tuple[int, float | None]:
-        """Fills both; returns the step and the loss before the training (0 and None: no state)."""
+        """Restores both. Returns the iteration and the loss before training, (0, None) if no state
+        was saved."""
         if not self.header:
             return 0, None
         step, tensors = int(self.header["step"]), load_file(self.path)
@@ -52,10 +53,11 @@ class State:
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        """Writes the file atomically. `step`: iterations done; `before`: loss before training."""
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{key} {name}"] = optimizer.state[parameter][key]
         metadata = {"identity": self.identity, "step": str(step), "before": str(before)}
-        with atomic_path(self.path) as part:
-            save_file(tensors, part, metadata)
+        with atomic_path(self.path) as temporary:
+            save_file(tensors, temporary, metadata)

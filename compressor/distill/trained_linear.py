@@ -1,12 +1,12 @@
-"""A packed linear that can be trained: float master weights, seen through the file's own grid.
+"""A trainable packed linear: float master weights, rounded to the packed file's grid.
 
-    linear = TrainedLinear(packed, original)   # stands in the packed linear's place
-    linear(x)                                  # what the file will hold, gradients to the master
-    linear.stored()                            # its tensors for the file
+    linear = TrainedLinear(packed, original)   # replaces the packed linear
+    linear(x)                                  # uses the rounded weight; gradients reach the master
+    linear.stored()                            # tensors for the packed file
 
-The integers are chosen again at every call, on the channel scales, group scales and zero points
-that the packed file has: layout and size stay, and what is trained is what will be held. The
-rounding passes its gradient straight through (Bengio et al. 2013).
+Every forward pass rounds the master again, with the channel scales, group scales and zero points of
+the packed file: layout and size stay the same, and training sees exactly the weights that will be
+stored. Gradients pass straight through the rounding (Bengio et al. 2013).
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ class TrainedLinear(nn.Module):
     """y = x W^T + b; W float32 (N, K) is rounded in the forward pass, b float32 (N,) is not."""
 
     def __init__(self, packed: PackedLinear, original: Tensor) -> None:
-        """`original`: the weight (N, K) that was packed. The master is this one wherever it rounds
-        to the file's integer, and the file's own value elsewhere (in a file that was fine-tuned
-        before): so training begins at exactly the packed network, but inside the rounding
-        intervals, not all in their middles, where no small step would change an integer."""
+        """`original`: the weight (N, K) before packing.
+
+        The master starts from the original weight if it rounds to the stored integer, else (in a
+        file that was fine-tuned before) from the stored value. Training so starts exactly at the
+        packed network, with masters spread over their rounding intervals: from the middle of an
+        interval no small step would change an integer.
+        """
         super().__init__()
         self.grid = packed.packed()
-        held = dequantize(self.grid)
-        near = dequantize(rounded(original.to(held), self.grid)) == held
-        self.weight = nn.Parameter(torch.where(near, original.to(held), held))
+        stored = dequantize(self.grid)
+        unchanged = dequantize(rounded(original.to(stored), self.grid)) == stored
+        self.weight = nn.Parameter(torch.where(unchanged, original.to(stored), stored))
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class TrainedLinear(nn.Module):
         return F.linear(x, self.weight + change, self.bias)
 
     def stored(self) -> dict[str, Tensor]:
-        """Tensors by the suffix that each has after the linear's name in the packed file."""
+        """Tensors for the packed file, keyed by their suffix to the linear's name ("bias", ...)."""
         weight = rounded(self.weight.detach(), self.grid)
-        tensors = {f"weight.{part}": tensor for part, tensor in weight.tensors.items()}
+        tensors = {f"weight.{suffix}": tensor for suffix, tensor in weight.tensors.items()}
         return tensors if self.bias is None else tensors | {"bias": self.bias.detach()}

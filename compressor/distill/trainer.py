@@ -1,5 +1,4 @@
-"""Trains the chosen blocks of a packed network on points of the original's sampling
-trajectories."""
+"""Trains blocks of a packed network on points of the original's sampling trajectories."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from vitapack.compressor.distill.state import State
 from vitapack.compressor.distill.trained_linear import TrainedLinear
-from vitapack.compressor.distill.trajectories import Paths
+from vitapack.compressor.distill.trajectories import Trajectories
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.format.layermap import BLOCK_FIELDS
 from vitapack.runtime.format.reader import torch_dtype
@@ -25,15 +24,15 @@ from vitapack.runtime.networks.linear import PackedLinear
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.progress import Control
 
-Block = tuple[str, int]  # kind, original index
+BlockId = tuple[str, int]  # kind, original index
 
-SAVE_SECONDS = 30.0  # between two states on the disk
+SAVE_SECONDS = 30.0  # between two saved states
 WARM_UP = 20  # iterations until the learning rate is reached; then it falls linearly to 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a training depends on, its files aside: checked options and the sampler."""
+    """Everything except files that a training depends on: checked options and the sampler."""
 
     blocks: str
     iterations: int
@@ -43,26 +42,27 @@ class Settings:
     sampler: SamplerDefaults
 
     def rate(self, step: int) -> float:
+        """The learning rate of iteration `step`."""
         return self.lr * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.iterations)
 
 
-class Spoilt(Exception):
-    """A training that led nowhere: its state is of no use."""
+class TrainingFailed(Exception):
+    """Training diverged or did not improve; its saved state is discarded."""
 
 
-class Trained:
-    """The student's parameters that are trained, and how they are stored."""
+class TrainedBlocks:
+    """The trainable parameters of the student, and their tensors for the packed file."""
 
     def __init__(
-        self, student: Network, teacher: Network, header: PackedHeader, blocks: Sequence[Block]
+        self, student: Network, teacher: Network, header: PackedHeader, blocks: Sequence[BlockId]
     ) -> None:
-        """Puts trainable linears in the place of the blocks' packed ones; biases, norms and linears
-        of 16 bits are trained as they are, modulation never."""
-        places = tuple(f"{BLOCK_FIELDS[kind]}.{index}." for kind, index in blocks)
+        """Replaces the packed linears of `blocks` in the student by trainable ones. Biases, norms
+        and 16-bit linears are trained directly, modulation is not trained."""
+        prefixes = tuple(f"{BLOCK_FIELDS[kind]}.{index}." for kind, index in blocks)
         self.linears: dict[str, TrainedLinear] = {}
-        self.plain: dict[str, nn.Parameter] = {}  # stored in `rest`
+        self.plain: dict[str, nn.Parameter] = {}  # stored in the header's `rest` dtype
         for name, linear in header.network.linears().items():
-            if linear.role != "block" or not name.startswith(places):
+            if linear.role != "block" or not name.startswith(prefixes):
                 continue
             module = student.get_submodule(name)
             if isinstance(module, PackedLinear):
@@ -73,7 +73,7 @@ class Trained:
                 leaves = module.named_parameters()
                 self.plain |= {f"{name}.{leaf}": parameter for leaf, parameter in leaves}
         for name in header.network.norms():
-            if name.startswith(places):
+            if name.startswith(prefixes):
                 self.plain[name] = student.get_parameter(name)
         self.rest = torch_dtype(header.rest)
         self.parameters = dict(self.plain)
@@ -84,70 +84,76 @@ class Trained:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Brings to the file's float dtype what is held in it: the student is then the file."""
+        """Rounds the plain parameters and biases to their stored dtype; the student then equals the
+        packed file."""
         for name, parameter in self.parameters.items():
             if name in self.plain or name.endswith(".bias"):
                 parameter.copy_(parameter.to(self.rest))
 
     def stored(self) -> dict[str, Tensor]:
-        """By name in the packed file."""
+        """The trained tensors by name in the packed file."""
         tensors = {name: parameter.detach() for name, parameter in self.plain.items()}
         for name, module in self.linears.items():
-            tensors |= {f"{name}.{suffix}": part for suffix, part in module.stored().items()}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in module.stored().items()}
         return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
-class Run:
-    """The training itself, and its judgement."""
+class Trainer:
+    """Runs the training and evaluates it on the held-out trajectories."""
 
     def __init__(
         self,
         student: Network,
-        trained: Trained,
-        seen: Paths,
-        held: Paths,
+        trained: TrainedBlocks,
+        training: Trajectories,
+        held_out: Trajectories,
         settings: Settings,
         state: State,
         device: str,
     ) -> None:
         self.student, self.trained, self.settings, self.state = student, trained, settings, state
-        self.seen, self.held, self.device = seen, held, device
+        self.training, self.held_out, self.device = training, held_out, device
         self.optimizer = torch.optim.Adam(trained.parameters.values(), lr=settings.lr)
 
-    def note(self, chosen: Sequence[Block], control: Control) -> dict[str, Any]:
-        """Trains, and returns what the file will say of it. Spoilt if there is no use in it."""
+    def note(self, chosen: Sequence[BlockId], control: Control) -> dict[str, Any]:
+        """Trains, and returns the note for the packed file's header.
+
+        Raises TrainingFailed if the loss is not finite or the held-out loss does not fall.
+        """
         step, before = self.state.load(self.trained.parameters, self.optimizer)
         if before is None:
-            before = self.judge()
+            before = self.held_out_loss()
         self.train(step, before, control)
         self.trained.round()
-        after = self.judge()
+        after = self.held_out_loss()
         if not after < before:
-            raise Spoilt(
-                f"after {self.settings.iterations} iterations the network is no nearer to the "
-                f"original (loss {after:.4g}, before {before:.4g}, on {len(self.held.files)} "
-                "held-out paths): nothing was written; try a lower --lr, or more pictures and "
-                "iterations"
+            raise TrainingFailed(
+                f"after {self.settings.iterations} iterations the network is no closer to the "
+                f"original (loss {after:.4g}, before {before:.4g}, on {len(self.held_out.files)} "
+                "held-out trajectories): nothing was written; try a lower --lr, or more images "
+                "and iterations"
             )
         settings = asdict(self.settings)
         return {
             "blocks": [list(block) for block in chosen],
             **{key: settings[key] for key in ("iterations", "batch", "lr", "seed", "sampler")},
-            "pictures": len(self.seen.files),
-            "held_out_pictures": len(self.held.files),
+            "pictures": len(self.training.files),
+            "held_out_pictures": len(self.held_out.files),
             "loss_before": float(f"{before:.6g}"),
             "loss_after": float(f"{after:.6g}"),
         }
 
     def train(self, step: int, before: float, control: Control) -> None:
+        """Trains from iteration `step` to the last, saving the state every SAVE_SECONDS."""
         settings, saved = self.settings, time.monotonic()
-        size = min(settings.batch, len(self.seen))
+        size = min(settings.batch, len(self.training))
         while step < settings.iterations:
             control.check()
             rng = np.random.default_rng([settings.seed, step])
-            loss = self.loss(self.seen, rng.choice(len(self.seen), size, replace=False).tolist())
+            numbers = rng.choice(len(self.training), size, replace=False).tolist()
+            loss = self.loss(self.training, numbers)
             if not torch.isfinite(loss):
-                raise Spoilt(
+                raise TrainingFailed(
                     f"the loss is {float(loss)} after {step} iterations: nothing was written; try "
                     "a lower --lr"
                 )
@@ -162,26 +168,27 @@ class Run:
                 self.state.save(step, before, self.trained.parameters, self.optimizer)
                 saved = time.monotonic()
 
-    def loss(self, paths: Paths, numbers: Sequence[int]) -> Tensor:
-        """The paper's, averaged over points."""
-        points = paths.read(numbers, self.device)
+    def loss(self, trajectories: Trajectories, numbers: Sequence[int]) -> Tensor:
+        """The paper's loss, averaged over the points with the given numbers."""
+        points = trajectories.read(numbers, self.device)
         embedded = self.student.config.embeds_guidance
         guidance = torch.full_like(points.t, self.settings.sampler.guidance) if embedded else None
         step = self.student.step_modulation(points.t, guidance)
-        found = self.student(points.x, step, points.cond)
-        errors = (found - points.with_image).square().flatten(1).mean(1)
-        if points.guided.any():  # one token of zeros stands for all of them, see denoise.py
-            nothing = Condition(torch.zeros_like(points.cond[:, :1]), points.cond.shape[1])
-            found = self.student(points.x, step, nothing)
-            without = (found - points.without).square().flatten(1).mean(1)
-            errors = errors + without * points.guided
+        velocity = self.student(points.x, step, points.cond)
+        errors = (velocity - points.conditional).square().flatten(1).mean(1)
+        if points.guided.any():  # the null condition as one repeated token of zeros
+            null = Condition(torch.zeros_like(points.cond[:, :1]), points.cond.shape[1])
+            velocity = self.student(points.x, step, null)
+            unconditional = (velocity - points.unconditional).square().flatten(1).mean(1)
+            errors = errors + unconditional * points.guided
         return errors.mean()
 
     @torch.no_grad()
-    def judge(self) -> float:
-        """Mean loss over the held-out paths."""
+    def held_out_loss(self) -> float:
+        """Mean loss over all points of the held-out trajectories."""
         losses = []
-        for start in range(0, len(self.held), self.settings.batch):
-            some = range(start, min(start + self.settings.batch, len(self.held)))
-            losses += [float(self.loss(self.held, some))] * len(some)
+        count = len(self.held_out)
+        for start in range(0, count, self.settings.batch):
+            numbers = range(start, min(start + self.settings.batch, count))
+            losses += [float(self.loss(self.held_out, numbers))] * len(numbers)
         return float(np.mean(losses))

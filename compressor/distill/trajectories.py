@@ -1,12 +1,12 @@
-"""The original's own paths from noise, recorded once for a network that is to follow them.
+"""Records the original's sampling trajectories, which the student learns to follow.
 
-    paths = Paths.record(pipeline, conditions, seeds, sampler, folder, batch=8)
-    sample = paths.read([3, 81, 20], "cpu")    # points by number, in any order
+    trajectories = Trajectories.record(pipeline, conditions, seeds, sampler, folder, batch=8, ...)
+    sample = trajectories.read([3, 81, 20], "cpu")    # points by number, in any order
 
-The sampler walks as it would for a mesh, and at every time that it asks for a velocity the point x
-and the network's velocities with and without the picture are kept, in float16: 4 MB a path of
-Hunyuan3D-2mini at 20 steps. What a sampler skips, because it would be multiplied by zero, is not
-asked for.
+The sampler runs as it does for a mesh. At each time at which it evaluates the network, the latents
+x and the conditional and unconditional velocities are stored in float16: 4 MB per trajectory of
+Hunyuan3D-2mini at 20 steps. Evaluations that the sampler skips, because guidance would multiply
+them by zero, are not made.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from vitapack.runtime.networks.modulation import StepModulation
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.progress import Control
-from vitapack.runtime.sampling import solvers as sampling
+from vitapack.runtime.sampling import solvers
 from vitapack.runtime.sampling.guidance import velocity_of
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Points of several paths and what the original makes of them."""
+    """A batch of points of trajectories, with the original's velocities there."""
 
     x: Tensor  # (B, *latents) float32
     t: Tensor  # (B,) float64
     cond: Tensor  # (B, N, D) float32
-    with_image: Tensor  # velocities as x
-    without: Tensor
-    guided: Tensor  # (B,) bool: is `without` a velocity, or is guidance off (embedded) there?
+    conditional: Tensor  # velocities, shape and dtype of x
+    unconditional: Tensor  # zeros if not `guided`
+    guided: Tensor  # (B,) bool; False: guidance is off or embedded, so only `conditional` counts
 
 
-class Paths:
-    """Files of paths and of the conditions that they belong to."""
+class Trajectories:
+    """Files of recorded trajectories, and of their condition tokens."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Paths:
         sampler: SamplerDefaults,
         embedded: bool,
     ) -> None:
-        """`embedded`: of a network that embeds its guidance, which has no velocity without."""
+        """`embedded`: the network embeds its guidance and makes no unconditional pass."""
         self.conditions, self.files = conditions, files
         self.times = sorted(set(evaluation_times(sampler)), reverse=True)
         guided = None if embedded else guided_times(sampler)
@@ -72,29 +72,32 @@ class Paths:
         batch: int,
         report: Callable[[int], None],
         control: Control | None = None,
-    ) -> Paths:
-        """A path of each condition file's tokens (1, N, D) from the noise of its seed, into the
-        folder; what is there already stays. `batch` walk together, always the same ones. `report`
-        is told how many are done; `control` cancels within a step."""
-        named = zip(conditions, seeds, strict=True)
-        how = hashlib.sha256(repr(sampler).encode()).hexdigest()[:8]
-        files = [folder / f"path-{place.stem}-{seed}-{how}.npy" for place, seed in named]
-        paths = cls(conditions, files, sampler, pipeline.dit.config.embeds_guidance)
+    ) -> Trajectories:
+        """Records one trajectory per condition file, whose tokens are (1, N, D), from its seed.
+
+        Files go into `folder`, which exists; those already there are kept. Trajectories are
+        recorded in fixed batches of `batch`. `report` gets the number of finished trajectories;
+        `control` cancels within a step.
+        """
+        pairs = zip(conditions, seeds, strict=True)
+        key = hashlib.sha256(repr(sampler).encode()).hexdigest()[:8]
+        files = [folder / f"path-{condition.stem}-{seed}-{key}.npy" for condition, seed in pairs]
+        trajectories = cls(conditions, files, sampler, pipeline.dit.config.embeds_guidance)
         for start in range(0, len(files), batch):
             report(start)
-            some = slice(start, start + batch)
-            if not all(file.exists() for file in files[some]):
-                cond = torch.cat([torch.from_numpy(np.load(place)) for place in conditions[some]])
-                noise = torch.cat([pipeline.noise(seed) for seed in seeds[some]])
-                walked = paths.walk(pipeline.dit, sampler, cond, noise, control)
-                for file, path in zip(files[some], walked, strict=True):
-                    with atomic_path(file) as part, part.open("wb") as out:
-                        np.save(out, path)
+            rows = slice(start, start + batch)
+            if not all(file.exists() for file in files[rows]):
+                cond = torch.cat([torch.from_numpy(np.load(path)) for path in conditions[rows]])
+                noise = torch.cat([pipeline.noise(seed) for seed in seeds[rows]])
+                recorded = trajectories.sample(pipeline.dit, sampler, cond, noise, control)
+                for file, points in zip(files[rows], recorded, strict=True):
+                    with atomic_path(file) as temporary, temporary.open("wb") as out:
+                        np.save(out, points)
         report(len(files))
-        return paths
+        return trajectories
 
     @torch.inference_mode()
-    def walk(
+    def sample(
         self,
         network: Network,
         sampler: SamplerDefaults,
@@ -102,25 +105,26 @@ class Paths:
         noise: Tensor,
         control: Control | None = None,
     ) -> np.ndarray:
-        """(B, times, 3, *latents) float16: x, velocity with the picture, without."""
-        found = np.zeros((len(noise), len(self.times), 3, *noise.shape[1:]), np.float16)
-        recorder = Recorder(network, {t: found[:, i] for i, t in enumerate(self.times)})
+        """Samples a batch from `noise`, (B, *latents), and returns (B, times, 3, *latents) float16:
+        x, conditional and unconditional velocity at each time."""
+        recorded = np.zeros((len(noise), len(self.times), 3, *noise.shape[1:]), np.float16)
+        recorder = Recorder(network, {t: recorded[:, i] for i, t in enumerate(self.times)})
         velocity = velocity_of(cast(Network, recorder), sampler, cond)
-        where = next(network.parameters()).device
-        for _ in sampling.trajectory(velocity, noise.to(where), sampler, control):
+        device = next(network.parameters()).device
+        for _ in solvers.trajectory(velocity, noise.to(device), sampler, control):
             pass
-        return found
+        return recorded
 
     def __len__(self) -> int:
-        """Points in all."""
+        """Number of points of all trajectories."""
         return len(self.files) * len(self.times)
 
     def read(self, numbers: Sequence[int], device: str) -> Sample:
-        """Points by their number, below `len(self)`."""
+        """The points with the given numbers, each below `len(self)`."""
         index = [divmod(number, len(self.times)) for number in numbers]
-        stored = [np.load(self.files[path], mmap_mode="r")[time] for path, time in index]
+        stored = [np.load(self.files[row], mmap_mode="r")[time] for row, time in index]
         points = torch.from_numpy(np.stack(stored)).to(device, torch.float32)
-        cond = torch.cat([torch.from_numpy(np.load(self.conditions[path])) for path, _ in index])
+        cond = torch.cat([torch.from_numpy(np.load(self.conditions[row])) for row, _ in index])
         return Sample(
             points[:, 0],
             torch.tensor([self.times[time] for _, time in index], dtype=torch.float64).to(device),
@@ -132,10 +136,13 @@ class Paths:
 
 
 class Recorder:
-    """Takes a network's place under the sampler and records its inputs and outputs."""
+    """Wraps a network for the sampler and records its inputs and outputs.
 
-    def __init__(self, network: Network, kept: dict[float, np.ndarray]) -> None:
-        self.network, self.kept, self.config = network, kept, network.config
+    records: by time, (B, 3, *latents), filled by each evaluation.
+    """
+
+    def __init__(self, network: Network, records: dict[float, np.ndarray]) -> None:
+        self.network, self.records, self.config = network, records, network.config
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.network.parameters()
@@ -146,8 +153,8 @@ class Recorder:
     def __call__(self, x: Tensor, step: tuple[float, StepModulation], cond: Condition) -> Tensor:
         t, inner = step
         velocity = self.network(x, inner, cond)
-        with_image = bool(cond.tokens.any())  # all tokens of the unconditional pass are zeros
-        if with_image:
-            self.kept[t][:, 0] = x.float().cpu().numpy()
-        self.kept[t][:, 1 if with_image else 2] = velocity.float().cpu().numpy()
+        conditional = bool(cond.tokens.any())  # all tokens of the null condition are zeros
+        if conditional:
+            self.records[t][:, 0] = x.float().cpu().numpy()
+        self.records[t][:, 1 if conditional else 2] = velocity.float().cpu().numpy()
         return velocity

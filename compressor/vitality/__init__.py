@@ -1,5 +1,5 @@
-"""Measures how vital each block is: the EMD of the mesh with the block skipped.
+"""Measures the vitality of every block: the EMD between meshes with and without the block.
 
-analyze.py is the entry, ablation.py measures one block, journal.py makes it resumable, table.py is
-the result. May import: runtime, kernels, evaluate.
+analyze.py is the entry, ablation.py measures one ablation, journal.py makes runs resumable,
+table.py holds the result. May import: runtime, kernels, evaluate.
 """

@@ -1,10 +1,10 @@
-"""One ablation: a picture generated without some blocks, and how far that is from the full model's.
+"""One ablation: a generation without some blocks, and its distance to the original's output.
 
-    with runner(pipeline, settings, cache, jobs=2) as run:
+    with runner(pipeline, settings, cache, jobs=2, control=control) as run:
         for position, record in run([("full", (digest, name, image)), ...]): ...
 
-Every record depends on its task alone: noise and clouds have seeds of their own, made from the
-picture and the removed blocks, so neither order nor processes show in the results.
+A record depends on its job alone: noise and clouds have their own seeds, derived from the image and
+the removed blocks, so results do not depend on the order of the jobs or the number of processes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ if TYPE_CHECKING:
     from vitapack.runtime.networks.network import Network
     from vitapack.runtime.pipeline.pipeline import Pipeline
 
-Block = tuple[str, int]  # kind and original index
-# Three more clouds of the full mesh an image: 24 images then pool 48 degrees of freedom.
+BlockId = tuple[str, int]  # kind and original index
+# Additional clouds of the original's mesh per image: 24 images then pool 48 degrees of freedom.
 FLOOR_DRAWS = 3
-POLL_SECONDS = 0.2  # between two looks at whether a run with worker processes was cancelled
-# EMD(Y, Y') is measured only where the distance is below this many floors. Beyond it, a floor that
-# is wrong by 20 % moves the debiased distance by less than 4 %.
+POLL_SECONDS = 0.2  # between two checks for cancellation while workers run
+# EMD(Y, Y') is measured only if the distance is below this many floors. Above, an error of 20 % in
+# the floor changes the debiased distance by less than 4 %.
 FLOOR_MATTERS = 2.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What, with the model, a record depends on: the journal's key is their hash."""
+    """The settings that determine a record, together with the model. The journal's key is a hash of
+    both."""
 
     metric: str
     points: int
@@ -55,32 +56,34 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Full:
-    """The full model's output for one picture, as all its ablations need it."""
+class FullOutput:
+    """The original's output for one image, which all ablations of that image are compared with."""
 
     cond: np.ndarray  # (1, N, D)
     noise_seed: int
     latents: np.ndarray  # (1, L, C) float32
     solid: np.ndarray  # (R, R, R) bool
     centre: np.ndarray  # (3,) float64, of the mesh's bounding box
-    half: float  # of its longest side
-    cloud: np.ndarray  # (points, 3) in the frame
+    half: float  # half of its longest side
+    cloud: np.ndarray  # (points, 3) float32, in the frame
     floor: float
 
 
 class Measure:
-    """Runs generations and compares them. Its results depend on the task alone."""
+    """Runs generations and compares them. The public methods are the jobs; a record depends on the
+    arguments alone."""
 
     def __init__(
         self, pipeline: Pipeline, settings: Settings, cache: Path, control: Control
     ) -> None:
-        """`control` cancels a task at work; its progress is not reported."""
+        """`control` cancels a running job; progress within a job is not reported."""
         self.pipeline, self.settings, self.cache = pipeline, settings, cache
         self.control = control
-        # Tasks come image by image; a second one is for the pair distances.
+        # Jobs are ordered by image, so one entry would do; pair distances need two.
         self._load = functools.lru_cache(maxsize=2)(self._read)
 
     def full(self, digest: str, name: str, image: Image.Image) -> dict[str, Any]:
+        """Generates the original's output, caches it in a file and measures the sampling floor."""
         noise_seed = _seed(self.settings.seed, digest, "noise") % 2**31
         try:
             cond = self.pipeline.condition(image, name, self.control)
@@ -113,7 +116,8 @@ class Measure:
             np.savez(file, **arrays)
         return {"noise_seed": noise_seed, "floors": draws}
 
-    def without(self, digest: str, removed: tuple[Block, ...]) -> dict[str, Any]:
+    def without(self, digest: str, removed: tuple[BlockId, ...]) -> dict[str, Any]:
+        """Generates without the removed blocks and compares with the cached original's output."""
         full = self._load(digest)
         latent_mse, iou, mesh = None, 0.0, None
         try:
@@ -122,7 +126,7 @@ class Measure:
                 full.noise_seed,
                 self.pipeline.dit.without(*removed),
             )
-            # Channels beyond the decoder's own are fixed places that some families carry along.
+            # Channels beyond the decoder's own are anchors, which do not change.
             own = slice(self.pipeline.decoder.latent_shape[-1])
             both = (full.latents, latents.numpy())
             before, after = (z[..., own].astype(np.float64) for z in both)
@@ -154,8 +158,10 @@ class Measure:
         }
 
     def pair(self, a: str, b: str) -> dict[str, Any]:
-        """The distance between the full outputs of two pictures, each in its own frame; of one
-        picture from itself: to that shape collapsed into its centroid."""
+        """Distance between the original's outputs for two images, each in its own frame.
+
+        For a == b: distance of that shape to itself collapsed into its centroid.
+        """
         x, y = self._load(a).cloud, self._load(b).cloud
         return self._distance(x, _collapsed(x) if a == b else y)
 
@@ -187,14 +193,14 @@ class Measure:
             return {"distance": chamfer(x, y), "gap": 0.0}
         from vitapack.kernels.emd.solve import emd
 
-        found = emd(x, y, gap=self.settings.gap, threads=1)
-        return {"distance": float(found.distance), "gap": float(found.gap)}
+        result = emd(x, y, gap=self.settings.gap, threads=1)
+        return {"distance": float(result.distance), "gap": float(result.gap)}
 
-    def _read(self, digest: str) -> Full:
+    def _read(self, digest: str) -> FullOutput:
         with np.load(self.cache / f"{digest}.npz") as saved:
             shape = tuple(saved["shape"])
             solid = np.unpackbits(saved["solid"], count=int(np.prod(shape))).reshape(shape)
-            return Full(
+            return FullOutput(
                 cond=saved["cond"],
                 noise_seed=int(saved["noise_seed"]),
                 latents=saved["latents"],
@@ -207,11 +213,14 @@ class Measure:
 
 
 def chamfer(x: np.ndarray, y: np.ndarray) -> float:
-    """Sum of the two mean squared nearest-neighbour distances: the paper's CD (Table A)."""
+    """Chamfer², the paper's CD (Table A): the sum of both mean squared nearest-neighbour distances.
+
+    x, y: (points, 3).
+    """
     from scipy.spatial import cKDTree
 
-    there, back = cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
-    return float(np.square(there).mean() + np.square(back).mean())
+    x_to_y, y_to_x = cKDTree(y).query(x)[0], cKDTree(x).query(y)[0]
+    return float(np.square(x_to_y).mean() + np.square(y_to_x).mean())
 
 
 def _collapsed(cloud: np.ndarray) -> np.ndarray:
@@ -219,53 +228,54 @@ def _collapsed(cloud: np.ndarray) -> np.ndarray:
 
 
 def _seed(seed: int, digest: str, label: str) -> int:
-    """A seed of its own for every use, the same in whatever order or process it is asked for."""
+    """A separate seed for every use, independent of order and process."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{digest}|{label}".encode()).digest()[:6], "big")
 
 
-Task = tuple[str, tuple[Any, ...]]  # a method of Measure and its arguments
-Run = Callable[[Sequence[Task]], Iterator[tuple[int, dict[str, Any]]]]
+Job = tuple[str, tuple[Any, ...]]  # a method of Measure and its arguments
+RunJobs = Callable[[Sequence[Job]], Iterator[tuple[int, dict[str, Any]]]]
 
 _worker: Measure | None = None
 
 
 def _start(pipeline: Pipeline, settings: Settings, cache: Path, flag: Flag, threads: int) -> None:
     global _worker
-    # Ctrl-C reaches every process of a terminal: the parent alone acts on it.
+    # Ctrl-C reaches every process of a terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     _worker = Measure(pipeline, settings, cache, Control(flag=flag))
 
 
-def _do(task: Task) -> dict[str, Any]:
+def _do(job: Job) -> dict[str, Any]:
     assert _worker is not None
-    return getattr(_worker, task[0])(*task[1])
+    return getattr(_worker, job[0])(*job[1])
 
 
 @contextlib.contextmanager
 def runner(
     pipeline: Pipeline, settings: Settings, cache: Path, jobs: int, control: Control
-) -> Iterator[Run]:
-    """Yields a function from tasks to (position, record) in the order in which they finish.
+) -> Iterator[RunJobs]:
+    """Yields a function that runs jobs and yields (position, record) as each job finishes.
 
-    That function raises Cancelled after `control.cancel()`, and tasks at work end early.
+    jobs: number of worker processes; 1 runs in this process. The function raises Cancelled after
+    `control.cancel()`, and running jobs stop early. Raises UserError if a worker was killed.
     """
     if jobs == 1:
         measure = Measure(pipeline, settings, cache, control.quiet())
 
-        def here(tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
-            for position, (method, arguments) in enumerate(tasks):
+        def run_here(batch: Sequence[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
+            for position, (method, arguments) in enumerate(batch):
                 control.check()
                 yield position, getattr(measure, method)(*arguments)
 
-        yield here
+        yield run_here
         return
 
     import multiprocessing
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
 
-    # "spawn": a fork after torch has started its threads can hang.
+    # "spawn", because a fork after torch has started its threads can hang.
     context = multiprocessing.get_context("spawn")
     flag = context.Event()
     pool = ProcessPoolExecutor(
@@ -275,21 +285,21 @@ def runner(
         initargs=(pipeline, settings, cache, flag, torch.get_num_threads()),
     )
 
-    def there(tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
-        position = {pool.submit(_do, task): i for i, task in enumerate(tasks)}
-        waiting = set(position)
-        while waiting:
+    def run_in_workers(batch: Sequence[Job]) -> Iterator[tuple[int, dict[str, Any]]]:
+        position = {pool.submit(_do, job): i for i, job in enumerate(batch)}
+        pending = set(position)
+        while pending:
             control.check()
-            done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
             for future in done:
                 yield position[future], future.result()
 
     try:
-        yield there
+        yield run_in_workers
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for lack of memory; go on with --resume and "
-            "fewer jobs"
+            "a worker process was killed, perhaps for lack of memory; continue with --resume and "
+            "fewer --jobs"
         ) from error
     finally:
         if control.cancelled:

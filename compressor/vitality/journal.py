@@ -1,9 +1,9 @@
-"""An append-only journal of measurements, so that a killed run loses only what was in flight.
+"""An append-only journal of measurements: a killed run loses only its unfinished jobs.
 
     journal = Journal(path, key="3f0a...", resume=True)
     if task not in journal: journal.add(task, record)
 
-One JSON line each: first the key of the settings that the records belong to, then the records.
+One JSON object per line: first the key (a hash of model and settings), then the records.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from vitapack.runtime.errors import UserError
 
 
 class Journal:
-    """Records by name. A half-written last line, as a kill leaves it, is cut off and forgotten."""
+    """Records by job name. A half-written last line, which a killed run leaves, is cut off."""
 
     def __init__(self, path: Path, key: str, *, resume: bool) -> None:
-        """Raises UserError where `resume` meets a journal of other settings."""
+        """Opens the file; without `resume` it starts empty.
+
+        Raises UserError if the journal to resume has another key, or if it cannot be written.
+        """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         try:
@@ -35,7 +38,7 @@ class Journal:
             self._append({"key": key})
 
     def _read(self, key: str) -> int:
-        """Fills `records`; returns how many bytes of the file are whole lines."""
+        """Fills `records` and returns the size in bytes of the file's complete lines."""
         raw = self.path.read_bytes()
         keep = 0
         for line in raw.splitlines(keepends=True):
@@ -47,7 +50,7 @@ class Journal:
                 break
             if keep == 0 and entry.get("key") != key:
                 raise UserError(
-                    f"{self.path}: was written for another model or other settings; "
+                    f"{self.path} was written for another model or other settings; "
                     "delete it, run without --resume, or choose another output file"
                 )
             if keep:
@@ -62,7 +65,7 @@ class Journal:
         return self.records[task]
 
     def add(self, task: str, record: dict[str, Any]) -> None:
-        """On the disk when this returns."""
+        """Appends a record; it is on disk (fsync) when this returns."""
         self._append({"task": task, "record": record})
         self.records[task] = record
 

@@ -1,10 +1,10 @@
-"""The vitality table: what was measured per block, its statistics, and the file that holds it.
+"""The vitality table: measurements and statistics of every block, and their file.
 
     vitality = Vitality.load("vitality.json")
     vitality.of("single", 9).mean          # EMD with that block left out, averaged over the images
 
 `vitapack.compressor.vitality` measures it, `vitapack.compressor.planning.automatic` turns it into a
-layer map. Neither torch nor a model is needed here.
+layer map. Needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class BlockVitality:
 
     kind: str
     index: int
-    mean: float  # V(l): the mean distance to the full model's cloud, sampling floor included
+    mean: float  # V(l): mean distance to the original's cloud, sampling floor included
     low: float  # 95 % bootstrap interval of that mean over the images
     high: float
-    floor: float  # what two samplings of the same surface are apart, mean over the images
+    floor: float  # distance between two samplings of one surface, mean over the images
     debiased: float  # the mean without the floor: sqrt(mean^2 - floor^2), at least 0
     sigmas: float  # (mean - floor) in standard deviations of the floor's mean
-    non_vital: bool  # sigmas <= 2: not to be told from sampling the full model's surface again
+    non_vital: bool  # sigmas <= 2: indistinguishable from resampling the original's surface
     chamfer: float  # sum of the two mean squared nearest-neighbour distances
     latent_mse: float | None  # |z - z_full|^2 / |z_full|^2; None if it was never finite
-    iou: float  # of the solid cells of the two grids
-    missing: int  # images for which no surface was left
+    iou: float  # of the two grids' solid cells
+    missing: int  # images that gave no surface
     bytes: int  # of the block in fp16, modulation included
 
 
@@ -62,8 +62,8 @@ class CurvePoint:
     distance: float
     floor: float
     debiased: float
-    sigmas: float  # as of a block: within 2 the output cannot be told from the full model's
-    reach: float  # how far towards another object's shape: 0 unchanged, 1 unrelated
+    sigmas: float  # as for a block: up to 2, indistinguishable from the original's output
+    reach: float  # 0: unchanged, 1: as far as another object's shape
     iou: float
     missing: int
 
@@ -80,32 +80,35 @@ class Stability:
 
 @dataclass(frozen=True)
 class Vitality:
-    """Everything that an analysis found. `rows` holds one record per image and removed set."""
+    """The result of `analyze`. `rows` holds one record per image and removed set."""
 
     family: str
-    variant: str  # the released model's name, "" where there is none
-    model: str  # the checkpoint's name as it was given
+    variant: str  # the released model's name, "" if there is none
+    model: str  # name of the checkpoint's file or folder
     source_sha256: str
     settings: dict[str, Any]  # metric, points, steps, guidance, sampler, seed, gap, curve_images
     totals: dict[str, int]  # blocks by kind
-    network: Architecture  # the architecture, as a packed file states it
-    rest_bytes: int  # of everything outside the blocks, in fp16
+    network: Architecture  # the architecture, as in a packed file
+    rest_bytes: int  # of all tensors outside the blocks, in fp16
     blocks: tuple[BlockVitality, ...]
-    stability: dict[str, Stability]  # "all" and by kind; absent where there is too little to say
+    stability: dict[str, Stability]  # "all" and by kind; absent if the data are too few
     agreement: dict[str, float]  # Spearman of the vitality with "latent_mse" and "1 - iou"
-    scale: float  # mean distance between the full model's outputs for different images
+    scale: float  # mean distance between the original's outputs for different images
     curves: dict[str, tuple[CurvePoint, ...]]  # "merged", by kind, and "balanced"
-    images: tuple[dict[str, Any], ...]  # name, sha256, noise_seed, floor draws; or why skipped
+    images: tuple[
+        dict[str, Any], ...
+    ]  # name, sha256, noise_seed, floor draws, or reason of the skip
     rows: tuple[dict[str, Any], ...]
 
     def of(self, kind: str, index: int) -> BlockVitality:
+        """The row of a block. Raises KeyError if it was not measured."""
         for block in self.blocks:
             if (block.kind, block.index) == (kind, index):
                 return block
         raise KeyError(f"{kind} {index} was not measured")
 
     def ranked(self, kind: str | None = None) -> list[BlockVitality]:
-        """Blocks from the least vital up; equal ones from the deepest up."""
+        """Blocks by rising vitality; of equal ones the deepest first."""
         chosen = [block for block in self.blocks if kind in (None, block.kind)]
         return sorted(chosen, key=lambda block: (block.mean, -block.index, block.kind))
 
@@ -118,14 +121,17 @@ class Vitality:
         return {"format": FORMAT, "version": VERSION} | asdict(self) | network
 
     def save(self, path: str | Path) -> None:
-        """Atomically, and byte for byte the same for the same measurements."""
+        """Writes the file atomically; equal measurements give equal bytes."""
         text = json.dumps(self.to_json(), indent=1, sort_keys=True, allow_nan=False)
         with atomic_path(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Vitality:
-        """Raises FormatError naming the file and what is wrong with it."""
+        """Reads a vitality file.
+
+        Raises UserError if it cannot be read, FormatError if it is no valid vitality file.
+        """
         path = Path(path)
         try:
             data = parse_json(path.read_text(encoding="utf-8"))
@@ -138,14 +144,15 @@ class Vitality:
         try:
             return cls.from_json(data)
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-            what = f"missing {error}" if isinstance(error, KeyError) else one_line(error)
+            reason = f"missing {error}" if isinstance(error, KeyError) else one_line(error)
             raise FormatError(
-                f"{path}: not a vitality file ({what}); run `analyze` again"
+                f"{path}: not a vitality file ({reason}); run `analyze` again"
             ) from None
 
     @classmethod
     def from_json(cls, data: Any) -> Vitality:
-        """The inverse of `to_json`; KeyError, TypeError, ValueError or UserError for others."""
+        """The inverse of `to_json`. Raises KeyError, TypeError, ValueError or UserError if the data
+        are invalid."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'expected an object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
@@ -211,8 +218,9 @@ class Vitality:
 def debias(distance: float, floor: float, metric: str) -> float:
     """The distance without its sampling floor, never below 0.
 
-    EMD: in quadrature, which tracks known changes best (within 10 % at a 10 % stretch, where plain
-    subtraction loses a third of a 3 % one). Chamfer is a mean of squares already: plain difference.
+    EMD: subtracted in quadrature, which tracks known changes best (within 10 % at a 10 % stretch;
+    plain subtraction loses a third of a 3 % one). Chamfer² is a mean of squares already, so
+    its floor is subtracted plainly.
     """
     if metric == "chamfer":
         return max(0.0, distance - floor)
@@ -220,16 +228,16 @@ def debias(distance: float, floor: float, metric: str) -> float:
 
 
 def reach(debiased: float, scale: float, metric: str) -> float:
-    """The share of the way to an unrelated shape, in units of length for both metrics."""
+    """Distance relative to that of an unrelated shape, as a ratio of lengths for both metrics."""
     return math.sqrt(debiased / scale) if metric == "chamfer" else debiased / scale
 
 
 def sigmas_above(mean: float, floor: float, floors: Sequence[Sequence[float]]) -> float:
-    """How many standard deviations a mean distance over some images lies above their floor.
+    """How many standard deviations a mean distance lies above the mean sampling floor.
 
-    Had nothing changed, an image's distance would be one more draw of that image's floor. Its
-    variance is pooled over the images (two degrees of freedom each), and the floor itself is a
-    mean of as many draws as were made. floors: by image, the draws.
+    floors: the draws of each image's floor. If nothing changed, an image's distance would be
+    another draw. The variance of a draw is pooled over the images (two degrees of freedom each),
+    plus that of the floor, which is itself a mean of the draws.
     """
     draws = np.array(floors)
     variance = float(draws.var(axis=1, ddof=1).mean()) * (1 + 1 / draws.shape[1])
@@ -238,6 +246,7 @@ def sigmas_above(mean: float, floor: float, floors: Sequence[Sequence[float]]) -
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Mean of the rows' values under `key`."""
     return float(np.mean([row[key] for row in rows]))
 
 
@@ -250,7 +259,10 @@ def summarize(
     metric: str,
     nbytes: int,
 ) -> BlockVitality:
-    """One block's row from its records, one per image, and each image's draws of the floor."""
+    """One block's row of the table.
+
+    rows: its records, one per image; floors: draws of each image's floor; nbytes: of the block.
+    """
     values = np.array([row["distance"] for row in rows])
     low, high = mean_interval(values, np.random.default_rng(0))
     mean, floor = float(values.mean()), float(np.mean([row["floor"] for row in rows]))
@@ -275,7 +287,7 @@ def summarize(
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation, ties sharing their mean rank; None where one side does not vary."""
+    """Rank correlation; ties share their mean rank. None if one side is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(side) - (len(side) + 1) / 2 for side in (a, b)]
@@ -284,40 +296,40 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def split_halves(table: np.ndarray, splits: int = SPLITS) -> Stability | None:
-    """How well two disjoint halves of the images agree on the order of the blocks.
+    """Agreement of disjoint halves of the images on the order of the blocks.
 
-    table: (images, blocks) distances. None below 4 images or 3 blocks.
+    table: (images, blocks) distances. None for fewer than 4 images or 3 blocks.
     """
     images, blocks = table.shape
     if images < 4 or blocks < 3:
         return None
     rng = np.random.default_rng(0)
-    found = []
+    rhos = []
     for _ in range(splits):
         order = rng.permutation(images)
         half = images // 2
         rho = spearman(table[order[:half]].mean(0), table[order[half : 2 * half]].mean(0))
         if rho is not None:
-            found.append(rho)
-    if not found:
+            rhos.append(rho)
+    if not rhos:
         return None
-    low, high = np.quantile(found, (0.025, 0.975))
-    return Stability(float(np.mean(found)), float(low), float(high), len(found))
+    low, high = np.quantile(rhos, (0.025, 0.975))
+    return Stability(float(np.mean(rhos)), float(low), float(high), len(rhos))
 
 
 def by_kind(
     blocks: Sequence[tuple[str, int]], measure: Callable[[list[int]], Stability | None]
 ) -> dict[str, Stability]:
-    """`measure` on the columns of all blocks ("all") and of each kind, where it has an answer."""
+    """`measure` of the columns of all blocks ("all") and of each kind, without None results."""
     groups = {"all": list(range(len(blocks)))}
     for column, (kind, _) in enumerate(blocks):
         groups.setdefault(kind, []).append(column)
-    found = {name: measure(columns) for name, columns in groups.items()}
-    return {name: stability for name, stability in found.items() if stability is not None}
+    measured = {name: measure(columns) for name, columns in groups.items()}
+    return {name: stability for name, stability in measured.items() if stability is not None}
 
 
 def describe(vitality: Vitality) -> str:
-    """The table for people: blocks from the most vital down, stability, and the curves."""
+    """The table as text: blocks by falling vitality, stability, curves, skipped images."""
     images = sum("skipped" not in image for image in vitality.images)
     settings = vitality.settings
     lines = [
@@ -329,22 +341,22 @@ def describe(vitality: Vitality) -> str:
     top = max(block.mean for block in vitality.blocks)
     for block in reversed(vitality.ranked()):
         change = "     -" if block.latent_mse is None else f"{block.latent_mse:10.4f}"
-        words = "  at the sampling floor" if block.non_vital else ""
-        words += f"  no surface in {block.missing} of {images}" if block.missing else ""
+        remark = "  at the sampling floor" if block.non_vital else ""
+        remark += f"  no surface in {block.missing} of {images}" if block.missing else ""
         bar = "#" * round(20 * block.mean / top) if top > 0 else ""
         lines.append(
             f"{block.kind:6} {block.index:2}   {block.mean:9.4f}  "
             f"{block.low:7.4f} {block.high:7.4f}  {block.debiased:9.4f}  {block.iou:5.3f} "
-            f"{change}  {bar}{words}"
+            f"{change}  {bar}{remark}"
         )
     lines.append(
         f"sampling floor {np.mean([b.floor for b in vitality.blocks]):.4f}; two unrelated outputs "
         f"are {vitality.scale:.4f} apart"
     )
-    for name, found in vitality.stability.items():
+    for name, stability in vitality.stability.items():
         lines.append(
-            f"order in disjoint halves of the images, {name} blocks: Spearman {found.mean:.3f} "
-            f"({found.low:.3f} to {found.high:.3f})"
+            f"order in disjoint halves of the images, {name} blocks: Spearman {stability.mean:.3f} "
+            f"({stability.low:.3f} to {stability.high:.3f})"
         )
     for name, rho in vitality.agreement.items():
         lines.append(f"agreement with the order by {name}: Spearman {rho:.3f}")

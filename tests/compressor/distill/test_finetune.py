@@ -219,7 +219,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
 
 
 def test_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images to train on"):
         finetune("furniture", packed, [], tmp_path / "out.safetensors")
     with pytest.raises(UserError, match="name another one"):
         finetune("furniture", packed, PICTURES, packed)
@@ -255,9 +255,11 @@ def test_every_family(name: str, terms: int, tmp_path: Path, monkeypatch) -> Non
     compress(checkpoint, layer_map, packed, steps=[3])
     chair().save(tmp_path / "chair.png")
     samples = []
-    real = trajectories.Paths.read
+    real = trajectories.Trajectories.read
     monkeypatch.setattr(
-        trajectories.Paths, "read", lambda self, *a: samples.append(real(self, *a)) or samples[-1]
+        trajectories.Trajectories,
+        "read",
+        lambda self, *a: samples.append(real(self, *a)) or samples[-1],
     )
     out = tmp_path / "out.safetensors"
     note = finetune(model, packed, [tmp_path / "chair.png"], out, iterations=6, lr=1e-4)
@@ -270,7 +272,7 @@ def test_every_family(name: str, terms: int, tmp_path: Path, monkeypatch) -> Non
     asked = {float(t): bool(on) for one in samples for t, on in zip(one.t, one.guided, strict=True)}
     assert asked == {t: terms == 2 and (interval is None or t in interval) for t in times}
     for one in samples:
-        assert one.without.flatten(1).any(1).tolist() == one.guided.tolist()
-        assert one.with_image.flatten(1).any(1).all()
+        assert one.unconditional.flatten(1).any(1).tolist() == one.guided.tolist()
+        assert one.conditional.flatten(1).any(1).all()
     assert read_header(out).layer_map.notes["finetuned"] == json.loads(json.dumps(note))
     load_packed_dit(out)
