@@ -34,7 +34,7 @@ from vitapack.runtime.engines.choose import choose
 from vitapack.runtime.families import hunyuan3d, step1x3d
 from vitapack.runtime.families.furniture import family as furniture
 from vitapack.runtime.loading.checkpoint_files import open_weights
-from vitapack.runtime.loading.memory import keep_no_holes, resident
+from vitapack.runtime.loading.memory import resident, return_large_blocks
 from vitapack.runtime.loading.source import Source
 
 # Form -> dtype of activations, bits of the linears. The others are compared with the first.
@@ -68,7 +68,7 @@ def source_of(name: str, folder: Path) -> Source:
 
 def one(base: int, name: str, folder: str, form: str, images: str, out: str) -> None:
     """Writes the images' condition tokens into the file `out`, and prints the figures."""
-    keep_no_holes()
+    return_large_blocks()
     dtype, bits = FORMS[form]
     family = hunyuan3d if name.startswith("hunyuan3d") else step1x3d
     conditioner = family.conditioner(

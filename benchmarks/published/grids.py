@@ -35,7 +35,7 @@ from vitapack.runtime.decode.mesh import report, surface_from_grid
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.families.furniture.family import BOUNDS, held_out
 from vitapack.runtime.families.open import open_checkpoint
-from vitapack.runtime.loading.memory import keep_no_holes, reset_peak, resident
+from vitapack.runtime.loading.memory import reset_peak, resident, return_large_blocks
 from vitapack.runtime.pipeline.load import load_shape_decoder
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
@@ -118,7 +118,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Writes the grid into the file `out`; returns queries, seconds and bytes without the field."""
     torch.set_num_threads(threads)
-    keep_no_holes()
+    return_large_blocks()
     field, bounds = field_of(kind, place)
     field(torch.zeros(8000, 3))  # libraries load their code
     reset_peak()

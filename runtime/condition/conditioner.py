@@ -1,6 +1,6 @@
 """A picture to condition tokens: the object set on its ground, then DINOv2, as each family does it.
 
-    condition = ImageConditioner(Part(...), prepare=hunyuan_framing(512, 518, 0.15))
+    condition = ImageConditioner(Lazy(...), prepare=hunyuan_framing(512, 518, 0.15))
     tokens = condition(Image.open("chair.png"))      # (1, N, D); the unconditional ones are zeros
 
 What the published pipelines do with OpenCV and torchvision is done with pillow and torch here; a
@@ -24,7 +24,7 @@ from vitapack.runtime.condition.recipes import Prepare
 from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.errors import FormatError, UserError
 from vitapack.runtime.loading.fill import filled_bytes
-from vitapack.runtime.loading.lazy import Part
+from vitapack.runtime.loading.lazy import Lazy
 from vitapack.runtime.loading.source import Source
 from vitapack.runtime.networks.cancellation import cancellable
 from vitapack.runtime.progress import Control
@@ -40,7 +40,7 @@ class Conditioner(ABC):
     that the encoder imports when it is loaded, for memory prediction.
     """
 
-    component: Part[nn.Module] | None = None
+    component: Lazy[nn.Module] | None = None
     views: bool = False
     imports: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ class ImageConditioner(Conditioner):
 
     def __init__(
         self,
-        component: Part[nn.Module],
+        component: Lazy[nn.Module],
         prepare: Prepare,
         *,
         registers: bool = False,
@@ -76,7 +76,7 @@ class ImageConditioner(Conditioner):
     ) -> None:
         """`registers`: keep the encoder's register tokens, which are dropped by default. `extra`
         (1, n, D): tokens appended to the image's."""
-        self.component: Part[nn.Module] = component
+        self.component: Lazy[nn.Module] = component
         self.prepare, self.registers = prepare, registers
         self.views, self.extra = views, extra
 
@@ -139,7 +139,7 @@ def encoder_part(
     *,
     plain_norm: bool = False,
     pixels: int = 0,
-) -> Part[nn.Module]:
+) -> Lazy[nn.Module]:
     """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears.
 
     `settings`: the checkpoint's own configuration of it, None where it has none. `plain_norm`: a
@@ -166,6 +166,6 @@ def encoder_part(
         execution.dtype,
         expands=packed and not execution.on_cpu,
     )
-    return Part(
+    return Lazy(
         loaded, filled_bytes(inner, execution.dtype, is_packable if bits == 8 else None), working
     )

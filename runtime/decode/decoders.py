@@ -19,8 +19,8 @@ from vitapack.runtime.decode.occupancy import OccupancyConfig, OccupancyDecoder
 from vitapack.runtime.decode.shape_vae import ShapeDecoder, ShapeDecoderConfig
 from vitapack.runtime.engines.choose import Execution
 from vitapack.runtime.loading.fill import Net, fill, filled_bytes
-from vitapack.runtime.loading.lazy import Part
-from vitapack.runtime.loading.memory import holes_kept
+from vitapack.runtime.loading.lazy import Lazy
+from vitapack.runtime.loading.memory import large_blocks_reused
 from vitapack.runtime.loading.source import Source
 from vitapack.runtime.networks.cancellation import cancellable
 from vitapack.runtime.progress import Control
@@ -36,7 +36,7 @@ class Decoder(ABC):
     positions appended to the channels of the denoiser's input.
     """
 
-    component: Part[Any] | None = None
+    component: Lazy[Any] | None = None
     latent_shape: tuple[int, ...]
     bounds: float
     resolution: int | None = None
@@ -75,9 +75,9 @@ class VolumeDecoder(Decoder):
     queries: int
 
     def __init__(
-        self, component: Part[ShapeDecoder], config: ShapeDecoderConfig, device: str = "cpu"
+        self, component: Lazy[ShapeDecoder], config: ShapeDecoderConfig, device: str = "cpu"
     ) -> None:
-        self.component: Part[ShapeDecoder] = component
+        self.component: Lazy[ShapeDecoder] = component
         self.config, self.device = config, device
         self.latent_shape = (config.latents, config.channels)
         self.bounds = config.bounds
@@ -101,7 +101,7 @@ class VolumeDecoder(Decoder):
         evaluate = dense if self.dense else coarse_to_fine
         with cancellable(network, control or Control()):
             field = network.field(latents.to(device))
-        with holes_kept():
+        with large_blocks_reused():
             grid = evaluate(field, self.resolution, self.bounds, device=device, control=control)
         self.queries = grid.queries
         return grid.values.numpy()
@@ -115,9 +115,9 @@ class OccupancyGrid(Decoder):
     """
 
     def __init__(
-        self, component: Part[OccupancyDecoder], config: OccupancyConfig, device: str = "cpu"
+        self, component: Lazy[OccupancyDecoder], config: OccupancyConfig, device: str = "cpu"
     ) -> None:
-        self.component: Part[OccupancyDecoder] = component
+        self.component: Lazy[OccupancyDecoder] = component
         self.config, self.device = config, device
         side = config.resolution
         self.latent_shape = (config.latent_channels, side, side, side)
@@ -159,7 +159,7 @@ def occupancy_grid(source: Source, config: OccupancyConfig, execution: Execution
     return OccupancyGrid(component, config, torch.device(execution.device).type)
 
 
-def _lazy(make: Callable[[], Net], source: Source, execution: Execution, working: int) -> Part[Net]:
+def _lazy(make: Callable[[], Net], source: Source, execution: Execution, working: int) -> Lazy[Net]:
     """A decoder that is loaded on first use."""
     nbytes = filled_bytes(source, execution.dtype)
-    return Part(lambda: fill(make, source, execution), nbytes, working)
+    return Lazy(lambda: fill(make, source, execution), nbytes, working)

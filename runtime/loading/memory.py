@@ -49,41 +49,41 @@ def return_memory() -> None:
         libc.malloc_trim(0)
 
 
-def keep_no_holes() -> None:
+def return_large_blocks() -> None:
     """Makes the process return every block of 1 MiB or more to the system when it is freed.
 
     By default glibc raises this threshold to 32 MiB as blocks are freed: a lean generation with a
     packed 2mini then held 3.3 GB, although its largest network takes 1.15 GB. Existing gaps in the
     heap are still reused.
     """
-    _blocks_of_its_own(LARGE)
+    _set_mmap_threshold(LARGE)
 
 
-def keep_holes() -> None:
-    """Undoes `keep_no_holes`, for code that allocates the same blocks again and again.
+def reuse_large_blocks() -> None:
+    """Undoes `return_large_blocks`, for code that allocates the same blocks again and again.
 
     A step of the original 2mini in float32 then takes 6.2 instead of 7.1 s (n = 3, two cores).
     """
-    _blocks_of_its_own(MAX_THRESHOLD)
+    _set_mmap_threshold(MAX_THRESHOLD)
 
 
 @contextmanager
-def holes_kept() -> Iterator[None]:
-    """`keep_holes` inside the block; restores the previous threshold afterwards.
+def large_blocks_reused() -> Iterator[None]:
+    """`reuse_large_blocks` inside the block; restores the previous threshold afterwards.
 
     2mini's shape decoder, at 1000 query points per call, then takes 91 instead of 109 us per point
     with the same peak memory (n = 3, two cores).
     """
     before = _threshold
-    keep_holes()
+    reuse_large_blocks()
     try:
         yield
     finally:
-        _blocks_of_its_own(before)
+        _set_mmap_threshold(before)
         return_memory()
 
 
-def _blocks_of_its_own(threshold: int) -> None:
+def _set_mmap_threshold(threshold: int) -> None:
     global _threshold
     _threshold = threshold
     libc = _glibc()

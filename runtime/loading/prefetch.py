@@ -1,6 +1,6 @@
 """Loads the next phase's network on a background thread and CUDA stream during the current phase.
 
-    network = ahead(load, "cuda")   # starts loading
+    network = prefetch(load, "cuda")   # starts loading
     ...                             # the current phase computes
     network()                       # waits for the thread; the GPU waits for the copies
 
@@ -21,7 +21,7 @@ import torch
 T = TypeVar("T")
 
 
-def ahead(load: Callable[[], T], device: str = "cpu") -> Callable[[], T]:
+def prefetch(load: Callable[[], T], device: str = "cpu") -> Callable[[], T]:
     """Starts `load()`; the returned function waits for its result, or raises its error.
 
     Copies to the device wait for the work queued so far: they may reuse the memory of a network

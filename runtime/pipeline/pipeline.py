@@ -40,8 +40,8 @@ from vitapack.runtime.format.reader import VERIFY_BELOW, verify
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading import packed
 from vitapack.runtime.loading.checkpoint_files import is_packed
-from vitapack.runtime.loading.lazy import Part
-from vitapack.runtime.loading.memory import keep_no_holes
+from vitapack.runtime.loading.lazy import Lazy
+from vitapack.runtime.loading.memory import return_large_blocks
 from vitapack.runtime.loading.source import packed_component
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.options import GenerateOptions, PipelineOptions, merged
@@ -70,7 +70,7 @@ class Pipeline:
 
     def __init__(
         self,
-        dit: Network | Part[Network],
+        dit: Network | Lazy[Network],
         sampler: SamplerDefaults,
         conditioner: Conditioner,
         decoder: Decoder,
@@ -78,7 +78,7 @@ class Pipeline:
         options: PipelineOptions | None = None,
         step_bytes: Callable[[int, int], int] | None = None,
     ) -> None:
-        """A `dit` passed as a Part, like the conditioner's and the decoder's component, is loaded
+        """A `dit` passed as a `Lazy`, like the conditioner's and the decoder's component, is loaded
         when its phase starts (on GPUs one phase earlier where memory allows) and freed after it if
         the memory mode is "lean". `options`: how it was opened, with a device that is there
         (default "cpu"). `step_bytes` predicts the working memory of a call of the DiT from the
@@ -88,7 +88,7 @@ class Pipeline:
         if options.cuda_graphs:
             expect_gpu(device)
         if options.memory == "lean":
-            keep_no_holes()
+            return_large_blocks()
         self._dit, self.sampler = dit, sampler
         self.conditioner, self.decoder = conditioner, decoder
         self.family, self.variant = origin.family, origin.variant
@@ -113,7 +113,7 @@ class Pipeline:
 
     @property
     def dit(self) -> Network:
-        return self._dit() if isinstance(self._dit, Part) else self._dit
+        return self._dit() if isinstance(self._dit, Lazy) else self._dit
 
     @dit.setter
     def dit(self, network: Network) -> None:
@@ -188,7 +188,7 @@ class Pipeline:
         around = replace(execution, compute="a16")  # image encoder and shape decoder
         decoder = family.shape_decoder(packed_component(header, "shape_decoder", original), around)
         return cls(
-            Part(
+            Lazy(
                 lambda: packed.load_packed(path, execution, verify_content=False),
                 packed.loaded_bytes(header, dtype),
             ),
@@ -229,7 +229,7 @@ class Pipeline:
         around = choose(device, packed=encoder_bits == 8)  # image encoder and shape decoder
         decoder = family.shape_decoder(checkpoint.component("shape_decoder"), around)
         return cls(
-            Part(
+            Lazy(
                 lambda: dit_of(checkpoint, dtype=dtype, device=where),
                 checkpoint.parameters() * dtype.itemsize,
             ),
@@ -272,11 +272,11 @@ class Pipeline:
         surface = self._base + kept + self.decoder.surface_bytes
         return found | {"decode": max(found["decode"], surface)}, early
 
-    def _parts(self) -> dict[str, Part[Any]]:
+    def _parts(self) -> dict[str, Lazy[Any]]:
         """The networks that are loaded lazily, by phase."""
         networks = self.conditioner.component, self._dit, self.decoder.component
         found = zip(PHASES, networks, strict=True)
-        return {phase: part for phase, part in found if isinstance(part, Part)}
+        return {phase: part for phase, part in found if isinstance(part, Lazy)}
 
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
@@ -313,7 +313,7 @@ class Pipeline:
                 following = dict(pairwise(PHASES)).get(name)
                 with meter(name):
                     if name in early and following in parts:
-                        parts[following].begin(self.device)
+                        parts[following].prefetch(self.device)
                     yield
 
             try:

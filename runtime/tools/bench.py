@@ -37,7 +37,7 @@ from vitapack.runtime.format.header import read_header
 from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times, guided_times
 from vitapack.runtime.loading import packed
 from vitapack.runtime.loading.checkpoint_files import is_packed
-from vitapack.runtime.loading.memory import keep_holes, return_memory
+from vitapack.runtime.loading.memory import return_memory, reuse_large_blocks
 from vitapack.runtime.networks.network import Network
 from vitapack.runtime.options import BenchOptions, PipelineOptions, merged
 from vitapack.runtime.pipeline.load import dit_of, original_of
@@ -120,7 +120,7 @@ def bench(
         _phases(name, source, how, options, note, control)
         for name, source, how in (passes if options.whole_pass else ())
     ]
-    keep_holes()  # which the lean passes have none of
+    reuse_large_blocks()  # the lean generations have turned it off
     steps = [found for row in rows for found in _time(row, latents, tokens, options, note, control)]
     return {
         "model": str(path),

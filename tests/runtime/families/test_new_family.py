@@ -31,7 +31,7 @@ from vitapack.runtime.families.probe import PathProbe, read_json
 from vitapack.runtime.format.layermap import LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.fill import fill
-from vitapack.runtime.loading.lazy import Part
+from vitapack.runtime.loading.lazy import Lazy
 from vitapack.runtime.loading.source import Source
 from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.progress import Control
@@ -45,7 +45,7 @@ class Colours(Conditioner):
     """The mean colours of an image's quarters, (1, 4, 6): a linear of three channels."""
 
     def __init__(self, source: Source, execution: Execution) -> None:
-        self.component = Part(
+        self.component = Lazy(
             lambda: fill(lambda: nn.Linear(3, CONFIG.cond_channels), source, execution), 84
         )
 

@@ -15,9 +15,9 @@ def kept():
     del large  # 160 MiB, a block that stays after each
     return memory.resident() - before
 
-memory.keep_no_holes()
+memory.return_large_blocks()
 print(kept())
-with memory.holes_kept():
+with memory.large_blocks_reused():
     print(kept())
 assert memory._threshold == memory.LARGE
 """

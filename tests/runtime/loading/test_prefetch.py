@@ -16,8 +16,8 @@ from vitapack.compressor.planning.files import resolve_plan
 from vitapack.runtime.condition.conditioner import Conditioner
 from vitapack.runtime.errors import UserError
 from vitapack.runtime.families.open import open_checkpoint
-from vitapack.runtime.loading.lazy import Part
-from vitapack.runtime.loading.prefetch import ahead
+from vitapack.runtime.loading.lazy import Lazy
+from vitapack.runtime.loading.prefetch import prefetch
 from vitapack.runtime.pipeline.pipeline import Pipeline
 
 
@@ -29,7 +29,7 @@ def test_it_begins_at_once_and_is_waited_for():
         go.wait(10)
         return threading.current_thread().name
 
-    result = ahead(load)
+    result = prefetch(load)
     assert began.wait(10)
     go.set()
     assert result().startswith("vitapack-prefetch")
@@ -43,7 +43,7 @@ def test_what_this_thread_does_meanwhile_is_not_seen_there():
         go.wait(10)
         return nn.Linear(2, 2).weight.device.type
 
-    result = ahead(load)
+    result = prefetch(load)
     with torch.device("meta"):
         go.set()
         assert result() == "cpu"
@@ -53,35 +53,35 @@ def test_an_error_is_raised_where_the_network_is_wanted():
     def load():
         raise UserError("cut off")
 
-    part = Part(load, 0)
-    part.begin("cpu")
+    lazy = Lazy(load, 0)
+    lazy.prefetch("cpu")
     time.sleep(0.05)
     for _ in range(2):  # the second time it is loaded, and fails, here
         with pytest.raises(UserError, match="cut off"):
-            part()
-    part.begin("cpu")
-    part.free()  # whatever came of it
-    assert not part.loaded
+            lazy()
+    lazy.prefetch("cpu")
+    lazy.free()  # whatever came of it
+    assert not lazy.loaded
 
 
-def test_a_part_is_loaded_once():
+def test_a_lazy_network_is_loaded_once():
     count = []
-    part = Part(lambda: count.append(1) or len(count), 0)
-    part.begin("cpu")
-    part.begin("cpu")
-    assert part() == part() == 1
-    part.begin("cpu")
+    lazy = Lazy(lambda: count.append(1) or len(count), 0)
+    lazy.prefetch("cpu")
+    lazy.prefetch("cpu")
+    assert lazy() == lazy() == 1
+    lazy.prefetch("cpu")
     assert len(count) == 1
-    part.free()
-    part.begin("cpu")
-    assert pickle.loads(pickle.dumps(part))() == 2
-    part.free()
-    assert part() == 3
+    lazy.free()
+    lazy.prefetch("cpu")
+    assert pickle.loads(pickle.dumps(lazy))() == 2
+    lazy.free()
+    assert lazy() == 3
 
 
 @pytest.fixture(scope="module")
 def packed_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ahead")
+    folder = tmp_path_factory.mktemp("prefetch")
     checkpoint = open_checkpoint(tiny_released("hunyuan3d-2mini", folder / "model"))
     path = folder / "packed.safetensors"
     compress(checkpoint, resolve_plan("int8", checkpoint), path, steps=[3], embed=True)
@@ -89,19 +89,19 @@ def packed_file(tmp_path_factory):
 
 
 def opened(path, memory, where=None):
-    """The pipeline, and by part the thread that loaded it, again and again."""
+    """The pipeline, and by lazy the thread that loaded it, again and again."""
     pipeline = Pipeline.from_packed(path, "cpu", memory=memory)
     pipeline.decoder.resolution = 16
     if where is not None:
         pipeline._ahead = True  # as on a GPU
         parts = (pipeline.conditioner.component, pipeline._dit, pipeline.decoder.component)
-        for name, part in zip(("condition", "denoise", "decode"), parts, strict=True):
+        for name, lazy in zip(("condition", "denoise", "decode"), parts, strict=True):
 
-            def load(name=name, inner=part._load):
+            def load(name=name, inner=lazy._load):
                 where.append((name, threading.current_thread() is not threading.main_thread()))
                 return inner()
 
-            part._load = load
+            lazy._load = load
     return pipeline
 
 
@@ -138,7 +138,7 @@ def test_a_picture_without_an_object_leaves_nothing_behind(packed_file):
     with pytest.raises(UserError, match="empty"):
         pipeline(Image.new("RGBA", (32, 32)), name="empty")
     assert not pipeline._dit.loaded
-    assert pipeline._dit._coming is None
+    assert pipeline._dit._pending is None
     assert len(pipeline(chair(), seed=1).faces)
 
 
@@ -184,11 +184,13 @@ def test_on_a_gpu_copies_come_on_a_stream_of_their_own(packed_file, memory, cuda
 @pytest.mark.gpu
 def test_on_a_gpu_copies_wait_for_no_kernel_but_for_those_before():
     source = torch.arange(1 << 20, dtype=torch.float32)
-    ahead(lambda: source.to("cuda").clone(), "cuda")()  # loading a kernel's code waits for the GPU
+    prefetch(
+        lambda: source.to("cuda").clone(), "cuda"
+    )()  # loading a kernel's code waits for the GPU
     before = torch.zeros(1 << 20, device="cuda")
     torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
     before += 1
-    result = ahead(lambda: (before.clone(), source.to("cuda")), "cuda")
+    result = prefetch(lambda: (before.clone(), source.to("cuda")), "cuda")
     torch.cuda._sleep(2_000_000_000)
     event = torch.cuda.Event()
     event.record()
