@@ -1,8 +1,8 @@
 """Loads the next phase's network on a background thread and CUDA stream during the current phase.
 
     network = prefetch(load, "cuda")   # starts loading
-    ...                             # the current phase computes
-    network()                       # waits for the thread; the GPU waits for the copies
+    ...                                # the current phase computes
+    network()                          # waits for the thread; the GPU waits for the copies
 
 Reading and checking tensors releases Python's lock, and copies on a separate stream wait for no
 kernel, so a phase that keeps the GPU busy hides all of it. Compiled, not timed: it has never run on
