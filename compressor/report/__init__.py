@@ -1,4 +1,4 @@
 """Renders meshes and writes the HTML report; the demo runs every step.
 
-May import: every room of the compressor.
+May import: every package of the compressor.
 """

@@ -1,9 +1,8 @@
-"""`vitapack demo`: the whole way on the bundled furniture model, with a report to look at.
+"""`vitapack demo`: runs every command's function on the bundled furniture model, with a report.
 
-Original checkpoint -> vitality -> plan -> packed file -> picture -> mesh -> comparison, every step
-by the functions that the other commands call. Two packed files are made: every block in int8 with
-exact modulation tables, and what the automatic plan makes of the vitality. As a control, as many
-blocks of each kind as the plan prunes are pruned at random.
+Steps: vitality, plan, compression, generation, comparison. Two packed files are made: one with
+every block in int8 and exact modulation tables, one by the automatic plan. As a control, random
+plans prune as many blocks of each kind as the automatic plan does.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from vitapack.runtime.pipeline.pipeline import Pipeline
 from vitapack.runtime.progress import Control
 
 # Half the model's steps and under half of `analyze`'s points keep the demo within minutes on two
-# cores; the model card measures vitality with 10,000 points on more pictures.
+# cores; the model card measures vitality with 10,000 points on more images.
 ANALYSIS_IMAGES = 6
 ANALYSIS_STEPS = 10
 ANALYSIS_POINTS = 4096
@@ -61,57 +60,58 @@ TITLES = {"int8": "int8, unpruned", "auto": "automatic plan"}
 
 @dataclass(frozen=True)
 class Figures:
-    """What the demo found: for JSON, and in words."""
+    """The results of the demo, as JSON data and as text."""
 
     data: dict[str, Any]
     text: str
 
 
 @dataclass(frozen=True)
-class Made:
-    """What one model made of one picture."""
+class Output:
+    """One model's output for one image."""
 
     name: str
     grid: np.ndarray
-    mesh: Mesh | None  # None where the grid has no surface
+    mesh: Mesh | None  # None if the grid has no surface
 
 
 def grid_of(
     pipeline: Pipeline,
-    picture: HeldOut,
+    image: HeldOut,
     seed: int,
     dit: Network | None = None,
     control: Control | None = None,
 ) -> np.ndarray:
-    """The logits that a model makes of a held-out picture; `dit` stands in for its network."""
-    cond = pipeline.condition(Image.open(picture.image_path), picture.name, control)
+    """The grid (R, R, R) generated from a held-out image, with `dit` as the network if given."""
+    cond = pipeline.condition(Image.open(image.image_path), image.name, control)
     latents = pipeline.latents(cond, pipeline.noise(seed), dit=dit, control=control)
     return pipeline.grid(latents, control)
 
 
-def make_all(
-    pipeline: Pipeline, pictures: list[HeldOut], control: Control, phase: str
-) -> list[Made]:
-    """Grids and meshes of all pictures, the noise of each fixed by its number."""
-    made = []
-    for number, picture in enumerate(pictures):
-        control.step(phase, number, len(pictures))
-        grid = grid_of(pipeline, picture, number, control=control.quiet())
+def generate_all(
+    pipeline: Pipeline, images: list[HeldOut], control: Control, phase: str
+) -> list[Output]:
+    """Grids and meshes of all images. The seed of each is its number."""
+    outputs = []
+    for number, image in enumerate(images):
+        control.step(phase, number, len(images))
+        grid = grid_of(pipeline, image, number, control=control.quiet())
         try:
             mesh = pipeline.surface(grid)
         except UserError:
             mesh = None
-        made.append(Made(picture.name, grid, mesh))
-    control.report(phase, len(pictures), len(pictures))
-    return made
+        outputs.append(Output(image.name, grid, mesh))
+    control.report(phase, len(images), len(images))
+    return outputs
 
 
 def run_demo(
     out: Path, *, images: int = 8, model: str = "furniture", control: Control | None = None
 ) -> Figures:
-    """Writes OUT/report.html, meshes, pictures, packed files and figures.json; returns the figures.
+    """Writes OUT/report.html, meshes, renders, packed files and figures.json; returns the figures.
 
-    Started again after an interruption it goes on with the analysis where that stopped.
+    images: number of images in the report. After an interruption the same call continues the
+    analysis. Raises UserError if fewer images are bundled.
     """
     control = control or Control()
     began = time.perf_counter()
@@ -130,7 +130,7 @@ def run_demo(
         seconds[name] = round(time.perf_counter() - start, 1)
 
     original = Pipeline.from_model(model, device="cpu")
-    # The journal that is resumed from belongs to one model: another one gets another name.
+    # A journal belongs to one model, so the file name holds the model's digest.
     table = out / f"vitality-{original.source_sha256[:8]}.json"
     with timed("analyze"), one_thread():
         vitality = analyze(
@@ -139,8 +139,8 @@ def run_demo(
             jobs=os.cpu_count() or 1, curve_images=4, control=control,
         )  # fmt: skip
     auto = plan_auto(vitality)
-    with atomic_path(out / "plan.json") as part:
-        part.write_text(auto.dumps())
+    with atomic_path(out / "plan.json") as temporary:
+        temporary.write_text(auto.dumps())
     plans = {"int8": resolve_plan("int8", checkpoint), "auto": auto}
 
     sizes: dict[str, SizeTable] = {}
@@ -150,19 +150,19 @@ def run_demo(
                 checkpoint, plan, out / f"furniture-{name}.safetensors", control=control
             )
 
-    made: dict[str, list[Made]] = {}
+    outputs: dict[str, list[Output]] = {}
     with timed("generate"):
-        made["original"] = make_all(original, shown, control, "original")
+        outputs["original"] = generate_all(original, shown, control, "original")
         for name in plans:
             packed = Pipeline.from_packed(out / f"furniture-{name}.safetensors", device="cpu")
-            made[name] = make_all(packed, shown, control, TITLES[name])
-    draws = random_pruning(original, auto, shown, made["original"], control)
+            outputs[name] = generate_all(packed, shown, control, TITLES[name])
+    draws = random_pruning(original, auto, shown, outputs["original"], control)
 
     truth = [
-        Made(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown
+        Output(p.name, p.grid, surface_from_grid(p.grid, original.decoder.bounds)) for p in shown
     ]
     with timed("evaluate"):
-        for name, results in (made | {"truth": truth}).items():
+        for name, results in (outputs | {"truth": truth}).items():
             write_meshes(out / "meshes" / name, results)
         tables = {
             name: evaluate_folders(
@@ -178,7 +178,7 @@ def run_demo(
     grids = {
         name: [
             float(grid_iou(a.grid, b.grid))
-            for a, b in zip(made["original"], made[name], strict=True)
+            for a, b in zip(outputs["original"], outputs[name], strict=True)
         ]
         for name in plans
     }
@@ -194,11 +194,11 @@ def run_demo(
         "stability": {k: vars(v) for k, v in vitality.stability.items()},
         "seconds": seconds,
     }
-    with atomic_path(out / "figures.json") as part:
-        part.write_text(json.dumps(data, indent=1) + "\n")
-    columns = {"true shape": truth, "original": made["original"]}
-    columns |= {TITLES[name]: made[name] for name in plans}
-    write_pictures(out / "pictures", columns)
+    with atomic_path(out / "figures.json") as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+    columns = {"true shape": truth, "original": outputs["original"]}
+    columns |= {TITLES[name]: outputs[name] for name in plans}
+    write_renders(out / "pictures", columns)
     write_report(
         out / "report.html",
         report_data(shown, columns, vitality, auto, checkpoint, sizes, fp16, data),
@@ -208,7 +208,7 @@ def run_demo(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Analysis runs one process a core: threads inside them would only get in each other's way."""
+    """One torch thread: the analysis runs one process per core, and more threads would compete."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -218,23 +218,23 @@ def one_thread() -> Iterator[None]:
 
 
 def random_pruning(
-    pipeline: Pipeline, plan: LayerMap, pictures: list[HeldOut], full: list[Made], control: Control
+    pipeline: Pipeline, plan: LayerMap, images: list[HeldOut], full: list[Output], control: Control
 ) -> list[dict[str, Any]]:
-    """Mean grid IoU to the full model with as many blocks pruned at random, and with the plan's own
-    blocks pruned, all in float32: what the choice of blocks alone is worth."""
+    """Mean grid IoU to the original, with the plan's blocks pruned and with as many pruned at
+    random. All in float32, so that only the choice of blocks differs."""
     everything = {(kind, i) for kind, n in plan.totals.items() for i in range(n)}
     maps = [plan] + [plan_random(seed, plan) for seed in range(RANDOM_DRAWS)]
-    total = len(maps) * len(pictures)
-    found = []
+    total = len(maps) * len(images)
+    scored = []
     for number, layer_map in enumerate(maps):
         kept = {(block.kind, block.index) for block in layer_map.blocks}
         network = pipeline.dit.without(*sorted(everything - kept))
         scores = []
-        for index, picture in enumerate(pictures):
-            control.step("pruned at random", number * len(pictures) + index, total)
-            grid = grid_of(pipeline, picture, index, network, control.quiet())
+        for index, image in enumerate(images):
+            control.step("pruned at random", number * len(images) + index, total)
+            grid = grid_of(pipeline, image, index, network, control.quiet())
             scores.append(float(grid_iou(full[index].grid, grid)))
-        found.append(
+        scored.append(
             {
                 "blocks": "vitality" if number == 0 else f"random draw {number}",
                 "pruned": [f"{kind} {i}" for kind, i in sorted(everything - kept)],
@@ -242,30 +242,31 @@ def random_pruning(
             }
         )
     control.report("pruned at random", total, total)
-    return found
+    return scored
 
 
-def write_meshes(folder: Path, results: list[Made]) -> None:
-    for made in results:
-        if made.mesh is not None:
-            save(made.mesh, folder / f"{made.name}.glb")
+def write_meshes(folder: Path, outputs: list[Output]) -> None:
+    """Writes one GLB file per mesh."""
+    for output in outputs:
+        if output.mesh is not None:
+            save(output.mesh, folder / f"{output.name}.glb")
 
 
-def write_pictures(folder: Path, columns: dict[str, list[Made]]) -> None:
-    """One PNG a mesh, all columns of a row in the same frame."""
+def write_renders(folder: Path, columns: dict[str, list[Output]]) -> None:
+    """Writes one PNG per mesh; the renders of one image share a frame."""
     for row in zip(*columns.values(), strict=True):
-        meshes = [made.mesh for made in row if made.mesh is not None]
-        for title, made in zip(columns, row, strict=True):
-            if made.mesh is not None:
-                picture = render(made.mesh, frame=frame_of(*meshes))
-                name = f"{made.name}-{title.replace(',', '').replace(' ', '-')}.png"
-                with atomic_path(folder / name) as part:
-                    Image.fromarray(picture).save(part)
+        meshes = [output.mesh for output in row if output.mesh is not None]
+        for title, output in zip(columns, row, strict=True):
+            if output.mesh is not None:
+                rendered = render(output.mesh, frame=frame_of(*meshes))
+                name = f"{output.name}-{title.replace(',', '').replace(' ', '-')}.png"
+                with atomic_path(folder / name) as temporary:
+                    Image.fromarray(rendered).save(temporary)
 
 
 def report_data(
     shown: list[HeldOut],
-    columns: dict[str, list[Made]],
+    columns: dict[str, list[Output]],
     vitality: Vitality,
     auto: LayerMap,
     checkpoint: Any,
@@ -273,22 +274,22 @@ def report_data(
     fp16: int,
     data: dict[str, Any],
 ) -> ReportData:
-    """The report of `run_demo`, from what it found."""
+    """The report of `run_demo`'s results."""
     kept = {(block.kind, block.index): block.bits for block in auto.blocks}
     scores = data["grid_iou_to_original"]
     random = [row["grid_iou"] for row in data["random_pruning_grid_iou"][1:]]
     bytes_of = data["dit_bytes"]
     stability = vitality.stability.get("all")
-    parts = [name for name, size in sizes["auto"].parts.items() if size]
-    part_bytes = {
-        part: 2 * checkpoint.parameters(key)
-        for part, key in (("shape decoder", "shape_decoder"), ("conditioner", "conditioner"))
+    sections = [name for name, size in sizes["auto"].parts.items() if size]
+    component_bytes = {
+        name: 2 * checkpoint.parameters(key)
+        for name, key in (("shape decoder", "shape_decoder"), ("conditioner", "conditioner"))
     }
     return ReportData(
         title="vitapack demo: the furniture model, original and compressed",
         lead=(
-            "Pictures that the model was not trained on, of shapes that it was; the same noise for "
-            "every column. Turn the meshes with the mouse or a finger.",
+            "Images that the model was not trained on, of shapes that it was trained on; one seed "
+            "per row. Drag a mesh to turn it.",
         ),
         headline=(
             (f"{scores['int8']:.3f}", "mean IoU to the original, int8 unpruned"),
@@ -298,11 +299,11 @@ def report_data(
         ),
         objects=[
             ReportObject(
-                name=picture.name,
-                image=str(picture.image_path),
+                name=image.name,
+                image=str(image.image_path),
                 meshes={title: results[row].mesh for title, results in columns.items()},
             )
-            for row, picture in enumerate(shown)
+            for row, image in enumerate(shown)
         ],
         blocks=[
             Block(b.kind, b.index, b.mean, b.low, b.high, kept.get((b.kind, b.index)))
@@ -310,7 +311,7 @@ def report_data(
         ],
         vitality_floor=float(np.mean([b.floor for b in vitality.blocks])),
         vitality_note=(
-            f"Order of the blocks in halves of the pictures: Spearman {stability.mean:.2f} "
+            f"Order of the blocks in halves of the images: Spearman {stability.mean:.2f} "
             f"({stability.low:.2f} to {stability.high:.2f}). "
             if stability
             else ""
@@ -320,14 +321,14 @@ def report_data(
         sizes=[
             SizePart("network, fp16", fp16, None),
             *(
-                SizePart(part, part_bytes.get(part), sizes["auto"].parts.get(part))
-                for part in parts
+                SizePart(name, component_bytes.get(name), sizes["auto"].parts.get(name))
+                for name in sections
             ),
         ],
         sizes_note=f"Packed: the automatic plan. int8 unpruned: {bytes_of['int8']:,} bytes.",
         metrics=[MetricRow(name, summary) for name, summary in data["metrics"].items()],
         settings={
-            "analysis": f"{ANALYSIS_IMAGES} pictures, {ANALYSIS_STEPS} steps, "
+            "analysis": f"{ANALYSIS_IMAGES} images, {ANALYSIS_STEPS} steps, "
             f"{ANALYSIS_POINTS} points",
             "seconds": ", ".join(f"{k} {v:g}" for k, v in data["seconds"].items()),
             "sampler": json.dumps(checkpoint.sampler.to_json()),
@@ -337,6 +338,7 @@ def report_data(
 
 
 def summary(out: Path, data: dict[str, Any], plan: str) -> str:
+    """The figures as text. plan: the description of the automatic plan."""
     scores, bytes_of = data["grid_iou_to_original"], data["dit_bytes"]
     lines = [plan, ""]
     for name, title in TITLES.items():

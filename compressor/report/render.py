@@ -1,10 +1,9 @@
-"""Pictures of meshes without a GPU or OpenGL: a z-buffer rasteriser in numpy, clay shading.
+"""Renders meshes without a GPU or OpenGL: a z-buffer rasteriser in numpy, with clay shading.
 
     Image.fromarray(render(mesh)).save("chair.png")
-    contact_sheet([("chair", [photo, render(original), render(compressed)])]).save("sheet.png")
+    contact_sheet([("chair", [image, render(original), render(compressed)])]).save("sheet.png")
 
-The same mesh gives the same picture. About 0.2 CPU seconds for 20,000 faces at 256 px with 2x2
-samples a pixel.
+Deterministic. About 0.2 CPU seconds for 20,000 faces at 256 px with 2x2 samples per pixel.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from vitapack.runtime.decode.mesh import Mesh
 
 FIELD_OF_VIEW = 30.0  # degrees, vertical; the report's viewer uses the same camera
 _CLAY = np.array([0.80, 0.74, 0.68])
-_CREASE = np.cos(np.radians(40))  # sharper edges than this keep their face's own normal
+_CREASE = np.cos(np.radians(40))  # cosine of the angle from which an edge is shaded flat
 # Directions in view space (x right, y up, z to the viewer) with a colour each: a warm key light
 # from above left and a cool fill from the right, so that no visible side is black.
 _LIGHTS = (
@@ -33,14 +32,14 @@ _CHUNK = 1 << 21  # pixels in flight: about 150 MB
 
 @dataclass(frozen=True)
 class Frame:
-    """What the camera looks at. Pictures of one frame can be compared side by side."""
+    """The sphere that the camera frames. Renders in one frame have the same scale."""
 
     centre: tuple[float, float, float]
     radius: float
 
 
 def frame_of(*meshes: Mesh) -> Frame:
-    """The frame that holds all these meshes, from the box around them."""
+    """The frame that contains all the meshes, centred on their common bounding box."""
     points = [mesh.vertices[np.unique(mesh.faces)] for mesh in meshes if len(mesh.faces)]
     if not points:
         return Frame((0.0, 0.0, 0.0), 1.0)
@@ -64,15 +63,17 @@ def render(
     """The mesh as uint8 (size, size, 3); with `background=None` (size, size, 4), alpha last.
 
     azimuth, elevation: degrees; 0, 0 looks at the front (+z), positive azimuth from the mesh's
-    left side (+x), positive elevation from above. frame: what must fit; the mesh itself by default.
+    left side (+x), positive elevation from above. frame: by default the mesh's own.
     samples: a pixel is the mean of samples x samples. An empty mesh gives the background alone.
+
+    Raises ValueError if size or samples is below 1.
     """
     if size < 1 or samples < 1:
         raise ValueError(f"size {size} and samples {samples}; expected at least 1")
     side = size * samples
     colour = np.zeros((side * side, 4))
     points, distance = _to_view(mesh, frame or frame_of(mesh), azimuth, elevation)
-    depth = distance - points[:, 2]  # along the view, > 0 in front of the camera
+    depth = distance - points[:, 2]  # along the view direction, > 0 in front of the camera
     focal = side / 2 / np.tan(np.radians(FIELD_OF_VIEW / 2))
     inverse = 1 / np.maximum(depth, 0.02 * distance)
     screen = side / 2 + focal * points[:, :2] * inverse[:, None] * [1, -1]
@@ -112,9 +113,9 @@ def _rasterise(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Covered pixels (P,), the nearest face in each (P,) and its corners' weights there (P, 3).
 
-    Scanlines rather than boxes: each face meets each row in one span, so that a few large faces
-    cost no more than their area. 1 / depth is linear on the screen, so it is what is compared; a
-    face's number settles ties, which keeps the picture deterministic.
+    Works by scanlines, not bounding boxes: a face covers one span of each row, so that large faces
+    cost no more than their area. Compares 1 / depth, which is linear on the screen; ties go to the
+    highest face index, so that the result is deterministic.
     """
     corner = screen[faces]  # (F, 3, 2)
     edge = np.roll(corner, -1, axis=1) - corner
@@ -163,7 +164,7 @@ def _rasterise(
 
 
 def _ragged(counts: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Item i `counts[i]` times over, beside start[i], start[i] + 1, ..."""
+    """Each index i repeated `counts[i]` times, and with it start[i], start[i] + 1, ..."""
     item = np.repeat(np.arange(len(counts)), counts)
     offset = np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)
     return item, start[item] + offset
@@ -172,14 +173,14 @@ def _ragged(counts: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _shade(
     points: np.ndarray, faces: np.ndarray, face: np.ndarray, weight: np.ndarray, distance: float
 ) -> np.ndarray:
-    """Colours (P, 3) in 0..1: two lights, both sides of a face lit alike, smooth but for creases.
+    """Colours (P, 3) in 0..1: two lights, smooth shading except at creases.
 
-    Open and inside-out meshes are looked at too, so that a normal is turned to the viewer.
+    Normals are turned to the viewer, so that open and inside-out meshes are lit on both sides.
     """
     corner = points[faces]  # (F, 3, 3)
     ahead = _unit(np.roll(corner, -1, axis=1) - corner)
     flat = _unit(np.cross(ahead[:, 0], -ahead[:, 2]))
-    # Weighted by the corner's angle: by area, a long face would bend its neighbours' shading.
+    # Weighted by angle: weighted by area, a long face would distort its neighbours' shading.
     angle = np.arccos(np.clip(-(ahead * np.roll(ahead, 1, axis=1)).sum(axis=2), -1, 1))
     at_vertex = np.stack(
         [
@@ -215,9 +216,9 @@ def _crevices(
     side: int,
     focal: float,
 ) -> np.ndarray:
-    """Factors (P,) in 0.55..1: darker where the surroundings lie nearer (seat under a table top).
+    """Factors (P,) in 0.55..1 that darken pixels behind their surroundings (under a table top).
 
-    The difference between the depth and its blurred self, over covered pixels only.
+    From the difference between the depth and the blurred depth, over covered pixels only.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -245,20 +246,22 @@ def contact_sheet(
     size: int | None = None,
     across: int = 1,
 ) -> Any:
-    """A PIL image of rows of pictures, each row under its title, `across` rows side by side.
+    """A PIL image with rows of images, each row under its title, `across` rows side by side.
 
     rows: (title, images); an image is a PIL image or a uint8 array (H, W), (H, W, 3 or 4), or None
-    for a gap. columns: headings over the pictures. size: side of a picture, the first one's height
-    by default; others are scaled to fit and centred on white.
+    for a gap. columns: headings over the images. size: side of an image in pixels, by default the
+    first one's height; others are scaled to fit and centred on white.
+
+    Raises ValueError if an array is not uint8.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures = [
-        [None if image is None else _as_picture(image) for image in images] for _, images in rows
+    images_by_row = [
+        [None if image is None else _as_image(image) for image in images] for _, images in rows
     ]
-    every = [image for row in pictures for image in row if image is not None]
+    every = [image for row in images_by_row for image in row if image is not None]
     size = size or (every[0].height if every else 128)
-    wide = max([len(row) for row in pictures] + [len(columns or ()), 1])
+    wide = max([len(row) for row in images_by_row] + [len(columns or ()), 1])
     gap, line = 6, max(12, size // 12)
     font = ImageFont.load_default(size=line)
     cell = size + line + 2 * gap
@@ -271,7 +274,7 @@ def contact_sheet(
     for block in range(across):
         for k, text in enumerate(columns or ()):
             draw.text((block * band + gap + k * (size + gap), gap), text, "#444", font=font)
-    for number, ((title, _), images) in enumerate(zip(rows, pictures, strict=True)):
+    for number, ((title, _), images) in enumerate(zip(rows, images_by_row, strict=True)):
         x0 = (number % across) * band + gap
         y0 = head + (number // across) * cell
         draw.text((x0, y0 + gap // 2), str(title), "black", font=font)
@@ -290,12 +293,12 @@ def contact_sheet(
     return sheet
 
 
-def _as_picture(image: Any) -> Any:
+def _as_image(image: Any) -> Any:
     from PIL import Image
 
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         if array.dtype != np.uint8:
-            raise ValueError(f"picture of dtype {array.dtype}; expected uint8")
+            raise ValueError(f"image of dtype {array.dtype}; expected uint8")
         image = Image.fromarray(array)
     return image.convert("RGBA")

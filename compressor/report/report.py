@@ -1,9 +1,9 @@
-"""One HTML file that shows what compression did: pictures, meshes, vitality, sizes, metrics.
+"""Writes the report, one HTML file: renders, meshes, vitality, sizes, metrics.
 
     write_report("report.html", ReportData(title="...", objects=(...), blocks=(...), ...))
 
-The file needs no network and nothing beside it. Every part of `ReportData` but the title may be
-left empty, and its section is left out. Text is escaped; the same data gives the same bytes.
+The file is self-contained. Fields of `ReportData` other than the title may be empty; their sections
+are then left out. Text is escaped; the same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class ReportObject:
-    """One row: the input image, then one picture and turnable mesh for every entry of `meshes`."""
+    """One row: the input image, then a render and an interactive mesh per entry of `meshes`."""
 
     name: str
     image: Any = None  # PIL image, uint8 array (H, W, 1 | 3 | 4), path of an image file, or None
-    # Column heading ("original", "compressed", "true shape") to mesh; None: no mesh came out.
+    # Column heading ("original", "compressed", "true shape") to mesh; None: no mesh.
     meshes: Mapping[str, Mesh | None] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)  # column heading -> line below it
 
@@ -53,7 +53,7 @@ class Block:
 
 @dataclass(frozen=True)
 class SizePart:
-    """One line of the size table, in bytes; None where a file does not hold that part."""
+    """One line of the size table, in bytes; None if a file has no such section."""
 
     name: str  # "8-bit weights", "modulation tables", "shape decoder", ...
     original: int | None
@@ -62,7 +62,7 @@ class SizePart:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One comparison: `summary` as `metrics.evaluate_folders(...)["summary"]` gives it."""
+    """One comparison: `summary` is `metrics.evaluate_folders(...)["summary"]`."""
 
     name: str  # "compressed to original", "original to true shape", ...
     # Key of `metrics.METRICS` -> {"mean": float, "low": float, "high": float, ...}
@@ -71,16 +71,16 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows."""
+    """The contents of a report."""
 
     title: str
     lead: Sequence[str] = ()  # paragraphs under the title
-    headline: Sequence[tuple[str, str]] = ()  # (figure, what it is): ("0.97", "mean V-IoU")
+    headline: Sequence[tuple[str, str]] = ()  # (figure, label): ("0.97", "mean V-IoU")
     objects: Sequence[ReportObject] = ()
     objects_note: str = ""
     blocks: Sequence[Block] = ()
     vitality_name: str = "EMD to the full model's output"
-    vitality_floor: float | None = None  # what two samples of one surface differ by
+    vitality_floor: float | None = None  # distance between two samplings of one surface
     vitality_note: str = ""
     sizes: Sequence[SizePart] = ()
     sizes_note: str = ""
@@ -96,9 +96,9 @@ def write_report(
 ) -> Path:
     """Writes the report atomically and returns its path.
 
-    picture: side of the rendered pictures in pixels. max_faces: a mesh with more is embedded
-    coarser (vertices clustered on a grid; the picture is always of the whole mesh). 20,000 faces
-    are about 250 kB of HTML. Raises UserError where the file cannot be written.
+    picture: side of the renders in pixels. max_faces: a mesh with more is embedded coarser
+    (vertices clustered on a grid; the render always shows the whole mesh). 20,000 faces are about
+    250 kB of HTML. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     meshes: dict[str, dict[str, Any]] = {}
@@ -131,13 +131,13 @@ def _text(value: Any) -> str:
 
 def _headline(data: ReportData) -> str:
     cards = "".join(
-        f"<div><dt>{_text(what)}</dt><dd>{_text(figure)}</dd></div>"
-        for figure, what in data.headline
+        f"<div><dt>{_text(label)}</dt><dd>{_text(figure)}</dd></div>"
+        for figure, label in data.headline
     )
     return f'<dl class="headline">{cards}</dl>' if cards else ""
 
 
-# Pictures and meshes
+# Renders and meshes
 
 
 def _objects(
@@ -196,7 +196,8 @@ def _mesh_figure(
 
 
 def _embedded(mesh: Mesh, frame: Frame, max_faces: int) -> dict[str, Any]:
-    """Positions as uint16 steps of the mesh's box and indices, base64, beside its frame."""
+    """The mesh for the viewer, with its frame: positions in uint16 steps of the bounding box and
+    indices, both base64."""
     mesh = _coarser(mesh, max_faces)
     low = mesh.vertices.min(axis=0).astype(np.float64)
     extent = np.maximum(mesh.vertices.max(axis=0) - low, 1e-9 * frame.radius)
@@ -216,7 +217,7 @@ def _embedded(mesh: Mesh, frame: Frame, max_faces: int) -> dict[str, Any]:
 
 
 def _coarser(mesh: Mesh, max_faces: int) -> Mesh:
-    """The mesh with the vertices of each cell of a grid made one, at the finest grid that fits."""
+    """Merges the vertices in each cell of the finest grid that leaves at most `max_faces` faces."""
     full = mesh
     low = full.vertices.min(axis=0)
     extent = float((full.vertices.max(axis=0) - low).max()) or 1.0
@@ -362,8 +363,8 @@ def _sizes(data: ReportData) -> str:
     if not data.sizes:
         return ""
     columns = {
-        "original": [part.original for part in data.sizes],
-        "packed": [part.packed for part in data.sizes],
+        "original": [row.original for row in data.sizes],
+        "packed": [row.packed for row in data.sizes],
     }
     totals = {name: sum(value or 0 for value in values) for name, values in columns.items()}
     widest = max(*totals.values(), 1)
@@ -391,7 +392,7 @@ def _sizes(data: ReportData) -> str:
     note = f"{data.sizes_note} " if data.sizes_note else ""
     return (
         f'<section><h2>Size</h2>{bars}<div class="scroll"><table><caption>{_text(note)}1 MB is '
-        "1,000,000 bytes.</caption><thead><tr><th>part</th><th>original</th><th>packed</th>"
+        "1,000,000 bytes.</caption><thead><tr><th>section</th><th>original</th><th>packed</th>"
         f"<th>of the original's total</th></tr></thead><tbody>{rows}</tbody></table>"
         "</div></section>"
     )
@@ -449,7 +450,7 @@ def _metrics(data: ReportData) -> str:
         f'<section><h2>Geometry</h2><div class="scroll"><table><caption>{_text(note)}Means over '
         "objects with their 95 % bootstrap intervals; an arrow points to the better side."
         f"</caption><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<details><summary>What these measure</summary>"
+        f"<details><summary>Definitions</summary>"
         f'<dl class="terms">{terms}</dl></details></section>'
     )
 
