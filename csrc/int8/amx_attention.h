@@ -1,8 +1,8 @@
 // Attention's products with AMX, included by attention.h, for heads of 64: sums are turned into
-// scores, and scores into contributions, while the next products run. On a core of Emerald Rapids 480
-// GOP/s instead of 395 in sequence; AVX-512 has 355. The limits are the vector operations and 84 KB
-// of operands that pass through 48 KB of L1: half as many keys per step would give 600, but other
-// roundings than the other instruction sets.
+// scores, and scores into contributions, while the next products run. On a core of Emerald Rapids
+// 480 GOP/s instead of 395 in sequence; AVX-512 has 355. The limits are the vector operations and
+// 84 KB of operands that pass through 48 KB of L1: half as many keys per step would give 600, but
+// other roundings than the other instruction sets.
 
 // The sums of q and k and their `scores`, 64 keys at a time. q (16 rows, 64), k as in Heads.
 inline void products_and_scores(const std::uint8_t* q, const std::int8_t* k,
@@ -31,7 +31,7 @@ inline void products_and_scores(const std::uint8_t* q, const std::int8_t* k,
         }
       }
   }
-  for (int first = 0; first < kTile; first += 4) reduce_rows<false, 4>(highest + first, top + first);
+  for (int r = 0; r < kTile; r += 4) reduce_rows<false, 4>(highest + r, top + r);
 }
 
 // The products of one tile and the powers of the next. `product` (16, 64).

@@ -1,6 +1,7 @@
-// A linear with AMX, included by kernels.h: squares of 32 rows x 32 channels, each scaled and stored
-// while the next one multiplies. On a core of Emerald Rapids 1450 GOP/s at 1024 inputs and 1960 at
-// 4096; tiles of 16 x 64, finished when they are done, reach 950 and 1525, AVX-512 556 and 582.
+// A linear with AMX, included by kernels.h: squares of 32 rows x 32 channels, each scaled and
+// stored while the next one multiplies. On a core of Emerald Rapids 1450 GOP/s at 1024 inputs and
+// 1960 at 4096; tiles of 16 x 64, finished when they are done, reach 950 and 1525, AVX-512 556 and
+// 582.
 
 // Sums of a square, finished some vectors of 16 at a time.
 struct Square {

@@ -1,5 +1,5 @@
-// AMX's int8 tiles, included by tiles.h. Registers of 16 rows of 64 bytes: 16 rows of A and 64 inputs;
-// of B, 64 inputs (16 steps of a panel) of 16 channels, rows 256 bytes apart; 16 x 16 sums.
+// AMX's int8 tiles, included by tiles.h. Registers of 16 rows of 64 bytes: 16 rows of A and 64
+// inputs; of B, 64 inputs (16 steps of a panel) of 16 channels, rows 256 bytes apart; 16 x 16 sums.
 
 constexpr int kTile = 16;
 
@@ -10,9 +10,9 @@ struct alignas(64) TileConfig {  // 8 registers of 16 rows of 64 bytes
 };
 constexpr TileConfig kTileConfig;
 
-// The tile registers, set up for a call and released at its end: oneDNN, and so torch, uses the same
-// ones on the same threads in other shapes. (A tile that relied on an earlier call's set-up was an
-// illegal instruction.) Takes 0.1 us, so it is done once per call, not per tile.
+// The tile registers, set up for a call and released at its end: oneDNN, and so torch, uses the
+// same ones on the same threads in other shapes. (A tile that relied on an earlier call's set-up was
+// an illegal instruction.) Takes 0.1 us, so it is done once per call, not per tile.
 struct Tiles {
   Tiles() { _tile_loadconfig(&kTileConfig); }
   ~Tiles() { _tile_release(); }
@@ -52,8 +52,8 @@ inline void tile_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_
 
 constexpr int kSquare = 32;
 
-// acc (32, 32) = start (32) + A (32 rows) * half a panel: every register loaded serves two products,
-// 4 loads for 4 instead of 5. meanwhile() is called once per 64 inputs, during the 64
+// acc (32, 32) = start (32) + A (32 rows) * half a panel: every register loaded serves two
+// products, 4 loads for 4 instead of 5. meanwhile() is called once per 64 inputs, during the 64
 // cycles of their products, so its work costs little.
 template <class F>
 inline void square_i8(const std::uint8_t* a, std::int64_t stride, const std::int8_t* b,
