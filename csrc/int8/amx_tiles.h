@@ -11,7 +11,7 @@ struct alignas(64) TileConfig {  // 8 registers of 16 rows of 64 bytes
 constexpr TileConfig kTileConfig;
 
 // The tile registers, set up for a call and released at its end: oneDNN, and so torch, uses the
-// same ones on the same threads in other shapes. (A tile that relied on an earlier call's set-up was
+// same ones on the same threads in other shapes. (A tile that relied on an earlier set-up was
 // an illegal instruction.) Takes 0.1 us, so it is done once per call, not per tile.
 struct Tiles {
   Tiles() { _tile_loadconfig(&kTileConfig); }
