@@ -31,7 +31,8 @@ inline void products_and_scores(const std::uint8_t* q, const std::int8_t* k,
         }
       }
   }
-  for (int r = 0; r < kTile; r += 4) reduce_rows<false, 4>(highest + r, top + r);
+  for (int first = 0; first < kTile; first += 4)
+    reduce_rows<false, 4>(highest + first, top + first);
 }
 
 // The products of one tile and the powers of the next. `product` (16, 64).
