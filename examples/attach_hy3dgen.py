@@ -1,11 +1,11 @@
-"""A packed network in hy3dgen's own pipeline, the rest of which stays as it is.
+"""Runs a packed network in hy3dgen's own pipeline, which is otherwise unchanged.
 
     pip install hy3dgen    # from https://github.com/Tencent-Hunyuan/Hunyuan3D-2
     vitapack compress hunyuan3d-dit-v2-mini --plan int8 --steps 20 -o mini.safetensors
     python examples/attach_hy3dgen.py mini.safetensors chair.png chair.glb
 
-Not run where it was written: hy3dgen could not be installed there.
-tests/runtime/test_hy3dgen.py has a stand-in.
+Not run against hy3dgen itself, which could not be installed for development;
+tests/runtime/integrations/test_hy3dgen.py uses a stand-in.
 """
 
 import argparse
@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--model", default="tencent/Hunyuan3D-2mini")
     parser.add_argument("--subfolder", default="hunyuan3d-dit-v2-mini")
-    parser.add_argument("--steps", type=int, default=20, help="a count that the tables serve")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="a step count of the modulation tables"
+    )
     options = parser.parse_args()
 
     from hy3dgen.shapegen import Hunyuan3DDiTFlowMatchingPipeline

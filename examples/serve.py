@@ -1,13 +1,13 @@
-"""A model behind HTTP: a picture is posted, its mesh comes back.
+"""Serves a model over HTTP: clients post an image and receive its mesh.
 
     python examples/serve.py model.safetensors --port 8000
     curl --data-binary @chair.png 'http://localhost:8000/mesh?seed=1&format=glb' -o chair.glb
     curl http://localhost:8000/health
 
-POST /mesh takes seed, steps, guidance and format (glb, obj, ply, stl). Whatever goes wrong is one
-line of JSON, {"error": ...}: 4xx for the client's mistake; 503 says in how many seconds to try
-again. After SIGTERM or Ctrl-C the mesh at hand is still finished and sent, unless there is another.
-An example to start from: it has no TLS and no authentication, put it behind a proxy that has.
+POST /mesh takes seed, steps, guidance and format (glb, obj, ply, stl). Errors are one line of JSON,
+{"error": ...}: 4xx for the client's mistake, 503 with the seconds after which to retry. After one
+SIGTERM or Ctrl-C the current mesh is still finished and sent; a second one ends the server at once.
+It is an example to start from, without TLS and authentication: put it behind a proxy that has both.
 """
 
 import argparse
@@ -45,12 +45,12 @@ PARAMETERS: dict[str, Callable[[str], Any]] = {
     "format": str,
 }
 TYPES = {"glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl"}
-TYPES["ply"] = "application/octet-stream"  # which has no type of its own
-CONNECTIONS = 64  # each with a thread and at most one body; more wait in the system's backlog
+TYPES["ply"] = "application/octet-stream"  # PLY has no media type
+CONNECTIONS = 64  # each has a thread and at most one body; more wait in the system's backlog
 
 
 class Refused(Exception):
-    """An answer other than 200."""
+    """A response other than 200."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -58,33 +58,34 @@ class Refused(Exception):
 
 
 def parameters(query: str) -> GenerateOptions:
-    found: dict[str, Any] = {}
+    """The options in a URL query. Raises Refused or UserError if one is invalid."""
+    values: dict[str, Any] = {}
     given = parse_qsl(query, keep_blank_values=True)
     for name, text in given:
         if name not in PARAMETERS or [n for n, _ in given].count(name) > 1:
             raise Refused(400, f"parameter {name!r}: expected {', '.join(PARAMETERS)}, once each")
         try:
-            found[name] = PARAMETERS[name](text)
+            values[name] = PARAMETERS[name](text)
         except (ValueError, UserError) as error:
             raise Refused(400, f"{name}: {error}") from None
-    if found.get("format", "glb") not in TYPES:
-        raise Refused(400, f"format: {found['format']!r}: expected one of {', '.join(TYPES)}")
-    return GenerateOptions(**found)  # UserError
+    if values.get("format", "glb") not in TYPES:
+        raise Refused(400, f"format: {values['format']!r}: expected one of {', '.join(TYPES)}")
+    return GenerateOptions(**values)
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection, and one in which all pictures are decoded, computed and
-    encoded: memory is needed for one at a time, and torch keeps its threads."""
+    """One thread per connection, and one worker thread that decodes images, computes and encodes
+    meshes, one at a time: memory is needed for one generation, and torch keeps its threads."""
 
-    daemon_threads = True  # a slow client must not hold up the end
+    daemon_threads = True  # a slow client must not delay the exit
     request_queue_size = 128
 
     def __init__(self, pipeline: Pipeline, options: argparse.Namespace) -> None:
         self.pipeline, self.options = pipeline, options
         self.connections = threading.BoundedSemaphore(CONNECTIONS)
         self.worker, self.adding = ThreadPoolExecutor(1), threading.Lock()
-        self.jobs: set[Future[bytes]] = set()  # those computed or not answered yet
-        self.meshes, self.seconds = 0, 1.0  # made so far; of the last one
+        self.jobs: set[Future[bytes]] = set()  # jobs not finished or not answered yet
+        self.meshes, self.seconds = 0, 1.0  # meshes so far; seconds of the last one
         self.stopping = False
         super().__init__((options.host, options.port), Handler)
 
@@ -99,7 +100,7 @@ class Server(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that has hung up
+        if not isinstance(sys.exc_info()[1], OSError):  # the client has disconnected
             super().handle_error(request, client_address)
 
     def unfinished(self) -> int:
@@ -110,9 +111,9 @@ class Server(ThreadingHTTPServer):
             raise self.busy()
 
     def busy(self) -> Refused:
-        why = "the server is stopping" if self.stopping else "too many pictures are waiting"
+        reason = "the server is stopping" if self.stopping else "too many images are waiting"
         seconds = str(max(1, round(self.seconds)))
-        return Refused(503, f"{why}; try again in {seconds} s", **{"Retry-After": seconds})
+        return Refused(503, f"{reason}; try again in {seconds} s", **{"Retry-After": seconds})
 
     def submit(self, *arguments: Any) -> Future[bytes]:
         with self.adding:
@@ -123,24 +124,24 @@ class Server(ThreadingHTTPServer):
 
     def make(self, client: "Handler", options: GenerateOptions) -> bytes:
         start = time.monotonic()
-        image = decode_image(client.picture, "picture")
-        mesh = self.pipeline(image, options, name="picture", control=client.control)
+        image = decode_image(client.image, "image")
+        mesh = self.pipeline(image, options, name="image", control=client.control)
         body = encode(mesh, f"mesh.{options.format}")
         self.meshes, self.seconds = self.meshes + 1, time.monotonic() - start
         return body
 
     def stop(self) -> None:
-        """Takes nothing new, finishes the mesh at hand, refuses those that wait."""
+        """Accepts no new jobs, finishes the current one and refuses those waiting."""
         with self.adding:
             self.stopping = True
         self.server_close()
         self.worker.shutdown(cancel_futures=True)
-        while self.jobs:  # answers on their way
+        while self.jobs:  # until all are answered
             time.sleep(0.05)
 
 
-class Incoming(io.RawIOBase):
-    """What a client sends within so many seconds, all in all; TimeoutError after that."""
+class Request(io.RawIOBase):
+    """Reads a client's request. Raises TimeoutError `seconds` after its start."""
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
         self.connection, self.end = connection, time.monotonic() + seconds
@@ -158,18 +159,18 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     server_version, sys_version = f"vitapack/{vitapack.__version__}", ""
-    protocol_version = "HTTP/1.1"  # curl asks before it sends a large body
-    default_request_version = "HTTP/1.0"  # so that garbage is answered with a status too
+    protocol_version = "HTTP/1.1"  # for "Expect: 100-continue", as curl sends it
+    default_request_version = "HTTP/1.0"  # so that malformed requests get a status line too
     job: Future[bytes] | None = None
-    picture = b""
+    image = b""
 
     def setup(self) -> None:
         super().setup()
-        self.control = Control()  # of the mesh that this request asks for
-        self.rfile = io.BufferedReader(Incoming(self.connection, self.server.options.timeout))
+        self.control = Control()  # cancels this request's job
+        self.rfile = io.BufferedReader(Request(self.connection, self.server.options.timeout))
 
     def finish(self) -> None:
-        # To close with bytes unread would reset the connection, and the answer might be lost.
+        # Closing with unread bytes would reset the connection, and the response might be lost.
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read1(1 << 16):
@@ -190,20 +191,20 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(error)
         except CancelledError:
             self.refuse(self.server.busy())
-        except (ConnectionError, TimeoutError):  # the client has hung up, or takes no answer
+        except (ConnectionError, TimeoutError):  # the client has disconnected or reads no response
             raise
         except Exception as error:
             if isinstance(error, UserError) and not isinstance(error, FormatError):
                 self.refuse(Refused(400, str(error)))
-            else:  # a damaged model's file among others
+            else:  # such as a damaged model file
                 traceback.print_exc()
-                self.refuse(Refused(500, "an error inside the server; its log says more"))
+                self.refuse(Refused(500, "an error inside the server; see its log"))
         finally:
-            self.picture = b""  # the worker keeps what is cancelled until it comes to it
-            self.control.cancel()  # a mesh that nobody waits for ends within a step
+            self.image = b""  # the worker's queue keeps a cancelled job until its turn
+            self.control.cancel()  # a job without a client ends within one step
             if self.job:
                 self.job.cancel()
-                self.job.add_done_callback(self.server.jobs.discard)  # now, if it does not run
+                self.job.add_done_callback(self.server.jobs.discard)  # at once if it does not run
 
     do_GET = do_POST
 
@@ -224,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
     def mesh(self, query: str) -> None:
         options = parameters(query)
         self.server.pipeline.settings(options.steps, options.guidance, None)
-        self.picture = self.body()
+        self.image = self.body()
         self.job = self.server.submit(self, options)
         while not self.job.done():
             self.expect_client()
@@ -232,33 +233,33 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, self.job.result(), TYPES[options.format])
 
     def body(self) -> bytes:
-        """The picture's bytes, read only once nothing speaks against it."""
+        """The image's bytes, read after all other checks. Raises Refused if there are none."""
         length, most = self.headers.get("Content-Length"), self.server.options.max_bytes
         if length is None or "Transfer-Encoding" in self.headers:
-            raise Refused(411, "no Content-Length; send the picture as the body, in one piece")
+            raise Refused(411, "no Content-Length; send the image as the body, in one piece")
         if not (length.isascii() and length.isdecimal()):
             raise Refused(400, f"Content-Length: {length!r}: expected a number of bytes")
         if len(length) > 18 or int(length) > most:
-            raise Refused(413, f"a body of {length} bytes; at most {most} are taken")
+            raise Refused(413, f"a body of {length} bytes; at most {most} are accepted")
         if int(length) == 0:
-            raise Refused(400, "the body is empty; expected a picture's bytes")
+            raise Refused(400, "the body is empty; expected an image's bytes")
         self.server.expect_room()
         try:
             data = self.rfile.read(int(length))
         except TimeoutError:
-            raise Refused(408, "the picture took too long to arrive") from None
+            raise Refused(408, "the image took too long to arrive") from None
         if len(data) < int(length):
             raise Refused(400, f"the body ended after {len(data)} of {length} bytes")
         return data
 
     def expect_client(self) -> None:
-        """ConnectionError if the client has hung up."""
+        """Raises ConnectionError if the client has disconnected."""
         readable = select.select([self.connection], [], [], 0)[0]
         if readable and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionAbortedError("the client has hung up")
+            raise ConnectionAbortedError("the client has disconnected")
 
     def reply(self, status: int, body: bytes, kind: str = "application/json", **more: str) -> None:
-        self.connection.settimeout(self.server.options.timeout)  # for all of the body
+        self.connection.settimeout(self.server.options.timeout)  # for the whole body
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"}
         for name, value in (headers | more).items():
@@ -273,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(error.status, json.dumps({"error": line}).encode() + b"\n", **error.headers)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses. A method without a function here is 501 to it."""
+        """Refuses errors that http.server finds itself; it reports an unknown method as 501."""
         error = Refused(code, message or "bad request")
         self.refuse(Refused(405, str(error), Allow="GET, POST") if code == 501 else error)
 
@@ -283,21 +284,21 @@ def main() -> None:
     option = parser.add_argument
     option("model", help="a packed file, or an original checkpoint")
     option("--host", default="127.0.0.1")
-    option("--port", type=int, default=8000, help="0: any that is free")
-    option("--parts", metavar="MODEL", help="original that holds encoder and decoder")
+    option("--port", type=int, default=8000, help="0: any free port")
+    option("--parts", metavar="MODEL", help="original with image encoder and shape decoder")
     option("--device")
     option("--compute", choices=choices.COMPUTES)
     option("--memory", choices=choices.MEMORY_MODES)
     option("--cuda-graphs", action="store_true")
-    option("--resolution", type=COUNT, help="cells a side of the decoded grid")
-    option("--queue", type=COUNT, default=8, help="pictures that may wait")
-    option("--max-bytes", type=COUNT, default=20_000_000, help="of a picture's file")
-    option("--timeout", type=COUNT, default=60, help="seconds to send one, or take a mesh")
+    option("--resolution", type=COUNT, help="cells per side of the decoded grid")
+    option("--queue", type=COUNT, default=8, help="images that may wait")
+    option("--max-bytes", type=COUNT, default=20_000_000, help="largest image file")
+    option("--timeout", type=COUNT, default=60, help="seconds to send an image or receive a mesh")
     options = parser.parse_args()
     try:
         pipeline = Pipeline.open(options.model, filled(PipelineOptions, options))
         if pipeline.memory == "resident":
-            pipeline.load()  # before it listens: the first client waits for none, errors show now
+            pipeline.load()  # before listening: no client waits for it, errors show now
         server = Server(pipeline, options)
     except (UserError, OSError, OverflowError) as error:
         parser.exit(2, f"serve: {error}\n")

@@ -1,4 +1,4 @@
-"""The lean half: a packed file and a picture become a mesh.
+"""Turns a packed file and an image into a mesh; the half of vitapack without training code.
 
     from vitapack.runtime import Pipeline, load_dit
 

@@ -1,11 +1,10 @@
-"""Options of opening a model, of a generation and of `bench`, checked when they are made.
+"""Options for opening a model, for a generation and for `bench`, checked on construction.
 
     pipeline.generate(image, GenerateOptions(seed=1, steps=20))
     pipeline.generate(image, seed=1, steps=20)    # the same
 
-The command line, Python, a server and a node all fill these. A value that cannot work raises a
-UserError of one line. Light: the command line takes its defaults from here before anything else is
-imported.
+Used by the command line, Python code, servers and nodes alike. An invalid value raises a UserError
+of one line. Imports nothing heavy: the command line reads its defaults from here first.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How a model is opened."""
+    """Settings for opening a model."""
 
     device: str = "auto"
     compute: str = "a16"
-    parts: str | os.PathLike[str] | None = None  # original with image encoder and shape decoder
+    parts: str | os.PathLike[str] | None = None  # original, for referenced components
     memory: str = "resident"
     cuda_graphs: bool = False
-    resolution: int | None = None  # cells per side of the decoded grid; None: the model's own
+    resolution: int | None = None  # cells per side of the decoded grid; None: the model's default
 
     def __post_init__(self) -> None:
         choices.device(self.device)
@@ -43,8 +42,8 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How an image becomes a mesh. steps, guidance, sampler, resolution: None for the model's
-    own. A seed and counts may be given as their digits, as a query has them."""
+    """Settings of a generation. steps, guidance, sampler, resolution: None for the model's default.
+    Seed and counts may be strings of digits, as in a URL query."""
 
     seed: int = 0
     steps: int | None = None
@@ -52,7 +51,7 @@ class GenerateOptions:
     sampler: str | None = None
     one_batch: bool = False  # guidance as one batch of two instead of two passes
     resolution: int | None = None  # cells per side of the decoded grid
-    format: str = "glb"  # of mesh files
+    format: str = "glb"  # mesh file format
 
     def __post_init__(self) -> None:
         numbers = {"seed": choices.seed(self.seed, "seed")}
@@ -72,16 +71,16 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured. cond_tokens, resolution, steps: None for the model's own."""
+    """Settings of a benchmark. cond_tokens, resolution, steps: None for the model's default."""
 
-    original: str | os.PathLike[str] | None = None  # of a packed file: compared with it
+    original: str | os.PathLike[str] | None = None  # the packed file's original, compared with it
     device: str = "auto"
     compute: str = "a16"
     repeats: int = 5  # timed steps of each network
     cond_tokens: int | None = None
     resolution: int | None = None  # cells per side of the decoded grid
     steps: int | None = None  # denoising steps of the generations
-    whole_pass: bool = True  # also a generation by each network
+    whole_pass: bool = True  # also time a generation with each network
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -99,5 +98,6 @@ class BenchOptions:
 
 
 def merged(kind: type[Options], options: Options | None, changes: Mapping[str, Any]) -> Options:
-    """`options`, by default those of `kind`, with other values of some fields. UserError."""
+    """`options` (None: the defaults of `kind`) with `changes` to some fields. Raises UserError if a
+    value is invalid."""
     return kind(**changes) if options is None else replace(options, **changes)  # type: ignore

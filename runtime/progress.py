@@ -1,13 +1,12 @@
-"""Progress and cancellation of long work, for a terminal, a server, a notebook and a node alike.
+"""Progress and cancellation of long work, for terminals, servers, notebooks and nodes alike.
 
     control = Control(progress=print)
     threading.Timer(5, control.cancel).start()
     mesh = pipeline(image, control=control)     # raises Cancelled after five seconds
 
-Whoever starts the work makes a `Control` and may call `cancel` from any thread. The work checks it
-before every step of every phase and raises `Cancelled` itself, at a place where nothing is half
-done: no file has its final name, a resumable job goes on when it is started again, a pipeline makes
-the next mesh as if nothing had happened.
+The caller makes a `Control` and may call `cancel` from any thread. The work checks it before every
+step of every phase and raises `Cancelled` at a point where no state is left inconsistent: no
+incomplete file has its final name, a resumable job can be restarted, a pipeline stays usable.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of one phase. `total` may grow while a phase learns how much it has to do."""
+    """The state of one phase. `total` may grow while a phase runs."""
 
     phase: str  # such as "denoise", "decode", "compress"
     done: int
@@ -28,7 +27,7 @@ class Progress:
 
 
 class Cancelled(Exception):
-    """The work was cancelled by its `Control`. Not a UserError: nobody made a mistake."""
+    """The work was cancelled by its `Control`. Not a UserError, since it is no mistake."""
 
 
 class Flag(Protocol):
@@ -40,13 +39,13 @@ class Flag(Protocol):
 
 
 class Control:
-    """Watches and cancels one piece of work."""
+    """Reports the progress of one piece of work, and cancels it."""
 
     def __init__(
         self, progress: Callable[[Progress], object] | None = None, flag: Flag | None = None
     ) -> None:
-        """`progress` is called in the thread that works. `flag`: an event shared with others, such
-        as worker processes; default: a new one."""
+        """`progress` is called in the working thread. `flag`: an event shared with others, such as
+        worker processes; default: a new one."""
         self._progress = progress
         self._flag: Flag = threading.Event() if flag is None else flag
 
@@ -58,7 +57,7 @@ class Control:
         return self._flag.is_set()
 
     def quiet(self) -> Control:
-        """Cancelled together with this one, without progress: for work inside a step."""
+        """A control that is cancelled with this one and reports nothing: for work inside a step."""
         return Control(flag=self._flag)
 
     def check(self) -> None:
@@ -67,11 +66,11 @@ class Control:
             raise Cancelled("cancelled")
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """Tells the caller about finished work; never raises Cancelled."""
+        """Reports finished work to the caller; never raises Cancelled."""
         if self._progress is not None:
             self._progress(Progress(phase, done, total))
 
     def step(self, phase: str, done: int, total: int) -> None:
-        """`check`, then `report`: what a loop calls before each of its steps."""
+        """`check`, then `report`; call it before each step of a loop."""
         self.check()
         self.report(phase, done, total)

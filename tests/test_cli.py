@@ -177,7 +177,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         process.kill()  # one that ignores it would go on for the hour of its analysis
     assert process.returncode == 130, err
     assert err.strip().splitlines() == [
-        "vitapack: interrupted; nothing half-written has a final name; run it again (analyze and "
-        "generate with --resume) to go on"
+        "vitapack: interrupted; no incomplete file has its final name; run it again (analyze and "
+        "generate with --resume) to continue"
     ]
     assert not (tmp_path / "v.json").exists()

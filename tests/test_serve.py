@@ -183,8 +183,8 @@ def test_a_bad_parameter_is_one_plain_line(server: Served, query: str, words: st
     ("body", "status", "words"),
     [
         (b"", 400, "the body is empty"),
-        (BODY[:2000], 400, "picture: damaged image"),
-        (b"no picture", 400, "picture: not an image"),
+        (BODY[:2000], 400, "image: damaged image"),
+        (b"no picture", 400, "image: not an image"),
         (bytes(40_000_000), 413, "a body of 40000000 bytes; at most 20000000"),
         (iter([BODY]), 411, "no Content-Length"),  # http.client sends it in chunks
     ],
@@ -240,7 +240,7 @@ def test_the_queue_is_bounded_and_whoever_hangs_up_leaves_it(server: Served) -> 
     server.wait_until(lambda state: state["waiting"] == 1)
     status, body, headers = server.ask(SLOW)
     assert status == 503
-    assert "too many pictures are waiting" in complaint(body)
+    assert "too many images are waiting" in complaint(body)
     assert int(headers["Retry-After"]) >= 1
     first.close()
     second.close()

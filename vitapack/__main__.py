@@ -1,4 +1,4 @@
-"""`python -m vitapack` is the same program as the command `vitapack`."""
+"""`python -m vitapack`: the same program as the command `vitapack`."""
 
 from vitapack.cli import main
 

@@ -1,8 +1,8 @@
-"""The command line: `vitapack COMMAND --help` has an example of each.
+"""The command line: `vitapack COMMAND --help` shows an example of each command.
 
-The commands are in `vitapack.commands`; here they become one parser, and their errors exit codes.
-A user's mistake is one plain line and exit code 2, an interruption exit code 130; every long
-command can be started again.
+Builds one parser from the modules of `vitapack.commands` and turns errors into exit codes: a user's
+mistake prints one line and exits with 2, an interruption exits with 130. Every long command can be
+started again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COMMANDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """An argparse parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -62,17 +62,17 @@ def build_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Runs one command. Exit codes: 0 done, 2 user's mistake, 130 interrupted."""
     try:
         options = build_parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
-        sys.exit(_complain(str(error), 2))
+        sys.exit(_print_error(str(error), 2))
     except KeyboardInterrupt:
         sys.exit(
-            _complain(
-                "interrupted; nothing half-written has a final name; run it again (analyze and "
-                "generate with --resume) to go on",
+            _print_error(
+                "interrupted; no incomplete file has its final name; run it again (analyze and "
+                "generate with --resume) to continue",
                 130,
             )
         )
@@ -80,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            where = f" ({error.filename})" if error.filename else ""
-            sys.exit(_complain(f"{error.strerror}{where}", 2))
+            file = f" ({error.filename})" if error.filename else ""
+            sys.exit(_print_error(f"{error.strerror}{file}", 2))
         raise
 
 
-def _complain(line: str, code: int) -> int:
+def _print_error(line: str, code: int) -> int:
     print(f"vitapack: {' '.join(line.split())}", file=sys.stderr)
     return code

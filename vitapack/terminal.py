@@ -1,4 +1,4 @@
-"""What all commands share: options of checked types, progress bars, results on stdout.
+"""Helpers shared by all commands: checked option types, progress bars, results.
 
 Progress is written to stderr, results to stdout.
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def checked(check: Callable[[str], T]) -> Callable[[str], T]:
-    """A check of `choices` as the `type` of an argparse option."""
+    """Turns a check of `choices` into the `type` of an argparse option."""
 
     def convert(text: str) -> T:
         try:
@@ -39,8 +39,8 @@ SIZE = checked(choices.size_bytes)
 
 
 def filled(kind: type[T], options: argparse.Namespace) -> T:
-    """An option object from the options of a command line that are called as its fields; those
-    that were not given have its defaults. UserError."""
+    """An option object from the command-line options named like its fields; options that were not
+    given keep its defaults. Raises UserError if a value is invalid."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: given[name] for name in names if name in given})
@@ -48,7 +48,7 @@ def filled(kind: type[T], options: argparse.Namespace) -> T:
 
 @contextmanager
 def watched(quiet: bool = False) -> Iterator[progress.Control]:
-    """A control whose progress is bars with ETA on stderr, one for each phase."""
+    """A control that shows progress on stderr: one bar with ETA per phase."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -67,19 +67,19 @@ def watched(quiet: bool = False) -> Iterator[progress.Control]:
     with Progress(*columns, console=console, disable=quiet) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(at: progress.Progress) -> None:
-            if at.phase not in tasks:
-                tasks[at.phase] = bars.add_task(at.phase, total=at.total)
-            bars.update(tasks[at.phase], completed=at.done, total=at.total)
+        def report(event: progress.Progress) -> None:
+            if event.phase not in tasks:
+                tasks[event.phase] = bars.add_task(event.phase, total=event.total)
+            bars.update(tasks[event.phase], completed=event.done, total=event.total)
 
         yield progress.Control(report)
 
 
 def say(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:
-    """Prints the result: with --json the data, else the text."""
+    """Prints the result: the data with --json, else the text."""
     print(json.dumps(data, indent=1) if options.json else text)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(data, indent=1) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""A picture to condition tokens: the object set on its ground, then DINOv2, as each family does it.
+"""Turns an image into condition tokens: frames the object as each family does, then runs DINOv2.
 
     condition = ImageConditioner(Lazy(...), prepare=hunyuan_framing(512, 518, 0.15))
-    tokens = condition(Image.open("chair.png"))      # (1, N, D); the unconditional ones are zeros
+    tokens = condition(Image.open("chair.png"))      # (1, N, D); the null condition is zeros
 
-What the published pipelines do with OpenCV and torchvision is done with pillow and torch here; a
-pixel differs by a grey level or two.
+Uses pillow and torch for operations that the published pipelines do with OpenCV and torchvision;
+pixels differ by a grey level or two.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Picture = Image.Image | Mapping[str, Image.Image]
 class Conditioner(ABC):
     """First phase: an image, or views of one object, to condition tokens.
 
-    `component` is the image encoder that the pipeline loads for its phase, None for one that is in
-    memory from the start. `views`: several views of one object are accepted. `imports`: packages
-    that the encoder imports when it is loaded, for memory prediction.
+    `component`: the image encoder that the pipeline loads for its phase, None if it is in memory
+    from the start. `views`: whether several views of one object are accepted. `imports`: packages
+    that loading the encoder imports, for memory prediction.
     """
 
     component: Lazy[nn.Module] | None = None
@@ -53,7 +53,7 @@ class Conditioner(ABC):
     def __call__(
         self, image: Picture, name: str = "image", control: Control | None = None
     ) -> Tensor:
-        """Condition tokens (1, N, D) float32 on the CPU; `name` is the image's in messages.
+        """Condition tokens (1, N, D) float32 on the CPU; `name` stands for the image in messages.
 
         Reports the phase "condition". Raises: UserError for an image without an object, Cancelled
         by the `control`.
@@ -61,7 +61,7 @@ class Conditioner(ABC):
 
 
 class ImageConditioner(Conditioner):
-    """A DINOv2 on one image, or on each of several views."""
+    """Runs a DINOv2 on one image, or on each of several views."""
 
     imports = ("transformers",)
 
@@ -74,7 +74,7 @@ class ImageConditioner(Conditioner):
         views: bool = False,
         extra: Tensor | None = None,
     ) -> None:
-        """`registers`: keep the encoder's register tokens, which are dropped by default. `extra`
+        """`registers`: keep the encoder's register tokens instead of dropping them. `extra`
         (1, n, D): tokens appended to the image's."""
         self.component: Lazy[nn.Module] = component
         self.prepare, self.registers = prepare, registers
@@ -92,20 +92,20 @@ class ImageConditioner(Conditioner):
         if not isinstance(image, Mapping):
             image = {VIEWS[0]: image}
         elif not self.views and len(image) != 1:
-            raise UserError(f"{name}: this model takes one picture, not {len(image)} views")
+            raise UserError(f"{name}: this model takes one image, not {len(image)} views")
         if odd := [view for view in image if view not in VIEWS]:
             raise UserError(f"{name}: no view {odd[0]!r}; choose among {', '.join(VIEWS)}")
         if not image:
-            raise UserError(f"{name}: no picture was given")
+            raise UserError(f"{name}: no image was given")
         tokens: list[Tensor] = []
         for index, view in enumerate(VIEWS):
             if view in image:
                 control.step("condition", len(tokens), len(image))
                 label = name if len(image) == 1 else f"{name}, {view}"
-                found = self._encode(image[view], label, control)
-                tokens.append(
-                    found + view_embedding(index, found.shape[-1]) if self.views else found
-                )
+                encoded = self._encode(image[view], label, control)
+                if self.views:
+                    encoded = encoded + view_embedding(index, encoded.shape[-1])
+                tokens.append(encoded)
         control.report("condition", len(image), len(image))
         if self.extra is not None:
             tokens.append(self.extra)
@@ -125,7 +125,7 @@ class ImageConditioner(Conditioner):
 
 
 def view_embedding(index: int, channels: int) -> Tensor:
-    """(channels,) [sin | cos] of a view's index, which tells the views of a model apart."""
+    """Embedding (channels,) of a view's index, [sin | cos], added to the view's tokens."""
     half = channels // 2
     angles = index * torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(1e4) / half))
     return torch.cat([angles.sin(), angles.cos()]).float()
@@ -140,12 +140,14 @@ def encoder_part(
     plain_norm: bool = False,
     pixels: int = 0,
 ) -> Lazy[nn.Module]:
-    """The DINOv2 whose tensors `source` holds, below whatever prefix; bits 8 packs its linears.
+    """A lazily loaded DINOv2 from the tensors of `source`, under any prefix; bits 8 packs its
+    linears.
 
-    `settings`: the checkpoint's own configuration of it, None where it has none. `plain_norm`: a
-    LayerNorm without affine, eps 1e-5, in place of the last one, as TRELLIS has it. `pixels`: a
-    side of the pictures, by default those that the position table is for.
-    FormatError where the tensors are not those of a DINOv2.
+    `settings`: the encoder's configuration in the checkpoint, None if it has none. `plain_norm`:
+    replace the last LayerNorm by one without affine, eps 1e-5, as in TRELLIS. `pixels`: side of the
+    framed image, by default that of the position table.
+
+    Raises FormatError if the tensors are not a DINOv2's.
     """
     tail = "embeddings.cls_token"
     starts = [name.removesuffix(tail) for name in source.shapes if name.endswith(tail)]

@@ -4,10 +4,10 @@
     encoder = load(source, config, torch.float32, "cpu", bits=8)
     encoder(images).last_hidden_state                         # (B, 1 + registers + patches, h)
 
-transformers is an extra and is imported by `load` alone, since that takes seconds and 220 MB. It
-gets hyper-parameters, never a checkpoint's whole configuration, so it looks nothing up online.
-Released files keep the tensor names of its version 4, under any prefix; version 5 renamed some of
-them (`RENAMED`). torch-hub files are mapped by `from_hub`.
+transformers is an extra; only `load` imports it, since the import takes seconds and 220 MB. It
+receives hyper-parameters, never a checkpoint's whole configuration, so it does not go online.
+Released files have the tensor names of its version 4, under any prefix; version 5 renamed some of
+them (`RENAMED`). `from_hub` maps the names of torch-hub files.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from vitapack.runtime.loading.source import Source
 HEAD = 64  # channels per head in every released size
 LAYER = "encoder.layer."  # in the names of the blocks' tensors
 MASK = "embeddings.mask_token"  # used in training only
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for images in 0..1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet statistics, for images in 0..1
 NEEDED = "its image encoder needs transformers: pip install 'vitapack[dinov2]'"
 
-# Released owner of weight and bias -> its names in transformers 5; two share the rows in order.
+# Released module name -> its names in transformers 5; two of them share the rows in order.
 RENAMED = {
     "attention.attention.query": ("attention.q_proj",),
     "attention.attention.key": ("attention.k_proj",),
@@ -69,7 +69,7 @@ class Dinov2Config:
         """Peak memory of one square image, excluding weights: the MLP of a layer, with the tokens
         held three times around it.
 
-        A gated MLP's first two projections may be one or two tensors, after transformers' version.
+        A gated MLP's first two projections are one or two tensors, by transformers' version.
         `expands`: a packed weight is expanded to floats for its product, as on GPUs.
         """
         tokens = 1 + self.registers + (pixels // self.patch) ** 2
@@ -78,7 +78,7 @@ class Dinov2Config:
         return dtype.itemsize * (tokens * (3 * self.hidden + wide) + weight + 3 * pixels**2)
 
     def settings(self) -> dict[str, Any]:
-        """Under the names of transformers and of released config.json files."""
+        """The configuration under the names of transformers and of released config.json files."""
         registers = {"num_register_tokens": self.registers} if self.registers else {}
         return registers | {
             "hidden_size": self.hidden,
@@ -98,13 +98,13 @@ class Dinov2Config:
 def config_of(
     shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], label: str
 ) -> Dinov2Config:
-    """From the tensors' shapes and the checkpoint's settings, {} if it has none.
+    """The configuration by the tensors' shapes and the checkpoint's settings ({} if it has none).
 
     Raises: FormatError: if the tensors are not a DINOv2's, or do not fit the settings.
     """
     config = config_from_shapes(shapes, label)
     heads, eps = settings.get("num_attention_heads", config.heads), config.eps
-    try:  # YAML takes 1e-06 for a string
+    try:  # YAML reads 1e-06 as a string
         eps = float(settings.get("layer_norm_eps", eps))
     except (TypeError, ValueError):
         eps = math.nan
@@ -125,9 +125,9 @@ def config_of(
                 f"{label}: the image encoder's {name} is {settings[name]!r} in its configuration; "
                 f"its tensors and this reader expect {value!r}"
             )
-    expected, found = released_shapes(config), dict(shapes)
-    found.pop(MASK, None)
-    if odd := sorted(set(expected.items()) ^ set(found.items())):
+    expected, actual = released_shapes(config), dict(shapes)
+    actual.pop(MASK, None)
+    if odd := sorted(set(expected.items()) ^ set(actual.items())):
         name, shape = odd[0]
         raise FormatError(
             f"{label}: the image encoder's tensors are not those of a DINOv2 of its size: "
@@ -137,19 +137,19 @@ def config_of(
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], label: str) -> Dinov2Config:
-    """From the tensors' shapes alone; heads have 64 channels.
+    """The configuration by the tensors' shapes alone; heads have 64 channels.
 
     Raises: FormatError: if they are not a DINOv2's.
     """
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != dims or 0 in found:
+        size = shapes.get(name)
+        if size is None or len(size) != dims or 0 in size:
             raise FormatError(
                 f"{label}: the image encoder should be a DINOv2; {name} is "
-                f"{'missing' if found is None else list(found)}"
+                f"{'missing' if size is None else list(size)}"
             )
-        return found
+        return size
 
     hidden, _, patch, _ = shape("embeddings.patch_embeddings.projection.weight", 4)
     table = shape("embeddings.position_embeddings", 3)[1] - 1
@@ -182,7 +182,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], label: str) -> Din
 
 
 def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a released file but the mask token, which is used in training only."""
+    """Shapes of all tensors of a released file, except the mask token, used in training only."""
     h, wide = config.hidden, config.wide
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.cls_token": (1, 1, h),
@@ -192,7 +192,7 @@ def released_shapes(config: Dinov2Config) -> dict[str, tuple[int, ...]]:
     }
     if config.registers:
         shapes["embeddings.register_tokens"] = (1, config.registers, h)
-    linears = {f"attention.attention.{which}": (h, h) for which in ("query", "key", "value")}
+    linears = {f"attention.attention.{name}": (h, h) for name in ("query", "key", "value")}
     linears["attention.output.dense"] = (h, h)
     if config.swiglu:
         linears |= {"mlp.weights_in": (2 * wide, h), "mlp.weights_out": (h, wide)}
@@ -213,9 +213,9 @@ def is_packable(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def load(source: Source, config: Dinov2Config, execution: Execution, bits: int) -> nn.Module:
-    """transformers' network, made on the meta device and filled tensor by tensor.
+    """Loads transformers' network, created on the meta device and filled tensor by tensor.
 
-    `bits` 8 packs the linears while they are loaded; packed ones are kept.
+    `bits` 8 packs unquantized linears while loading; packed ones stay packed.
 
     Raises: UserError: without transformers.
     """
@@ -243,7 +243,7 @@ def _network(config: Dinov2Config) -> Any:
 
 
 def as_installed(source: Source, wanted: Set[str]) -> Source:
-    """The released tensors under the names of the installed transformers, packed ones too."""
+    """The released tensors, packed ones included, under the installed transformers' names."""
     reads: dict[str, Callable[[], Tensor]] = {}
     shapes, layouts = {}, {}
     for name, shape in source.shapes.items():
@@ -265,7 +265,7 @@ def as_installed(source: Source, wanted: Set[str]) -> Source:
 
 
 def from_hub(weights: Weights) -> Weights:
-    """A torch-hub file (facebookresearch/dinov2) under the released names, q, k, v separate."""
+    """A torch-hub file's tensors (facebookresearch/dinov2) by released name, q, k, v split."""
     names = {
         "cls_token": "embeddings.cls_token",
         "mask_token": MASK,
@@ -288,8 +288,8 @@ def from_hub(weights: Weights) -> Weights:
         owner, _, leaf = inner.rpartition(".")
         if owner == "attn.qkv":
             shape = (entry.shape[0] // 3, *entry.shape[1:])
-            for which, read in zip(("query", "key", "value"), in_parts(entry.read, 3), strict=True):
-                full = f"{start}attention.attention.{which}.{leaf}"
+            for role, read in zip(("query", "key", "value"), in_parts(entry.read, 3), strict=True):
+                full = f"{start}attention.attention.{role}.{leaf}"
                 stored[full] = StoredTensor(shape, entry.dtype, read, entry.file)
         elif inner in names:
             stored[start + names[inner]] = entry
@@ -299,13 +299,13 @@ def from_hub(weights: Weights) -> Weights:
 
 
 def in_parts(read: Callable[[], Tensor], count: int) -> list[Callable[[], Tensor]]:
-    """Readers of a tensor's rows in `count` equal parts, from one read for all: unread parts are
-    kept in memory. A part that is read again reads the tensor again."""
+    """Readers of `count` equal row blocks of a tensor, which share one read: the other blocks are
+    kept in memory until they are read. Reading a block twice reads the tensor again."""
     waiting: dict[int, Tensor] = {}
 
-    def part(index: int) -> Tensor:
+    def rows_of(index: int) -> Tensor:
         if index not in waiting:
             waiting.update(enumerate(rows.clone() for rows in read().chunk(count)))
         return waiting.pop(index)
 
-    return [partial(part, index) for index in range(count)]
+    return [partial(rows_of, index) for index in range(count)]

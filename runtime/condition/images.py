@@ -2,8 +2,8 @@
 
 All published models start this way: separate the object (by alpha channel, or by a background
 remover), crop its bounding box, centre it on a square. Border, background and size differ by family
-and are arguments. An image without alpha needs `rembg` (an extra) or a plain background; any other
-is an explicit error rather than a mesh of somebody's living room.
+and are arguments. An image without alpha needs a plain background or `rembg` (an extra); otherwise
+it is an error, since the background would become part of the mesh.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitapack.runtime.errors import UserError
 from vitapack.runtime.format.container import one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Accepted formats, whatever the file's name. Pillow knows more, and runs Ghostscript on EPS.
+# Accepted formats, for any suffix. Pillow reads more, and runs Ghostscript on EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Larger images are refused before they are decoded. The families put the object on a square of the
 # longer side: 64 million pixels in one row would need a square of 10^16 bytes.
@@ -29,16 +29,18 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 10_000
 _TOO_LARGE = f"at most {MAX_PIXELS} pixels and {MAX_SIDE} per side are accepted; scale it down"
 ROWS = 256  # composited at a time: 64 million pixels at once took 4.9 GB
-LEAST_SIDE = 16  # pixels; a smaller object shows no shape
+LEAST_SIDE = 16  # pixels; smaller objects have too little detail for a shape
 PLAIN = 12  # grey levels by which a plain background may vary (JPEG noise on white: ~6)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
     """The image files among the arguments, folders expanded in name order.
 
-    Hidden files in folders are left out: macOS puts a `._chair.png` next to each `chair.png`.
+    Hidden files in folders are skipped: macOS writes a `._chair.png` next to each `chair.png`.
+
+    Raises UserError for a missing path or a folder without images.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(
@@ -48,28 +50,28 @@ def find_images(paths: list[Path]) -> list[Path]:
             )
             if not inside:
                 raise UserError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
-            found += inside
+            images += inside
         elif path.exists():
-            found.append(path)
+            images.append(path)
         else:
             raise UserError(f"{path}: no such file or folder; expected an image")
-    return found
+    return images
 
 
 def load_image(path: Path) -> Image.Image:
-    """The decoded image, turned upright; of an animation its first frame.
+    """Reads an image, turned upright; the first frame of an animation.
 
     Raises: UserError: if the file is not a complete image within the limits.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; expected an image")
-    if not path.is_file():  # opening a pipe would block for ever
+    if not path.is_file():  # opening a pipe would block
         raise UserError(f"{path}: a folder, device or pipe; expected an image file")
     return _decoded(path, str(path))
 
 
 def decode_image(data: bytes, name: str = "image") -> Image.Image:
-    """Like `load_image`, from the bytes of a file; `name` stands for it in messages."""
+    """Like `load_image`, for the bytes of a file; `name` stands for it in messages."""
     return _decoded(io.BytesIO(data), name)
 
 
@@ -96,7 +98,7 @@ def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def upright(image: Any, name: str = "image") -> Image.Image:
-    """An image of 8 bits per channel, turned upright by its EXIF orientation.
+    """Turns an image upright by its EXIF orientation and scales 16 bits per channel to 8.
 
     image: a pillow image, a path, or an array uint8 (H, W) or (H, W, 3 or 4). Raises: UserError:
     for anything else.
@@ -129,7 +131,7 @@ def upright(image: Any, name: str = "image") -> Image.Image:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Turned by the EXIF orientation; copied only if needed, as an image may have 256 MB."""
+    """Applies the EXIF orientation; copies only if needed, since an image may take 256 MB."""
     normal = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image if normal else ImageOps.exif_transpose(image)
 
@@ -186,15 +188,15 @@ def _remove_background(image: Image.Image, rgb: np.ndarray, name: str) -> np.nda
 def recentre(
     rgb: np.ndarray, alpha: np.ndarray, size: int, border: float, background: int
 ) -> np.ndarray:
-    """(size, size, 3) uint8: the object's bounding box, its longer side scaled to
-    size * (1 - border), centred on a square of one grey level."""
+    """Centres the object's bounding box on a square of one grey level: (size, size, 3) uint8, the
+    box's longer side scaled to size * (1 - border)."""
     rows, columns = np.where((alpha > 0).any(1))[0], np.where((alpha > 0).any(0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     flat = rgb[top:bottom, left:right].copy()
     for start in range(0, len(flat), ROWS):
-        part = slice(start, start + ROWS)
-        cover = alpha[top:bottom, left:right, None][part] / 255.0
-        flat[part] = np.clip(flat[part] * cover + background * (1 - cover) + 0.5, 0, 255)
+        chunk = slice(start, start + ROWS)
+        cover = alpha[top:bottom, left:right, None][chunk] / 255.0
+        flat[chunk] = np.clip(flat[chunk] * cover + background * (1 - cover) + 0.5, 0, 255)
     crop = Image.fromarray(flat)
     scale = round(size * (1 - border)) / max(crop.size)
     shape = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))

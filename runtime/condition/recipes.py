@@ -1,4 +1,4 @@
-"""Frames an object as each family does: from an image to the image encoder's input."""
+"""Frames an object as each family does: turns an image into the image encoder's input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Shape decoders: latents to the grid of logits that the surface is extracted from.
+"""Shape decoders: turn latents into the grid of logits from which the surface is extracted.
 
-Everything but `decoder(latents)` works before the network is loaded.
+Everything except `decoder(latents)` works before the network is loaded.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vitapack.runtime.progress import Control
 class Decoder(ABC):
     """Third phase: latents to a cubic grid of logits over [-bounds, bounds]^3, positive inside.
 
-    `component` is the network that the pipeline loads for its phase, None for one that is in memory
-    from the start. `latent_shape` has no batch dimension. `resolution`: cells per side of the grid,
-    which may be set; None where the network's own grid is the only one. `queries`: points evaluated
-    for the last shape, None where there is no choice of points. `anchors` (tokens, channels): fixed
-    positions appended to the channels of the denoiser's input.
+    `component`: the network that the pipeline loads for its phase, None if it is in memory from the
+    start. `latent_shape` has no batch dimension. `resolution`: cells per side of the grid, may be
+    set; None if the network's grid is fixed. `queries`: query points of the last shape, None if the
+    network's grid is fixed. `anchors` (tokens, channels): fixed positions appended to the channels
+    of the DiT's input.
     """
 
     component: Lazy[Any] | None = None
@@ -45,10 +45,10 @@ class Decoder(ABC):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of the denoiser's input: `latent_shape` with the anchors' channels appended."""
-        *places, channels = self.latent_shape
+        """Shape of the DiT's input: `latent_shape` with the anchors' channels appended."""
+        *sides, channels = self.latent_shape
         extra = 0 if self.anchors is None else self.anchors.shape[-1]
-        return (*places, channels + extra)
+        return (*sides, channels + extra)
 
     @property
     def working_bytes(self) -> int:
@@ -81,13 +81,13 @@ class VolumeDecoder(Decoder):
         self.config, self.device = config, device
         self.latent_shape = (config.latents, config.channels)
         self.bounds = config.bounds
-        self.resolution = 384  # of the published pipelines
+        self.resolution = 384  # as in the published pipelines
         self.dense = False  # evaluate every node, for comparisons
         self.queries = 0
 
     @property
     def working_bytes(self) -> int:
-        """The network's and, on a CPU, the grid's, which is in main memory on every device."""
+        """The network's working memory; on a CPU also the grid's, always held in main memory."""
         grid = refine_bytes(self.resolution) if self.device == "cpu" else 0
         return self.component.working_bytes + grid
 

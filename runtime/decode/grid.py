@@ -3,9 +3,9 @@
     grid = coarse_to_fine(decoder.field(latents), resolution=384, bounds=1.01)
     mesh = surface_from_grid(grid.values, grid.bounds)           # vitapack.runtime.mesh
 
-Grids have R + 1 nodes a side, both ends of [-bounds, bounds] included, 'ij' order. The reference
+Grids have R + 1 nodes per side, both ends of [-bounds, bounds] included, 'ij' order. The reference
 pipelines scale marching-cubes vertices by 2 bounds / (R + 1), not / R, which shrinks every mesh
-towards the lower corner: that is `reference_scale` in `vitapack.runtime.mesh`, not decided here.
+towards the lower corner: see `reference_scale` in `vitapack.runtime.mesh`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from vitapack.runtime.progress import Control
 
 Field = Callable[[Tensor], Tensor]  # points (P, 3) -> logits (P,)
 
-# Grids of less than FAITHFUL cells a side lose whole legs of chairs (the reference starts at 63).
-# From COARSEST up to there, cells are also split where the field only varies, by a quarter of its
-# distance to the level (VARIES): a fifth of the queries of a whole grid of 96.
+# Grids below FAITHFUL cells per side lose whole legs of chairs (the reference starts at 63). From
+# COARSEST to FAITHFUL a cell is therefore also refined if the field varies across it by a quarter
+# (1 / VARIES) of its distance to the level: a fifth of the queries of a dense grid of 96.
 COARSEST, FAITHFUL, VARIES = 48, 96, 4
-# A node that stands out of its neighbours' mean by this part of its distance to the level may hide
-# a speck. Rounding to bfloat16 makes at most 0.008 of it.
+# A node that deviates from its neighbours' mean by this fraction of its distance to the level may
+# hide a small component. Rounding to bfloat16 causes deviations of at most 0.008 of it.
 CONTRAST = 0.05
-# Points a call: on a GPU as the reference's; on a CPU what its caches hold. A point of 2mini's
-# decoder takes 87 us in calls of 1000, 98 of 8000, 103 of 250 (n = 3).
+# Query points per call: on a GPU as in the reference implementation; on a CPU as many as fit its
+# caches. 2mini's decoder takes 87 us per point in calls of 1000, 98 of 8000, 103 of 250 (n = 3).
 CHUNKS = {"cuda": 8000, "cpu": 1000}
-PART = 2**17  # new nodes looked around at a time: 60 MB
+REFINE_CHUNK = 2**17  # new nodes whose neighbours are visited at a time: 60 MB
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Logits at the nodes and how many of them were asked for."""
+    """Logits at the nodes, and the number of query points evaluated for them."""
 
     values: Tensor  # (R+1, R+1, R+1) float32, on the CPU
     queries: int
@@ -54,14 +54,14 @@ def dense(
     device: torch.device | str = "cpu",
     control: Control | None = None,
 ) -> Grid:
-    """Every node of the grid: (R + 1)^3 queries, `chunk` of them a call (default: CHUNKS)."""
+    """Evaluates every node: (R + 1)^3 queries, `chunk` of them per call (default: CHUNKS)."""
     _check(resolution, bounds)
     nodes = torch.arange((resolution + 1) ** 3, dtype=torch.int64)
     values = torch.empty(len(nodes), dtype=torch.float32)
-    asker = _Asker(field, resolution, bounds, chunk, device, control or Control())
-    asker(nodes, values, resolution)
+    evaluate = _Evaluator(field, resolution, bounds, chunk, device, control or Control())
+    evaluate(nodes, values, resolution)
     side = resolution + 1
-    return Grid(values.view(side, side, side), asker.queries, bounds)
+    return Grid(values.view(side, side, side), evaluate.queries, bounds)
 
 
 def coarse_to_fine(
@@ -75,44 +75,48 @@ def coarse_to_fine(
     device: torch.device | str = "cpu",
     control: Control | None = None,
 ) -> Grid:
-    """The same surface as `dense` from a small part of its queries.
+    """Finds the surface of `dense` with a small fraction of its queries.
 
-    The coarsest grid (R halved while it stays >= 48 cells) is evaluated whole. Each finer one
-    starts as its interpolation; then every cell that the surface crosses has its eight nodes
-    evaluated, and this is repeated until no crossed cell has an unevaluated node. So all triangles
-    of the result are those of the dense grid, and every connected piece of the dense surface that
-    is touched anywhere is complete. Up to 96 cells that goes for every cell whose corners are not
-    much farther from the level than from each other.
+    The coarsest grid (R halved while it stays >= 48 cells) is evaluated at every node. Each finer
+    grid starts as its interpolation; then the eight nodes of every cell that the surface crosses
+    are evaluated, repeatedly, until no crossed cell has an unevaluated node. So all triangles of
+    the result are those of the dense grid, and every connected component of the dense surface is
+    complete once one of its cells is evaluated. Up to 96 cells per side, cells whose corner values
+    differ by much, relative to their distance to the level, are evaluated too.
 
-    A piece between nodes that all lie on its other side (a speck, or a hole in the solid) is
-    touched by none. Most raise the nodes about them a little all the same, so the cells at a node
-    that stands out are evaluated too: the blobs that an extremum of a difference of Gaussians finds
-    (Lowe 2004), on its smallest neighbourhood, for a `contrast` relative to the node's distance to
-    the level; `math.inf` looks for none. What leaves less trace than that at the coarse nodes is
-    missed, and what leaves none no rule can find.
+    A component (or a void in the solid) so small that it lies between nodes changes the sign of
+    none of them. Most still shift the values of nearby nodes, so the cells at outlier nodes are
+    evaluated too, by the rule for extrema of a difference of Gaussians (Lowe 2004) on its smallest
+    neighbourhood, with a `contrast` relative to the node's distance to the level; `math.inf` turns
+    this off. Components with less effect on the coarse nodes are missed; those with no effect
+    cannot be found by any rule.
     """
     _check(resolution, bounds)
     sizes = [resolution]
     while sizes[-1] % 2 == 0 and sizes[-1] // 2 >= COARSEST:
         sizes.append(sizes[-1] // 2)
-    asker = _Asker(field, resolution, bounds, chunk, device, control or Control())
+    evaluate = _Evaluator(field, resolution, bounds, chunk, device, control or Control())
     size = sizes.pop()
     values = torch.empty((size + 1) ** 3, dtype=torch.float32)
-    asker(torch.arange(len(values)), values, size)
+    evaluate(torch.arange(len(values)), values, size)
     for finer in reversed(sizes):
-        values = _refine(asker, values.view(size + 1, size + 1, size + 1), finer, level, contrast)
+        values = _refine(
+            evaluate, values.view(size + 1, size + 1, size + 1), finer, level, contrast
+        )
         size = finer
-    return Grid(values.view(size + 1, size + 1, size + 1), asker.queries, bounds)
+    return Grid(values.view(size + 1, size + 1, size + 1), evaluate.queries, bounds)
 
 
-def _refine(asker: _Asker, coarse: Tensor, size: int, level: float, contrast: float) -> Tensor:
-    """The next grid, flat, exact at every node of every cell that the surface crosses."""
-    specks = _standing_out(coarse - level, contrast)
+def _refine(
+    evaluate: _Evaluator, coarse: Tensor, size: int, level: float, contrast: float
+) -> Tensor:
+    """The next grid, flat, evaluated at every node of every cell that the surface crosses."""
+    specks = _outliers(coarse - level, contrast)
     side = size + 1
     grid = F.interpolate(
         coarse[None, None], size=(side, side, side), mode="trilinear", align_corners=True
     )[0, 0].contiguous()
-    grid[::2, ::2, ::2] = coarse  # to the bit
+    grid[::2, ::2, ::2] = coarse  # exact to the bit
     known = torch.zeros_like(grid, dtype=torch.bool)
     known[::2, ::2, ::2] = True
     inside = grid > level
@@ -128,16 +132,18 @@ def _refine(asker: _Asker, coarse: Tensor, size: int, level: float, contrast: fl
     values, known = grid.view(-1), known.view(-1)
     new = wanted.view(-1).nonzero()[:, 0]
     while len(new):
-        asker(new, values, size)
+        evaluate(new, values, size)
         known[new] = True
-        # A value can differ in sign from its interpolation: look at the cells around it again.
-        corners = [_crossed_corners(part, values, size, level) for part in new.split(PART)]
+        # A value can differ in sign from its interpolation: check the cells around it again.
+        corners = [
+            _crossed_corners(chunk, values, size, level) for chunk in new.split(REFINE_CHUNK)
+        ]
         new = torch.cat([nodes[~known[nodes]] for nodes in corners]).unique()
     return values
 
 
 def _crossed_corners(nodes: Tensor, values: Tensor, size: int, level: float) -> Tensor:
-    """The corners of those cells around the nodes that the surface crosses; all indices flat."""
+    """Corners of the cells next to `nodes` that the surface crosses; all indices are flat."""
     side = size + 1
     i, j, k = nodes // (side * side), nodes // side % side, nodes % side
     around = []
@@ -151,24 +157,25 @@ def _crossed_corners(nodes: Tensor, values: Tensor, size: int, level: float) -> 
     return corners[above.any(1) & ~above.all(1)].view(-1)
 
 
-def _standing_out(heights: Tensor, contrast: float) -> Tensor:
-    """Indices (m, 3) of the nodes near which a piece may lie between nodes, on the other side of 0.
+def _outliers(heights: Tensor, contrast: float) -> Tensor:
+    """Indices (m, 3) of the nodes near which a small component may lie between nodes.
 
-    They stand out of the mean of their 27-neighbourhood towards 0, by more than `contrast` times
-    their distance to it, and either by more than all of it or no neighbour by more. The mean takes
-    a slope away: a speck beside a large object need not be a maximum of the field.
+    Such a node deviates from the mean of its 27-neighbourhood towards 0 by more than `contrast`
+    times its distance to 0, and either by more than that whole distance, or by at least as much as
+    each neighbour. Subtracting the mean removes slopes: a small component next to a large object
+    need not be a maximum of the field.
     """
     out = heights - F.avg_pool3d(heights[None, None], 3, 1, 1, count_include_pad=False)[0, 0]
     out = out.where(heights <= 0, -out)
-    found = (out > contrast * heights.abs()).nonzero()
+    nodes = (out > contrast * heights.abs()).nonzero()
     for offset in itertools.product((-1, 0, 1), repeat=3):
-        most, near = out[found.unbind(1)], out[_moved(found, offset, len(out))]
-        found = found[(near <= most) | (most > heights[found.unbind(1)].abs())]
-    return found
+        own, near = out[nodes.unbind(1)], out[_moved(nodes, offset, len(out))]
+        nodes = nodes[(near <= own) | (own > heights[nodes.unbind(1)].abs())]
+    return nodes
 
 
 def _moved(index: Tensor, offset: tuple[int, ...], size: int) -> tuple[Tensor, ...]:
-    """Indices (m, 3) moved by an offset, inside a cube of `size` a side, as one would index it."""
+    """Index arrays of (m, 3) indices moved by an offset, clamped to a cube of `size` per side."""
     return (index + torch.tensor(offset)).clamp(0, size - 1).unbind(1)
 
 
@@ -179,7 +186,7 @@ def _varying(heights: Tensor) -> Tensor:
 
 
 def _over_corners(nodes: Tensor, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Values at (n+1)^3 nodes to one for each of (n)^3 cells, of all its corners."""
+    """Reduces values at (n+1)^3 nodes over the eight corners of each of n^3 cells by `both`."""
     for axis in range(3):
         count = nodes.shape[axis] - 1
         nodes = both(nodes.narrow(axis, 0, count), nodes.narrow(axis, 1, count))
@@ -187,7 +194,7 @@ def _over_corners(nodes: Tensor, both: Callable[[Tensor, Tensor], Tensor]) -> Te
 
 
 def _all_corners(cells: Tensor) -> Tensor:
-    """(n)^3 cell flags to (n+1)^3 node flags: the corners of flagged cells."""
+    """Turns n^3 cell flags into (n+1)^3 node flags: the corners of flagged cells."""
     for axis in range(3):
         pad = [0] * 6
         pad[5 - 2 * axis] = 1
@@ -197,7 +204,7 @@ def _all_corners(cells: Tensor) -> Tensor:
     return cells
 
 
-class _Asker:
+class _Evaluator:
     """Evaluates nodes by their flat index, in chunks, and counts them."""
 
     def __init__(
@@ -220,11 +227,11 @@ class _Asker:
     def __call__(self, nodes: Tensor, values: Tensor, size: int) -> None:
         axis = self.axis[:: (len(self.axis) - 1) // size]
         side, total = size + 1, self.queries + len(nodes)
-        for part in nodes.split(self.chunk):
+        for flat in nodes.split(self.chunk):
             self.control.check()
-            index = torch.stack([part // (side * side), part // side % side, part % side], dim=1)
-            values[part] = self.field(axis[index].to(self.device)).to("cpu", torch.float32)
-            self.queries += len(part)
+            index = torch.stack([flat // (side * side), flat // side % side, flat % side], dim=1)
+            values[flat] = self.field(axis[index].to(self.device)).to("cpu", torch.float32)
+            self.queries += len(flat)
             self.control.report("decode", self.queries, total)
 
 

@@ -1,4 +1,4 @@
-"""Grid to mesh, mesh to file: marching cubes, cleaning, and file formats with metadata.
+"""Extracts, cleans, reports and stores meshes: marching cubes, and file formats with metadata.
 
     mesh = clean(surface_from_grid(logits, bounds=1.01))
     save(mesh, "chair.glb", {"seed": 0, "steps": 20, "packed_sha256": digest})
@@ -29,7 +29,7 @@ FORMATS = tuple(f".{name}" for name in MESH_FORMATS)
 READABLE = (*FORMATS, ".gltf", ".off")
 _TAG = "vitapack "
 _STL_HEADER = 80
-# In cells. Half of it is still eight float32 steps at the corner of a 512-cell grid.
+# In cells. Half of it is still eight float32 steps at the corner of a grid of resolution 512.
 _MARGIN = 1e-3
 
 
@@ -115,17 +115,17 @@ def surface_from_grid(
         )
     inside = int((values > level).sum())
     if inside == 0 or inside == values.size:
-        what = "empty" if inside == 0 else "full"
+        state = "empty" if inside == 0 else "full"
         raise UserError(
-            f"the shape grid is {what} (values {values.min():.3g} to {values.max():.3g}, surface "
+            f"the shape grid is {state} (values {values.min():.3g} to {values.max():.3g}, surface "
             f"at {level:g}): no mesh; try another seed, more steps, or a clearer image"
         )
     values = _off_level(values, level)
     rim = np.concatenate([values.take((0, -1), axis=axis).ravel() for axis in range(3)])
     closed = bool((rim <= level).all())
     if not closed:
-        # One layer of "outside" around it, low enough that each cap lies half a cell out or more;
-        # clipping then lays the caps flat, a margin outside the bounds.
+        # Pads one layer of "outside", low enough that each cap lies at least half a cell outside;
+        # clipping then flattens the caps, a margin outside the bounds.
         outside = 2 * level - float(rim[rim > level].min())
         values = np.pad(values, 1, constant_values=np.nextafter(np.float32(outside), -np.inf))
     # skimage's "ascent" is the winding that faces falling values: outward, with inside above.
@@ -138,11 +138,11 @@ def surface_from_grid(
 
 
 def _off_level(values: np.ndarray, level: float) -> np.ndarray:
-    """The grid with its nodes kept off the surface, so that no vertex lies closer to a node than
-    about `_MARGIN` of a cell.
+    """Moves node values away from the level, so that no vertex lies closer to a node than about
+    `_MARGIN` of a cell.
 
-    Vertices of several edges would otherwise fall together in a node, and merging them pinches the
-    closed surface there. Nodes on the level count as outside.
+    Vertices of several edges would otherwise coincide at a node, and merging them would make the
+    closed surface non-manifold there. Nodes on the level count as outside.
     """
     distance = values - level
     np.abs(distance, out=distance)  # two grids at once, of 228 MB each at R = 384
@@ -163,7 +163,7 @@ def _off_level(values: np.ndarray, level: float) -> np.ndarray:
 
 
 def clean(mesh: Mesh, *, floater_area: float = 0.005, max_faces: int | None = None) -> Mesh:
-    """Merged vertices, no degenerate faces, no floaters, and at most `max_faces` faces.
+    """Merges vertices, removes degenerate faces and floaters, reduces to at most `max_faces`.
 
     A floater is a component with less than `floater_area` of the whole surface; the largest
     component is always kept. Decimation is trimesh's quadric one and needs fast-simplification.

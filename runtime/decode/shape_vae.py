@@ -1,7 +1,7 @@
 """The ShapeVAE decoder: latent tokens and query points to occupancy logits, positive inside.
 
     decoder = load_shape_decoder(open_checkpoint(path))       # vitapack.runtime.pipeline.load
-    field = decoder.field(latents)                            # latents (1, n, c) as the DiT emits
+    field = decoder.field(latents)                            # latents (1, n, c) from the DiT
     grid = coarse_to_fine(field, 384, decoder.config.bounds)  # vitapack.runtime.decode.grid
 
 Hunyuan3D 2.x (normal and turbo) and Step1X-3D share the graph; they differ in the fields of
@@ -22,7 +22,7 @@ from vitapack.runtime.decode.grid import Field
 @dataclass(frozen=True)
 class ShapeDecoderConfig:
     latents: int  # tokens
-    channels: int  # of a latent token
+    channels: int  # per latent token
     width: int
     heads: int
     layers: int
@@ -35,9 +35,9 @@ class ShapeDecoderConfig:
     geo_downsample: int = 1  # turbo: 2, half the width and heads (and no qk-norm) in the last block
     geo_mlp_expand: int = 4
     geo_ln_post: bool = True
-    eps: float = 1e-6  # of every LayerNorm but the last, which has 1e-5
+    eps: float = 1e-6  # of every LayerNorm except the last, which has 1e-5
     bounds: float = 1.01
-    level: float = 0.0  # of the surface
+    level: float = 0.0  # logit at the surface
 
     @property
     def geo_width(self) -> int:
@@ -69,9 +69,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """(B, n, parts * w) to `parts` tensors (B, H, n, d); each head holds all of its parts."""
-    return x.unflatten(-1, (heads, parts, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+def _heads(x: Tensor, heads: int, count: int) -> tuple[Tensor, ...]:
+    """Splits (B, n, count * w) into `count` tensors (B, H, n, d); q, k, v are adjacent per head."""
+    return x.unflatten(-1, (heads, count, -1)).permute(3, 0, 2, 1, 4).unbind(0)
 
 
 class SelfAttention(nn.Module):
@@ -193,7 +193,8 @@ class GeoDecoder(nn.Module):
 
 
 def fourier(points: Tensor, config: ShapeDecoderConfig) -> Tensor:
-    """(..., 3) to (..., 3 + 6 F): [p | sin(p 2^j) | cos(p 2^j)], coordinate-major inside each."""
+    """Embeds points (..., 3) as (..., 3 + 6 F): [p | sin(p 2^j) | cos(p 2^j)],
+    coordinate-major in sin and cos."""
     frequencies = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device)
     if config.include_pi:
         frequencies = frequencies * torch.pi
@@ -207,7 +208,7 @@ class ShapeDecoder(nn.Module):
         self.config = config
         self.post_kl = nn.Linear(config.channels, config.width)
         self.transformer = Transformer(config)
-        # Under its released name, so that the state dict needs no mapping.
+        # The released name, so that the state dict needs no mapping.
         self.add_module(config.geo_name, GeoDecoder(config))
 
     @property

@@ -1,11 +1,12 @@
-"""Puts a packed network into a pipeline object of hy3dgen (tencent/Hunyuan3D-2).
+"""Replaces the network of a hy3dgen pipeline by a packed one (tencent/Hunyuan3D-2).
 
     pipeline = Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("tencent/Hunyuan3D-2mini")
     attach(pipeline, "mini.safetensors")
     mesh = pipeline(image="chair.png", num_inference_steps=20)[0]
 
-hy3dgen itself is not needed here, and could not be installed where this was written: tests use a
-stand-in with its call `model(x, t, {"main": cond}, guidance=...)` and its way of preparing t.
+Does not import hy3dgen. Not run against the real package, which could not be installed for
+development: tests use a stand-in with its call `model(x, t, {"main": cond}, guidance=...)` and its
+way of preparing t.
 """
 
 from __future__ import annotations
@@ -52,36 +53,36 @@ class Attached(nn.Module):
             if bool((t == 1).all()) and float(times.nodes[-1]) < 1:
                 # hy3dgen evaluates once more at the end and multiplies it by 1 - 1.
                 return torch.zeros_like(x)
-        place = self.dit.latent_in.weight
-        wide, t, tokens = x.to(place), t[:1], cond.to(place)
+        weight = self.dit.latent_in.weight
+        latents, t, tokens = x.to(weight), t[:1], cond.to(weight)
         if self.guidance_embed:
             assert guidance is not None
-            return self.dit(wide, t, tokens, guidance[:1]).to(x.dtype)
-        half = len(x) // 2  # [with the picture, without]: there all tokens are alike
-        if len(tokens) == len(x) == 2 * half and _alike(tokens[half:]):
-            with_image = self.dit(wide[:half], t, tokens[:half])
-            without = self.dit(
-                wide[half:], t, Condition(tokens[half:, :1], repeats=tokens.shape[1])
+            return self.dit(latents, t, tokens, guidance[:1]).to(x.dtype)
+        half = len(x) // 2  # first half conditional, second unconditional: its tokens are all equal
+        if len(tokens) == len(x) == 2 * half and _all_equal(tokens[half:]):
+            conditional = self.dit(latents[:half], t, tokens[:half])
+            unconditional = self.dit(
+                latents[half:], t, Condition(tokens[half:, :1], repeats=tokens.shape[1])
             )
-            return torch.cat([with_image, without]).to(x.dtype)
-        return self.dit(wide, t, tokens).to(x.dtype)
+            return torch.cat([conditional, unconditional]).to(x.dtype)
+        return self.dit(latents, t, tokens).to(x.dtype)
 
 
-def _alike(tokens: Tensor) -> bool:
-    """Whether the tokens (B, N, D) of each entry are all the same."""
+def _all_equal(tokens: Tensor) -> bool:
+    """Whether, in each batch entry, all tokens of (B, N, D) are equal."""
     return bool((tokens == tokens[:, :1]).all())
 
 
 def _on_nodes(t: Tensor, nodes: Tensor) -> Tensor:
-    """Times that a half-precision pipeline has rounded, back on the schedule that they came from.
+    """Restores schedule times, float64, that a half-precision pipeline has rounded.
 
-    Only by the rounding of t's dtype: other times stay, and the tables refuse them.
+    Moves a time by no more than the rounding of t's dtype; others stay, and the tables reject them.
     """
-    wide = t.double()
-    every = torch.cat([nodes, nodes.new_ones(1)])
-    nearest = every[(wide[:, None] - every).abs().argmin(dim=1)]
+    exact = t.double()
+    times = torch.cat([nodes, nodes.new_ones(1)])
+    nearest = times[(exact[:, None] - times).abs().argmin(dim=1)]
     slack = max(torch.finfo(t.dtype).eps, 1e-6)
-    return torch.where((wide - nearest).abs() <= slack, nearest, wide)
+    return torch.where((exact - nearest).abs() <= slack, nearest, exact)
 
 
 def attach(
@@ -94,8 +95,8 @@ def attach(
 ) -> Any:
     """Replaces `pipeline.model` by the packed network and returns the pipeline.
 
-    device and dtype: the pipeline's own by default. The original is let go first, so the two are
-    never in memory together. UserError for a packed file of another kind of model.
+    device and dtype: the pipeline's own by default. The original is freed first, so the two are
+    never in memory together. Raises UserError for a packed file of another kind of model.
     """
     model = getattr(pipeline, "model", None)
     if not isinstance(model, nn.Module):
@@ -116,10 +117,10 @@ def attach(
             f"{packed} takes latents of {header.network.in_channels} channels, the pipeline's "
             f"model {latent.shape[1]}"
         )
-    place = getattr(pipeline, "device", "cpu") if device is None else device
-    kept = getattr(pipeline, "dtype", torch.float16) if dtype is None else dtype
+    device = getattr(pipeline, "device", "cpu") if device is None else device
+    dtype = getattr(pipeline, "dtype", torch.float16) if dtype is None else dtype
     pipeline.model = model = latent = None
-    dit = load_packed_dit(packed, device=place, dtype=kept, compute=compute)
+    dit = load_packed_dit(packed, device=device, dtype=dtype, compute=compute)
     assert isinstance(dit, DiT)
-    pipeline.model = Attached(dit, kept)
+    pipeline.model = Attached(dit, dtype)
     return pipeline

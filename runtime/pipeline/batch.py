@@ -1,11 +1,11 @@
-"""Many images, or sets of views, to meshes: one outcome after another, for whoever consumes them.
+"""Turns many images, or sets of views, into meshes and yields one outcome per job.
 
     jobs = jobs_of([Path("photos")])
     for outcome in run_batch(pipeline, jobs, out=Path("meshes"), seed=1):
         print(outcome.file, outcome.error)
 
-A bad image costs its own mesh only. Every mesh is written atomically, and before its outcome is
-yielded: a batch that was interrupted, cancelled or no longer consumed has lost one image's work.
+A bad image fails its own job only. Every mesh is written atomically before its outcome is yielded,
+so a batch that is interrupted, cancelled or no longer consumed loses at most one image's work.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Source = Image.Image | Path
 
 @dataclass(frozen=True)
 class Job:
-    """One object: an image, or views of it by name ("front", "left", ...). Files are read when the
-    job's turn has come."""
+    """One object: an image, or views of it by name ("front", "left", ...). Files are read only when
+    the job starts."""
 
-    name: str  # of its mesh file, without suffix
+    name: str  # stem of the mesh file
     source: Source | Mapping[str, Source]
 
     @property
@@ -45,12 +45,12 @@ class Job:
 
     @property
     def label(self) -> str:
-        """The name of its image in messages."""
+        """The image's name in messages."""
         first = self.sources[0]
         return str(first) if isinstance(first, Path) else self.name
 
     def images(self) -> Image.Image | dict[str, Image.Image]:
-        """The decoded images. UserError."""
+        """The decoded image or views. Raises UserError if a file is no valid image."""
         if isinstance(self.source, Mapping):
             return {view: _image(source) for view, source in self.source.items()}
         return _image(self.source)
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The end of one job: a new mesh, an `error`, or (with `resume`) the file that was there."""
+    """The result of one job: a new mesh, an `error`, or (with `resume`) the existing file."""
 
     job: Job
     file: Path | None = None
@@ -67,30 +67,30 @@ class Outcome:
 
 
 def jobs_of(paths: Sequence[Path]) -> list[Job]:
-    """A job for each image, folders expanded. UserError for none, or for two of one name."""
+    """One job per image, folders expanded. Raises UserError for no image, or two of one name."""
     if not paths:
         raise UserError(
-            f"no picture: name pictures or folders, or views of one object with "
-            f"--{', --'.join(VIEWS)}"
+            f"no image: name images or folders, or views of one object with --{', --'.join(VIEWS)}"
         )
-    found = find_images(list(paths))
-    stems = [path.stem for path in found]
+    images = find_images(list(paths))
+    stems = [path.stem for path in images]
     if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise UserError(
-            f"two pictures are called {repeated[0]!r}, so one mesh would overwrite the other; "
+            f"two images are called {repeated[0]!r}, so one mesh would overwrite the other; "
             "rename one of them"
         )
-    return [Job(path.stem, path) for path in found]
+    return [Job(path.stem, path) for path in images]
 
 
 def job_of_views(views: Mapping[str, Path]) -> Job:
-    """One job of several views, called as its first image. UserError."""
+    """One job of several views, named after the first. Raises UserError for a folder as a view, or
+    for the same file twice."""
     for view, path in views.items():
         if path.is_dir():
-            raise UserError(f"--{view} {path}: a folder; expected one picture")
-    places = [path.resolve() for path in views.values()]
-    if len(set(places)) < len(places):
-        raise UserError(f"{places[0]}: the same picture for two views; they must differ")
+            raise UserError(f"--{view} {path}: a folder; expected one image")
+    files = [path.resolve() for path in views.values()]
+    if len(set(files)) < len(files):
+        raise UserError(f"{files[0]}: the same image for two views; they must differ")
     return Job(next(iter(views.values())).stem, views)
 
 
@@ -106,22 +106,22 @@ def run_batch(
 ) -> Iterator[Outcome]:
     """Runs the jobs in order and yields their outcomes. `changes` are fields of the options.
 
-    out: the folder for the meshes, NAME.FORMAT each; None: nothing is written. resume: meshes that
-    are there already are kept, see `is_made`. Cancelled within a step, it raises Cancelled; the
-    outcomes before that stand.
+    out: the folder for the meshes, named NAME.FORMAT; None: nothing is written. resume: keep meshes
+    that exist already, see `is_made`. Cancellation raises Cancelled within one step; outcomes that
+    were yielded before stay valid.
 
-    Raises UserError at once for views that this model does not take, for a folder that cannot be
-    written and for a format that cannot be resumed; later for a full disk, which ends the batch.
+    Raises UserError at once for views that the model does not accept, a folder that cannot be
+    written or a format that cannot be resumed; later for a full disk, which ends the batch.
     """
     options = merged(GenerateOptions, options, changes)
     for job in jobs:
         if isinstance(job.source, Mapping):
             pipeline.check_views(job.source)
     if out is not None and jobs:
-        destination(out / f"{jobs[0].name}.{options.format}")  # now, not after the first mesh
+        destination(out / f"{jobs[0].name}.{options.format}")  # fail now, not after the first mesh
     if resume and options.format == "stl":
         raise UserError(
-            "--resume: an STL file has no room for the settings that would be compared; choose "
+            "--resume: an STL file cannot hold the settings that would be compared; choose "
             "--format glb, obj or ply"
         )
     return _outcomes(pipeline, jobs, options, out, resume, control or Control())
@@ -142,21 +142,21 @@ def _outcomes(
             yield Outcome(job, file)
             continue
         try:
-            made = pipeline.generate(job.images(), options, name=job.label, control=control)
+            generated = pipeline.generate(job.images(), options, name=job.label, control=control)
         except UserError as error:
             yield Outcome(job, error=error)
             continue
         if file is not None:
-            save(made.mesh, file)
-            made = replace(made, file=file)
-        yield Outcome(job, file, made)
+            save(generated.mesh, file)
+            generated = replace(generated, file=file)
+        yield Outcome(job, file, generated)
     control.report("meshes", len(jobs), len(jobs))
 
 
 def is_made(file: Path, job: Job, metadata: Mapping[str, Any]) -> bool:
-    """Whether a mesh file is what the job would write: whole, with the same metadata (vitapack's
-    version, model and its digest, seed, sampler, steps, guidance, and the resolution if one is
-    given) and no older than any of its images. Device and compute mode are not compared."""
+    """Whether a mesh file is complete, no older than the job's images, and has the metadata that
+    the job would write: vitapack's version, model and its digest, seed, sampler, steps, guidance,
+    and the resolution if one is given. Device and compute mode are not compared."""
     with suppress(UserError, OSError):
         times = [path.stat().st_mtime_ns for path in job.sources if isinstance(path, Path)]
         newer = all(file.stat().st_mtime_ns >= time for time in times)

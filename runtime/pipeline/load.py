@@ -31,10 +31,10 @@ def load_dit(
 ) -> Network:
     """The network of a packed file, or of an original checkpoint (folder, file, bundled name).
 
-    In eval mode without gradients, called as dit(x, t, cond, guidance=None) with the family's
-    times. Tensors are read, checked, converted and moved one by one, so the peak is the network in
-    `dtype` plus one tensor. compute: "a16" (weight-only) or "a8" (int8 activations), for packed
-    files only. Raises: UserError, FormatError: in one line.
+    In eval mode without gradients, called as dit(x, t, cond, guidance=None); t as the family
+    counts it. Tensors are read, checked, converted and moved one by one, so the peak is the network
+    in `dtype` plus one tensor. compute: "a16" (weight-only) or "a8" (int8 activations), for packed
+    files only. Raises UserError or FormatError, each with a message of one line.
     """
     check_choice("compute mode", compute, COMPUTES)
     packed = _packed_file(resolve(path))
@@ -47,7 +47,7 @@ def load_dit(
 
 
 def expect_floats(path: str | os.PathLike[str], compute: str) -> None:
-    """UserError unless `compute` is "a16": an original checkpoint has no packed linears."""
+    """Raises UserError unless `compute` is "a16": an original checkpoint has no packed linears."""
     if compute != "a16":
         raise UserError(f"{path} is not packed, so it cannot compute in {compute}; compress it")
 
@@ -63,15 +63,15 @@ def dit_of(
 
 
 def original_of(header: PackedHeader, parts: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint `parts`, which the packed file must have been made from, by family and size.
+    """The checkpoint `parts`, which must be the packed file's original, by family and size.
 
-    Raises: UserError: if it is another one.
+    Raises: UserError: if it is not.
     """
     original = open_checkpoint(parts)
-    found = original.source(hashed=False)
-    if (original.family, found["bytes"]) != (header.family, header.source["bytes"]):
+    source = original.source(hashed=False)
+    if (original.family, source["bytes"]) != (header.family, header.source["bytes"]):
         raise UserError(
-            f"{parts} ({original.variant}, {found['bytes']} bytes of weights) is not the "
+            f"{parts} ({original.variant}, {source['bytes']} bytes of weights) is not the "
             f"original of {header.path}, which is {header.variant}, {header.source['name']} of "
             f"{header.source['bytes']} bytes"
         )
@@ -85,12 +85,12 @@ def load_shape_decoder(
 ) -> nn.Module:
     """The shape decoder's network of an original checkpoint, in eval mode without gradients.
 
-    Raises: UserError: if the checkpoint holds none, or the family's is no component of its own.
+    Raises: UserError: if the checkpoint holds none, or the family has no separate decoder network.
     """
     family, source = FAMILIES[checkpoint.family], checkpoint.component("shape_decoder")
     decoder = family.shape_decoder(source, choose(device, dtype=dtype, packed=False))
     if decoder.component is None:
-        raise UserError(f"{checkpoint.variant} has no shape decoder that is loaded by itself")
+        raise UserError(f"{checkpoint.variant} has no shape decoder network of its own")
     return decoder.component()
 
 

@@ -1,7 +1,8 @@
 """Memory and seconds of a generation's phases, predicted and measured.
 
-    found, early = peaks(base, {"condition": ..., "denoise": ...}, working, lean=True, ahead=False)
-    meter = PhaseMeter(found, "cuda:0")
+    weights = {"condition": ..., "denoise": ..., "decode": ...}    # bytes
+    predicted, prefetching = peaks(base, weights, working, lean=True, ahead=False)
+    meter = PhaseMeter(predicted, "cuda:0")
     with meter("denoise"): ...
     meter.bytes["denoise"]    # {"predicted": ..., "peak": ..., "reserved": None}
 
@@ -30,16 +31,16 @@ def peaks(
     lean: each network is evicted after its phase. ahead: the next network is prefetched during each
     phase in which that does not raise the run's largest peak.
     """
-    found, kept = {}, 0
+    predicted, kept = {}, 0
     for phase, nbytes in weights.items():
         kept = nbytes if lean else kept + nbytes
-        found[phase] = base + kept + working[phase]
-    largest, early = max(found.values()), set()
+        predicted[phase] = base + kept + working[phase]
+    largest, prefetching = max(predicted.values()), set()
     for phase, following in pairwise(weights) if ahead else ():
-        if found[phase] + weights[following] <= largest:
-            found[phase] += weights[following]
-            early.add(phase)
-    return found, early
+        if predicted[phase] + weights[following] <= largest:
+            predicted[phase] += weights[following]
+            prefetching.add(phase)
+    return predicted, prefetching
 
 
 class PhaseMeter:
@@ -54,13 +55,13 @@ class PhaseMeter:
     def __call__(self, phase: str) -> Iterator[None]:
         gpu = torch.device(self.device).type == "cuda"
         if gpu:
-            torch.cuda.init()  # before the first phase there are no tensors and no statistics
+            torch.cuda.init()  # before the first tensor there are no statistics to reset
             torch.cuda.reset_peak_memory_stats(self.device)
         reset_peak()
         start = time.perf_counter()
         try:
             yield
-        finally:  # a phase that fails is measured as well
+        finally:  # also measures a phase that fails
             self.seconds[phase] = time.perf_counter() - start
             self.bytes[phase] = {
                 "predicted": self.predicted.get(phase),
@@ -72,7 +73,7 @@ class PhaseMeter:
 
 
 def memory_words(found: Mapping[str, int | None]) -> str:
-    """A phase's memory as the end of a line for people; empty if no peak is known."""
+    """A phase's memory as the end of a log line; empty if no peak is known."""
     if not found["peak"]:
         return ""
     predicted, reserved = found["predicted"], found["reserved"]

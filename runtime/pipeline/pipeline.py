@@ -1,11 +1,11 @@
-"""The one place where all meet: a picture becomes a mesh.
+"""Turns an image into a mesh: the pipeline of all three phases.
 
     pipeline = Pipeline.from_packed("model.safetensors")
     mesh = pipeline(Image.open("chair.png"), seed=0)
 
 Phases: condition (image encoder), denoise (DiT under a sampler), decode (shape decoder, marching
-cubes). Pictures are taken one at a time with noise of their own seed, so a mesh never depends on
-what else was in the batch.
+cubes). Images are processed one at a time, each with noise of its own seed, so a mesh never depends
+on other images of a batch.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Pipeline:
     ) -> None:
         """A `dit` passed as a `Lazy`, like the conditioner's and the decoder's component, is loaded
         when its phase starts (on GPUs one phase earlier where memory allows) and freed after it if
-        the memory mode is "lean". `options`: how it was opened, with a device that is there
-        (default "cpu"). `step_bytes` predicts the working memory of a call of the DiT from the
-        count of views and the batch size. UserError for CUDA graphs unless the device is a GPU."""
+        the memory mode is "lean". `options`: the options it was opened with and an available device
+        (default "cpu"). `step_bytes` predicts the working memory of one network evaluation from the
+        number of views and the batch size. Raises UserError for CUDA graphs without a GPU."""
         options = options or PipelineOptions(device="cpu")
         device = options.device
         if options.cuda_graphs:
@@ -101,11 +101,11 @@ class Pipeline:
         if device == "cpu":
             self._base += imported_bytes(conditioner.imports)
         self._turn = threading.Lock()
-        self.seconds: dict[str, float] = {}  # of the last call, by phase
+        self.seconds: dict[str, float] = {}  # of the last generation, by phase
         self.bytes: dict[str, dict[str, int | None]] = {}  # likewise, see PhaseMeter
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: a lock cannot travel."""
+        """For worker processes: a lock cannot be pickled."""
         return vars(self) | {"_turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,25 +126,25 @@ class Pipeline:
         options: PipelineOptions | None = None,
         **changes: Any,
     ) -> Pipeline:
-        """A packed file, an original checkpoint (folder or file), or a bundled model's name.
+        """Opens a packed file, an original checkpoint (folder or file) or a bundled model by name.
 
         `changes` are fields of the options, as in open(path, device="cuda", memory="lean").
-        UserError where an original is to compute in "a8", or to take `parts` of another; where a
-        resolution is given and there is one grid only.
+        Raises UserError if "a8" or `parts` is given for an original, or a resolution for a model
+        with a fixed grid.
         """
         options = merged(PipelineOptions, options, changes)
         parts, memory, cuda_graphs = options.parts, options.memory, options.cuda_graphs
-        place = Path(path)
-        if str(path) not in BUNDLED and is_packed(place):
+        file = Path(path)
+        if str(path) not in BUNDLED and is_packed(file):
             pipeline = cls.from_packed(
-                place, options.device, options.compute, parts=parts, memory=memory,
+                file, options.device, options.compute, parts=parts, memory=memory,
                 cuda_graphs=cuda_graphs,
             )  # fmt: skip
         else:
             expect_floats(path, options.compute)
             if parts is not None:
                 raise UserError(
-                    f"{path} is an original, which has its own parts: leave --parts out"
+                    f"{path} is an original and has its own components: leave --parts out"
                 )
             pipeline = cls.from_model(path, options.device, memory=memory, cuda_graphs=cuda_graphs)
         if options.resolution is not None:
@@ -168,35 +168,36 @@ class Pipeline:
         """Opens a packed file; the fp16 network is never in memory.
 
         `parts` is the original checkpoint of a file that refers to its image encoder and shape
-        decoder: only these are read from it, the encoder's linears into 8 bits (`encoder_bits` 16:
-        as they are). UserError where it is another model than the packed one. `cuda_graphs`: the
-        network's calls are recorded and replayed (cuda_graph.py); UserError without a GPU.
-        `absent`: `device` need not be here, since only `predicted_bytes` will be asked for.
+        decoder: only these are read from it, the encoder's linears in 8 bits (`encoder_bits` 16:
+        unquantized). `cuda_graphs`: network evaluations are captured and replayed (cuda_graph.py).
+        `absent`: `device` need not exist on this machine; only `predicted_bytes` may then be used.
+
+        Raises UserError if `parts` is not the packed file's original, or for `cuda_graphs` without
+        a GPU.
         """
         header = read_header(path)
-        if header.size <= VERIFY_BELOW:  # now, not when the network is first needed
+        if header.size <= VERIFY_BELOW:  # fail now, not when the network is loaded
             verify(path)
         options = PipelineOptions(device, compute, parts, memory, cuda_graphs)
         execution = choose(device, compute, present=not absent)
         if cuda_graphs:
-            expect_gpu(execution.device)  # before the original is looked at
-        dtype, where = execution.dtype, execution.device
+            expect_gpu(execution.device)  # before the original is opened
         config = header.network
         family = _family(header.family, config, str(path))
         original = None if parts is None else original_of(header, parts).component
         conditioner = packed_component(header, "conditioner", original)
-        around = replace(execution, compute="a16")  # image encoder and shape decoder
+        around = replace(execution, compute="a16")  # for image encoder and shape decoder
         decoder = family.shape_decoder(packed_component(header, "shape_decoder", original), around)
         return cls(
             Lazy(
                 lambda: packed.load_packed(path, execution, verify_content=False),
-                packed.loaded_bytes(header, dtype),
+                packed.loaded_bytes(header, execution.dtype),
             ),
             SamplerDefaults.from_json(header.sampler),
             family.conditioner(conditioner, around, encoder_bits),
             decoder,
             Origin(header.family, str(path), header.sha256, header.variant),
-            replace(options, device=where),
+            replace(options, device=execution.device),
             partial(
                 _run_bytes,
                 config,
@@ -221,23 +222,23 @@ class Pipeline:
         family = _family(checkpoint.family, checkpoint.config, str(model))
         options = PipelineOptions(device, memory=memory, cuda_graphs=cuda_graphs)
         execution = choose(device, packed=False)
-        dtype, where = execution.dtype, execution.device
+        dtype = execution.dtype
         if cuda_graphs:
-            expect_gpu(where)  # before its files are hashed
+            expect_gpu(execution.device)  # before the checkpoint is hashed
         digest = checkpoint.source(hashed=True)["sha256"]
         conditioner = checkpoint.component("conditioner")
-        around = choose(device, packed=encoder_bits == 8)  # image encoder and shape decoder
+        around = choose(device, packed=encoder_bits == 8)  # for image encoder and shape decoder
         decoder = family.shape_decoder(checkpoint.component("shape_decoder"), around)
         return cls(
             Lazy(
-                lambda: dit_of(checkpoint, dtype=dtype, device=where),
+                lambda: dit_of(checkpoint, dtype=dtype, device=execution.device),
                 checkpoint.parameters() * dtype.itemsize,
             ),
             checkpoint.sampler,
             family.conditioner(conditioner, around, encoder_bits),
             decoder,
             Origin(checkpoint.family, str(checkpoint.path), digest, checkpoint.variant),
-            replace(options, device=where),
+            replace(options, device=execution.device),
             partial(
                 _run_bytes,
                 checkpoint.config,
@@ -248,18 +249,19 @@ class Pipeline:
         )
 
     def load(self) -> None:
-        """Loads all networks now, which a call would otherwise do phase by phase. UserError."""
-        for part in self._parts().values():
-            part()
+        """Loads all networks now, instead of each when its phase starts. Raises UserError."""
+        for component in self._components().values():
+            component()
 
     def predicted_bytes(self, *, views: int = 1, one_batch: bool = False) -> dict[str, int]:
-        """The peak of memory by phase, before anything is loaded: on a CPU of the whole process,
-        on a GPU of what torch allocates. Weights, activations, the decoder's grid."""
+        """Peak memory of each phase in bytes, predicted before anything is loaded: weights,
+        activations and the decoder's grid; on a CPU of the whole process, on a GPU of torch's
+        allocations."""
         return self._peaks(views, one_batch)[0]
 
     def _peaks(self, views: int, one_batch: bool) -> tuple[dict[str, int], set[str]]:
         weights = dict.fromkeys(PHASES, 0)
-        weights |= {phase: part.nbytes for phase, part in self._parts().items()}
+        weights |= {phase: lazy.nbytes for phase, lazy in self._components().items()}
         working = {
             "condition": self.conditioner.working_bytes,
             "denoise": self._denoise_bytes(views, one_batch),
@@ -267,16 +269,18 @@ class Pipeline:
         }
         lean, imports = self.memory == "lean", self.conditioner.imports
         late = late_imported_bytes(imports) if self.device == "cpu" else 0
-        found, early = peaks(self._base - late, weights, working, lean=lean, ahead=self._ahead)
+        predicted, prefetching = peaks(
+            self._base - late, weights, working, lean=lean, ahead=self._ahead
+        )
         kept = 0 if lean else sum(weights.values())
         surface = self._base + kept + self.decoder.surface_bytes
-        return found | {"decode": max(found["decode"], surface)}, early
+        return predicted | {"decode": max(predicted["decode"], surface)}, prefetching
 
-    def _parts(self) -> dict[str, Lazy[Any]]:
+    def _components(self) -> dict[str, Lazy[Any]]:
         """The networks that are loaded lazily, by phase."""
         networks = self.conditioner.component, self._dit, self.decoder.component
-        found = zip(PHASES, networks, strict=True)
-        return {phase: part for phase, part in found if isinstance(part, Lazy)}
+        by_phase = zip(PHASES, networks, strict=True)
+        return {phase: network for phase, network in by_phase if isinstance(network, Lazy)}
 
     def _denoise_bytes(self, views: int, one_batch: bool) -> int:
         if self._step_bytes is None:
@@ -284,26 +288,26 @@ class Pipeline:
         return self._step_bytes(views, 2 if one_batch else 1)
 
     def free(self, phase: str) -> None:
-        """Lets a phase's network go where `memory` is "lean"; elsewhere nothing happens."""
-        if self.memory == "lean" and phase in (parts := self._parts()):
+        """Evicts a phase's network if `memory` is "lean"; does nothing otherwise."""
+        if self.memory == "lean" and phase in (components := self._components()):
             if phase == "denoise":
-                self._graphs = None  # they hold addresses of its weights
-            parts[phase].free()
+                self._graphs = None  # they hold addresses of the network's weights
+            components[phase].free()
 
     @contextmanager
     def _phases(
         self, views: int, options: GenerateOptions, control: Control
     ) -> Iterator[Callable[[str], Any]]:
-        """One image's turn: gives the context of each phase, which measures it."""
+        """Waits for exclusive use, then yields a function that measures each phase of one image."""
         while not self._turn.acquire(timeout=0.2):
             control.check()
-        usual = self.decoder.resolution
+        default = self.decoder.resolution
         try:
             if options.resolution is not None:
                 self.expect_resolution()
                 self.decoder.resolution = options.resolution
-            predicted, early = self._peaks(views, options.one_batch)
-            parts = self._parts()
+            predicted, prefetching = self._peaks(views, options.one_batch)
+            components = self._components()
             meter = PhaseMeter(predicted, self.device)
             self.seconds, self.bytes = meter.seconds, meter.bytes  # filled as phases end
 
@@ -312,22 +316,22 @@ class Pipeline:
                 control.check()
                 following = dict(pairwise(PHASES)).get(name)
                 with meter(name):
-                    if name in early and following in parts:
-                        parts[following].prefetch(self.device)
+                    if name in prefetching and following in components:
+                        components[following].prefetch(self.device)
                     yield
 
             try:
                 yield phase
             except BaseException:
-                for name in PHASES:  # what has come early would be in the next image's way
+                for name in PHASES:  # a prefetched network would add to the next image's memory
                     self.free(name)
                 raise
         finally:
-            self.decoder.resolution = usual
+            self.decoder.resolution = default
             self._turn.release()
 
     def _stepper(self) -> Network | GraphedNetwork:
-        """What the sampler calls: the network, or the graphs of its calls."""
+        """The network as the sampler calls it: itself, or with its evaluations as CUDA graphs."""
         network = self.dit
         if not self.cuda_graphs:
             return network
@@ -335,27 +339,28 @@ class Pipeline:
             self._graphs = GraphedNetwork(network)
         return self._graphs
 
-    # The sampler's own times (and so the tables' rows) never depend on the picture or the seed.
+    # The schedule (and so the modulation tables' rows) never depends on the image or the seed.
     def settings(
         self, steps: int | None, guidance: float | None, sampler: str | None
     ) -> SamplerDefaults:
-        """The model's defaults with the given values; None keeps the default. UserError."""
+        """The model's sampler settings with these values; None keeps the default. Raises UserError
+        if they are invalid."""
         return self.sampler.with_values(name=sampler, steps=steps, guidance=guidance)
 
     def expect_resolution(self) -> None:
-        """UserError unless the grid's resolution can be chosen."""
+        """Raises UserError unless the grid's resolution can be chosen."""
         if self.decoder.resolution is None:
             raise UserError(f"--resolution: the shapes of {self.family} have one grid only")
 
     def check_views(self, views: Collection[str]) -> None:
-        """UserError unless this model takes views of these names together."""
+        """Raises UserError unless this model accepts views of these names together."""
         several = self.conditioner.views
         known = VIEWS if several else VIEWS[:1]
         if odd := [view for view in views if view not in known]:
-            takes = f"views {', '.join(VIEWS)}" if several else "one picture, no views"
+            takes = f"views {', '.join(VIEWS)}" if several else "one image, no views"
             raise UserError(f"view {odd[0]!r}: {self.variant or self.family} takes {takes}")
         if not views:
-            raise UserError("no picture was given")
+            raise UserError("no image was given")
 
     def condition(
         self, image: Picture, name: str = "image", control: Control | None = None
@@ -364,7 +369,8 @@ class Pipeline:
         return self.conditioner(image, name, control)
 
     def noise(self, seed: int) -> Tensor:
-        """(1, L, C), for TRELLIS (1, C, R, R, R): the same for the same seed on every device."""
+        """Initial latents (1, L, C), for TRELLIS (1, C, R, R, R), float32 on the CPU: the same for
+        the same seed on every device."""
         generator = torch.Generator().manual_seed(seed)
         shape = (1, *self.decoder.latent_shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
@@ -384,9 +390,13 @@ class Pipeline:
         one_batch: bool = False,
         control: Control | None = None,
     ) -> Tensor:
-        """Latents float32 on the CPU, of the noise's shape; `dit` stands in for the model's own
-        network, such as one with a block left out. `one_batch`: guidance as one batch of two, as
-        the references compute it; see `denoise`."""
+        """Denoised latents, float32 on the CPU, of the noise's shape.
+
+        `dit` replaces the model's own network, for example by one with a block left out.
+        `one_batch`: guidance as one batch of two, as the reference implementations compute it; see
+        `denoise`. Raises UserError for a step count that the packed file has no tables for,
+        FormatError for NaN or infinite latents.
+        """
         settings = self.settings(steps, guidance, sampler)
         out = denoise(
             self._stepper() if dit is None else dit,
@@ -401,7 +411,7 @@ class Pipeline:
         return out.cpu()
 
     def grid(self, latents: Tensor, control: Control | None = None) -> np.ndarray:
-        """Logits (R, R, R) float32, positive inside."""
+        """Logits (R, R, R) float32, positive inside. Raises FormatError if any is not finite."""
         grid = self.decoder(latents, control)
         if not np.isfinite(grid).all():
             raise self._not_finite("shape decoder")
@@ -415,7 +425,7 @@ class Pipeline:
         )
 
     def surface(self, grid: np.ndarray) -> Mesh:
-        """The cleaned zero level of a grid; UserError if there is none."""
+        """The cleaned zero level of a grid. Raises UserError if there is none."""
         return clean(surface_from_grid(grid, self.decoder.bounds))
 
     def __call__(
@@ -439,15 +449,15 @@ class Pipeline:
         control: Control | None = None,
         **changes: Any,
     ) -> Generated:
-        """A mesh whose metadata state how it was made, and what making it took.
+        """Makes a mesh with `metadata` and returns it with its settings, seconds and memory.
 
         `image`: an image, or views by name ("front", "left", "back", "right") for a multi-view
-        model; `name` is its name in messages. `changes` are fields of the options, as in
-        generate(image, seed=1, steps=20). Threads take turns. `control` reports the phases and
-        cancels within a step; the pipeline is then as it was before.
+        model; `name` stands for it in messages. `changes` are fields of the options, as in
+        generate(image, seed=1, steps=20). Calls from several threads run one at a time. `control`
+        reports the phases and cancels within one step, which leaves the pipeline usable.
 
-        Raises UserError for an image without an object, for a step count that the packed file has
-        no tables for, for an empty shape.
+        Raises UserError for an image without an object, a step count that the packed file has no
+        tables for, or an empty shape; Cancelled by the `control`.
         """
         options = merged(GenerateOptions, options, changes)
         control = control or Control()
@@ -483,9 +493,9 @@ class Pipeline:
             return Generated(mesh, options.seed, settings, self.seconds, self.bytes, queries)
 
     def metadata(self, options: GenerateOptions) -> dict[str, Any]:
-        """The metadata of a mesh that is made with these options."""
+        """The metadata of a mesh made with these options."""
         settings = self.settings(options.steps, options.guidance, options.sampler)
-        found: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "generator": f"vitapack {vitapack.__version__}",
             "family": self.family,
             "variant": self.variant,
@@ -497,8 +507,8 @@ class Pipeline:
             "guidance": settings.guidance,
         }
         if options.resolution is not None:
-            found["resolution"] = options.resolution
-        return found
+            metadata["resolution"] = options.resolution
+        return metadata
 
 
 def _run_bytes(
@@ -515,7 +525,7 @@ def _run_bytes(
 
 
 def _family(name: str, config: Architecture, source: str) -> Family:
-    """The model's family. Raises: UserError: if it is unknown, or the network gives no mesh."""
+    """The model's family. Raises: UserError: if it is unknown, or the model makes no mesh."""
     family = family_of(name, source)
     if not config.has_edges:
         raise UserError(f"{source} is {family.blocks_only}")

@@ -1,4 +1,4 @@
-"""One generation's result: the mesh, and everything that is reported about it."""
+"""The result of one generation: the mesh and its report."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vitapack.runtime.pipeline.phases import memory_words
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """A mesh, how it was made and what that took."""
+    """A mesh with its settings, seconds and memory."""
 
-    mesh: Mesh  # its metadata state model, seed and sampler
+    mesh: Mesh  # its metadata name model, seed and sampler
     seed: int
-    settings: SamplerDefaults  # that it was sampled with
+    settings: SamplerDefaults  # solver, steps and guidance of this generation
     seconds: Mapping[str, float]  # by phase
     bytes: Mapping[str, Mapping[str, int | None]]  # by phase: predicted, peak, reserved
-    queries: int | None  # points at which the shape decoder was evaluated, if it chooses them
-    file: Path | None = None  # the file that holds it, if there is one
+    queries: int | None  # number of query points, if the decoder chooses them
+    file: Path | None = None  # mesh file, if it was written
 
     @cached_property
     def report(self) -> MeshReport:
@@ -37,19 +37,19 @@ class Generated:
             **self.mesh.metadata,
             "mesh": asdict(self.report),
             "seconds": dict(self.seconds),
-            "bytes": {phase: dict(found) for phase, found in self.bytes.items()},
+            "bytes": {phase: dict(memory) for phase, memory in self.bytes.items()},
             "queries": self.queries,
         }
 
     def describe(self) -> str:
-        """One line for people: seconds, memory and topology."""
+        """Seconds, memory and topology in one readable line."""
         mesh = self.report
-        most = {
-            key: max(found[key] or 0 for found in self.bytes.values())
+        largest = {
+            key: max(memory[key] or 0 for memory in self.bytes.values())
             for key in ("peak", "predicted", "reserved")
         }
         return (
-            f"{self.file or 'mesh'}  {sum(self.seconds.values()):.1f} s{memory_words(most)}; "
+            f"{self.file or 'mesh'}  {sum(self.seconds.values()):.1f} s{memory_words(largest)}; "
             f"{mesh.faces} faces, {'watertight' if mesh.watertight else 'not watertight'}, "
             f"components {mesh.components}, Euler number {mesh.euler_number}, "
             f"volume {mesh.volume:.3g}"

@@ -1,4 +1,4 @@
 """Measures and reports: bench, doctor, FLOP counts, GEMM autotuning.
 
-Nothing imports these but the command line and benchmarks. May import: every other room.
+Only the command line and the benchmarks import these. May import: every other room.
 """

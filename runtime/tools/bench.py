@@ -1,15 +1,15 @@
-"""What a model takes on this machine: bytes, operations, seconds and memory of a denoising step.
+"""Measures bytes, operations, seconds and memory of a model's denoising steps and phases.
 
     result = bench("model.safetensors", original="hunyuan3d-dit-v2-mini")
     print(describe(result))
 
-The packed network and the original each make one picture into a mesh, phase by phase, where the
-image encoder and the shape decoder are at hand: first, since a process takes more among the holes
-that other work has left (the packed 2mini's encoder 2.9 GB instead of 2.0). Then steps of both, the
-original's in 16 bits and on CPUs also in float32, are timed in the same run, one after the other,
-on the same random latents, each with guidance as one batch of two and in two passes
-(`denoise.velocity_of`). Of TRELLIS' flow of structured latents the transformer blocks are timed, on
-as many tokens as its other flow has.
+First, packed network and original each run one generation, phase by phase, if image encoder and
+shape decoder are available. These run before the steps, since allocator fragmentation left by other
+work raises the peak (the packed 2mini's encoder took 2.9 GB instead of 2.0). Then denoising steps
+of both are timed in turn on the same random latents, the original's in 16 bits and on CPUs also in
+float32, each with guidance as one batch of two and in two passes (`guidance.velocity_of`). For
+TRELLIS' flow of structured latents only the transformer blocks are timed, on as many tokens as its
+other flow has.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vitapack.runtime.progress import Control
 from vitapack.runtime.sampling.guidance import velocity_of
 from vitapack.runtime.tools.flops import guided_flops
 
-SLAT_TOKENS = 4096  # a shape's are its surface's cells at 32 a side: some thousands
+SLAT_TOKENS = 4096  # a shape has one per surface cell at resolution 32: some thousands
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Row:
     name: str
     load: Callable[[], Network]
     size: int  # bytes on disk
-    held: int  # bytes of weights in memory
+    loaded: int  # bytes of weights in memory
     sampler: SamplerDefaults
     execution: Execution
 
@@ -71,61 +71,61 @@ def bench(
     control: Control | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """JSON of everything measured. `changes` are fields of the options.
+    """Measures a model and returns the results as JSON data. `changes` are fields of the options.
 
-    The original of a packed file is compared with it, and needed for the latents' sizes if the file
-    holds no shape decoder. `note` is told the predicted memory before each part runs; `control`
-    cancels between the steps. UserError.
+    An `original` is compared with the packed file; it is required if the file holds no shape
+    decoder, for the latents' shape. `note` receives the predicted memory before each measurement;
+    `control` cancels between steps. Raises UserError for unsuitable options.
     """
     options = merged(BenchOptions, options, changes)
     control = control or Control()
-    place = resolve(path)
-    is_file = is_packed(place)
+    file = resolve(path)
+    is_file = is_packed(file)
     original, compute = options.original, options.compute
     execution = choose(options.device, compute, packed=is_file)
-    where = execution.device
+    device = execution.device
     if original is not None and not is_file:
-        raise UserError(f"{path} is an original itself; --original goes with a packed file")
+        raise UserError(f"{path} is an original itself; --original needs a packed file")
     checkpoint = None if is_file else open_checkpoint(path)
     if options.cuda_graphs:
-        expect_gpu(where)
+        expect_gpu(device)
     rows = []
     if is_file:
-        header = read_header(place)
+        header = read_header(file)
         checkpoint = None if original is None else original_of(header, original)
         sampler = SamplerDefaults.from_json(header.sampler)
-        held = packed.loaded_bytes(header, execution.dtype)
-        load = partial(packed.load_packed, place, execution)
-        rows.append(Row(f"packed {compute}", load, header.size, held, sampler, execution))
+        loaded = packed.loaded_bytes(header, execution.dtype)
+        load = partial(packed.load_packed, file, execution)
+        rows.append(Row(f"packed {compute}", load, header.size, loaded, sampler, execution))
     if checkpoint is not None:
-        for dtype in (torch.float16,) if where != "cpu" else (torch.bfloat16, torch.float32):
+        for dtype in (torch.float16,) if device != "cpu" else (torch.bfloat16, torch.float32):
             size = checkpoint.parameters() * dtype.itemsize
-            load = partial(dit_of, checkpoint, dtype, where)
-            plain = choose(where, dtype=dtype, packed=False)
+            load = partial(dit_of, checkpoint, dtype, device)
+            plain = choose(device, dtype=dtype, packed=False)
             name = str(dtype).removeprefix("torch.")
             rows.append(Row(name, load, size, size, checkpoint.sampler, plain))
     model = header if is_file else checkpoint
     assert model is not None
     config = header.network if is_file else checkpoint.config  # type: ignore[union-attr]
-    latents = _latents(config, place if is_file else None, checkpoint, where)
+    latents = _latents(config, file if is_file else None, checkpoint, device)
     tokens = options.cond_tokens or family_of(model.family, path).condition_tokens(model.variant)
-    # The tables of a packed file serve no other count than its own.
+    # A packed file's modulation tables serve its own step counts only.
     options = replace(options, steps=options.steps or rows[0].sampler.steps)
-    lean = PipelineOptions(where, compute, original, "lean", options.cuda_graphs)
+    lean = PipelineOptions(device, compute, original, "lean", options.cuda_graphs)
     floats = replace(lean, compute="a16", parts=None)
-    passes = [(f"packed {compute}", path, lean)] if is_file else []
+    generations = [(f"packed {compute}", path, lean)] if is_file else []
     if checkpoint is not None:
-        passes.append(("float32" if where == "cpu" else "float16", original or path, floats))
+        generations.append(("float32" if device == "cpu" else "float16", original or path, floats))
     phases = [
-        _phases(name, source, how, options, note, control)
-        for name, source, how in (passes if options.whole_pass else ())
+        _phases(name, source, settings, options, note, control)
+        for name, source, settings in (generations if options.whole_pass else ())
     ]
     reuse_large_blocks()  # the lean generations have turned it off
-    steps = [found for row in rows for found in _time(row, latents, tokens, options, note, control)]
+    steps = [step for row in rows for step in _time(row, latents, tokens, options, note, control)]
     return {
         "model": str(path),
         "variant": model.variant,
-        "device": torch.cuda.get_device_name(where) if where != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "latents": list(latents),
@@ -147,10 +147,10 @@ def _latents(
             decoder = Pipeline.from_packed(file, device).decoder
         except UserError:
             raise UserError(
-                f"{file} does not say how many latents it is for: give its --original"
+                f"{file} does not hold the number of latents: give its --original"
             ) from None
         return decoder.input_shape
-    raise UserError("this checkpoint holds no shape decoder, so it runs no whole step")
+    raise UserError("this checkpoint holds no shape decoder, so no whole step can be timed")
 
 
 def _time(
@@ -161,7 +161,8 @@ def _time(
     note: Callable[[str], None],
     control: Control,
 ) -> list[dict[str, Any]]:
-    """Loads, times guided steps in either way (one where guidance is an embedding), lets go."""
+    """Loads the network, times guided steps (in two passes and as one batch, or once if guidance is
+    embedded), then frees it."""
     return_memory()
     repeats, cuda_graphs = options.repeats, options.cuda_graphs
     execution, sampler = row.execution, row.sampler
@@ -171,21 +172,21 @@ def _time(
     with meter("load"):
         network = row.load()
     config = network.config
-    place = next(p for p in network.parameters() if p.is_floating_point())
+    weight = next(p for p in network.parameters() if p.is_floating_point())
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *latents, generator=rng, dtype=torch.float32).to(place.device)
+    x = torch.randn(1, *latents, generator=rng, dtype=torch.float32).to(weight.device)
     cond = torch.randn(1, tokens, config.cond_channels, generator=rng, dtype=torch.float32)
     guided = guided_times(sampler)
     t = next(t for t in evaluation_times(sampler) if guided is None or t in guided)
-    found = []
-    for batch in (1,) if config.embeds_guidance else (1, 2):  # the larger peak comes last
-        how = {1: "two passes", 2: "one batch"}[batch]
-        how = ("embedded" if config.embeds_guidance else how) + ", graphs" * cuda_graphs
+    measured = []
+    for batch in (1,) if config.embeds_guidance else (1, 2):  # the larger peak last
+        mode = {1: "two passes", 2: "one batch"}[batch]
+        mode = ("embedded" if config.embeds_guidance else mode) + ", graphs" * cuda_graphs
         return_memory()
         working = network.step_bytes(config, execution.call(latents, tokens, batch))
-        meter.predicted = {"step": base + row.held + working}
+        meter.predicted = {"step": base + row.loaded + working}
         note(
-            f"{row.name}, guidance {how}: {repeats + 1} steps, "
+            f"{row.name}, guidance {mode}: {repeats + 1} steps, "
             f"predicted peak {meter.predicted['step'] / 2**30:.2f} GiB"
         )
         stepper = GraphedNetwork(network) if cuda_graphs else network
@@ -201,12 +202,12 @@ def _time(
                 seconds.append(time.perf_counter() - start)
         flops = guided_flops(config, latents, tokens, batch == 2)
         median = statistics.median(seconds[1:])
-        found.append(
+        measured.append(
             {
                 "name": row.name,
                 "bytes": row.size,
                 "flops": flops.to_json(),
-                "guidance": how,
+                "guidance": mode,
                 "n": repeats,
                 "median_seconds": median,
                 "p90_seconds": sorted(seconds[1:])[math.ceil(0.9 * (repeats - 1))],
@@ -215,29 +216,29 @@ def _time(
                 "memory": meter.bytes["step"],
             }
         )
-    return found
+    return measured
 
 
 def _phases(
     name: str,
     path: str | os.PathLike[str],
-    how: PipelineOptions,
+    settings: PipelineOptions,
     options: BenchOptions,
     note: Callable[[str], None],
     control: Control,
 ) -> dict[str, Any]:
-    """Seconds and bytes of one picture to mesh, lean; says what was missing if it cannot be, or
-    where it stopped: random weights may have no surface."""
+    """Seconds and bytes of one lean generation by phase. "skipped" gives the reason if it cannot
+    run, "stopped" the error that ended it: random weights may have no surface."""
     image = Image.new("RGBA", (256, 256))
     ImageDraw.Draw(image).ellipse((40, 60, 216, 200), fill=(180, 120, 60, 255))
     return_memory()
     try:
-        pipeline = Pipeline.open(path, how)
+        pipeline = Pipeline.open(path, settings)
         if options.resolution is not None and pipeline.decoder.resolution is not None:
             pipeline.decoder.resolution = options.resolution
         for phase, count in pipeline.predicted_bytes().items():
-            often = f", {options.steps} steps" * (phase == "denoise")
-            note(f"{name}, {phase}{often}: predicted peak {count / 2**30:.2f} GiB")
+            steps = f", {options.steps} steps" * (phase == "denoise")
+            note(f"{name}, {phase}{steps}: predicted peak {count / 2**30:.2f} GiB")
     except UserError as error:
         return {"name": name, "skipped": str(error)}
     stopped = None
@@ -257,7 +258,7 @@ def _phases(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """For people: one line a network, then the phases."""
+    """The results as text: one line per network, then one per phase."""
     lines = [
         f"{result['variant']} on {result['device']}, {result['threads']} threads, "
         f"latents {result['latents']}, {result['cond_tokens']} condition tokens"
@@ -268,7 +269,7 @@ def describe(result: dict[str, Any]) -> str:
         speed = f"{row['median_seconds']:.3f} s (n={row['n']}, {row['median_seconds'] / base:.2f}x)"
         lines.append(
             f"{row['name'] + ', ' + row['guidance']:24} {row['bytes'] / 2**30:7.3f} GiB  "
-            f"{row['flops']['total'] / 1e12:7.3f} TFLOP a step  {speed}  "
+            f"{row['flops']['total'] / 1e12:7.3f} TFLOP per step  {speed}  "
             f"{row['tflops_per_second']:.3f} TFLOP/s{memory}"
         )
     for phases in result["phases"]:

@@ -1,4 +1,4 @@
-"""`vitapack doctor`: what this installation can do, what it lacks, and what to do about it."""
+"""`vitapack doctor`: reports the features of this installation and how to add missing ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGES = {
     "torch": "needed: pip install torch",
     "triton": "GPU kernels: pip install 'vitapack[gpu]'",
     "transformers": "image encoders of the published models: pip install 'vitapack[dinov2]'",
-    "rembg": "pictures without alpha: pip install 'vitapack[background]'",
-    "pot": "only the tests' reference for EMD",
+    "rembg": "images without alpha: pip install 'vitapack[background]'",
+    "pot": "reference of the EMD tests only",
 }
 
 
 def examine() -> dict[str, str]:
-    """One line a subject; every lack says what it costs and how to mend it."""
+    """One line per subject; a missing one names the affected feature and how to install it."""
     report = {"vitapack": vitapack.__version__, "python": platform.python_version()}
     for package, advice in PACKAGES.items():
         try:

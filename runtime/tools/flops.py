@@ -1,9 +1,9 @@
-"""Floating-point operations of one denoising step, counted from the network's own graph.
+"""Counts the floating-point operations of one denoising step by running the network on "meta".
 
     count = step_flops(config, latents=(3072, 64), cond_tokens=1370, batch=2)
 
-The network is called on the meta device, which computes nothing, under torch's counter: matrix
-products and attention, two operations per multiply-add. Packing does not change the count.
+The meta device computes nothing; torch's counter adds up matrix products and attention, two
+operations per multiply-add. Packing does not change the count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitapack.runtime.format.schedules import SamplerDefaults, evaluation_times,
 @dataclass(frozen=True)
 class Flops:
     total: int
-    attention: int  # of these: query-key and probability-value products
+    attention: int  # included in total: query-key and probability-value products
 
     def to_json(self) -> dict[str, int]:
         return {"total": self.total, "attention": self.attention}
@@ -30,7 +30,7 @@ class Flops:
 def step_flops(
     config: Architecture, latents: tuple[int, ...], cond_tokens: int, batch: int
 ) -> Flops:
-    """One network evaluation of `batch` items; 2 for guidance as one batch."""
+    """Operations of one network evaluation; `batch` is 2 for guidance as one batch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -40,7 +40,7 @@ def step_flops(
         guidance = torch.empty(batch) if config.embeds_guidance else None
         linear = 0
 
-        def count(module: nn.Linear, given: tuple[Tensor, ...], out: Tensor) -> None:
+        def count(module: nn.Linear, inputs: tuple[Tensor, ...], out: Tensor) -> None:
             nonlocal linear
             linear += 2 * module.in_features * out.numel()
 
@@ -57,14 +57,14 @@ def step_flops(
 def guided_flops(
     config: Architecture, latents: tuple[int, ...], cond_tokens: int, one_batch: bool
 ) -> Flops:
-    """A guided step of one shape: one batch of two, or one evaluation with the image's tokens and
-    one with a single token. A single evaluation if guidance is embedded."""
+    """Operations of one guided step: one batch of two, or one evaluation with the image's tokens
+    and one with a single token; a single evaluation if guidance is embedded."""
     if config.embeds_guidance:
         return step_flops(config, latents, cond_tokens, 1)
     if one_batch:
         return step_flops(config, latents, cond_tokens, 2)
-    both = [step_flops(config, latents, tokens, 1) for tokens in (cond_tokens, 1)]
-    return Flops(sum(f.total for f in both), sum(f.attention for f in both))
+    passes = [step_flops(config, latents, tokens, 1) for tokens in (cond_tokens, 1)]
+    return Flops(sum(f.total for f in passes), sum(f.attention for f in passes))
 
 
 def run_flops(
@@ -73,7 +73,7 @@ def run_flops(
     cond_tokens: int,
     sampler: SamplerDefaults,
 ) -> int:
-    """All evaluations of one generation, guided ones as in `guided_flops`."""
+    """Operations of all network evaluations of one generation, guided steps in two passes."""
     times, guided = evaluation_times(sampler), guided_times(sampler)
     one = step_flops(config, latents, cond_tokens, 1).total
     if config.embeds_guidance or sampler.guidance == 1:

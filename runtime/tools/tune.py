@@ -1,7 +1,7 @@
-"""`vitapack tune`: the GEMMs of a packed file, measured on the GPU at hand.
+"""`vitapack tune`: measures the GEMMs of a packed file on this GPU and caches the fastest.
 
-The cache that it writes belongs to one GPU model and Triton version; every later run of any packed
-model with the same sizes finds it. Without it the shipped tables serve.
+The cache is valid for one GPU model and Triton version; later runs of every packed model with the
+same sizes use it. Without it the shipped tables are used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vitapack.runtime.progress import Control
 
 
 def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, WeightLayout]]:
-    """(N, K, layout) of a packed file's linears that Triton kernels read, each once; modulation
-    left out."""
+    """Distinct (N, K, layout) of the packed file's linears that Triton kernels run, without
+    modulation."""
     header = read_header(path)
     shapes = []
     for name, linear in header.network.linears().items():
@@ -30,8 +30,8 @@ def shapes_of(path: str | os.PathLike[str]) -> list[tuple[int, int, WeightLayout
 
 
 def rows_of(tokens: list[int]) -> list[int]:
-    """Rows of the GEMMs of a guided step in two passes: each stream by itself and all together, and
-    the same with a single condition token (`denoise.velocity_of`)."""
+    """Row counts of the GEMMs of a guided step in two passes: each stream alone, both joined, and
+    the same with a single condition token (`guidance.velocity_of`)."""
     return sorted({1, tokens[0] + 1, *tokens, sum(tokens)})
 
 
@@ -43,18 +43,19 @@ def tune_packed(
     again: bool = False,
     control: Control | None = None,
 ) -> dict[str, Any]:
-    """Tunes a file's linears for latents and condition of these lengths, see `rows_of`.
+    """Tunes a packed file's linears for `tokens` latents and condition tokens, see `rows_of`.
 
-    Returns {"gpu", "cache", "choices"}. Raises UserError without a GPU that has kernels.
+    `again` measures cached sizes too. Returns {"gpu", "cache", "choices"}. Raises UserError without
+    a supported GPU, or if no linear is packed.
     """
     import torch
 
     control = control or Control()
-    found = shapes_of(path)
-    if not found:
+    linears = shapes_of(path)
+    if not linears:
         raise UserError(f"{path}: no linear is packed, so there is nothing to tune")
     try:
-        where = torch.device(device)
+        gpu = torch.device(device)
     except RuntimeError:
         raise UserError(f"no device {device!r}: expected cuda or cuda:N") from None
     try:
@@ -63,27 +64,27 @@ def tune_packed(
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install vitapack[gpu]") from error
     if not gemm_table.INTERPRETED:
-        if not (where.type == "cuda" and torch.cuda.is_available()):
+        if not (gpu.type == "cuda" and torch.cuda.is_available()):
             raise UserError(f"no CUDA GPU for {device!r}: tuning measures on the GPU itself")
         ready, why = support.gpu_support(torch.device(chosen_device(device)))
         if not ready:
             raise UserError(f"nothing to tune: {why}")
-    shapes = [Shape(*shape) for shape in found]
+    shapes = [Shape(*shape) for shape in linears]
 
     def report(done: int, total: int, phase: str) -> None:
         control.step(phase, done, total)
 
     try:
         with torch.inference_mode():
-            choices = tune(where, shapes, rows_of(tokens), again=again, report=report)
+            choices = tune(gpu, shapes, rows_of(tokens), again=again, report=report)
     except ValueError as error:
         raise UserError(str(error)) from error
-    arch, name = gemm_table.properties(where.index)
+    arch, name = gemm_table.properties(gpu.index)
     return {"gpu": name, "cache": str(gemm_table.cache_path(arch, name)), "choices": choices}
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line a GEMM: what is fastest and what the shipped table would have taken."""
+    """One line per GEMM: the fastest configuration and its gain over the shipped table's."""
     lines = [f"{result['gpu']}: {len(result['choices'])} measured, kept in {result['cache']}"]
     for key, row in result["choices"].items():
         default = row["default_us"]

@@ -118,20 +118,20 @@ def test_wrong_combinations_are_one_line(made, tmp_path, capsys):
         (["--front", front, "--left", front], "the same picture for two views"),
         (["--front", made], "expected one picture"),
         (["--front", made / "none.png"], "no such file"),
-        ([], "no picture"),
+        ([], "no image: name images"),
     ):
         assert expected in complaint(capsys, "generate", model, *words, *out)
     line = complaint(capsys, "generate", made / "step1x-3d", "--left", left, *out)
-    assert "takes one picture, no views" in line
+    assert "takes one image, no views" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_from_python(made):
     single = Pipeline.from_model(made / "step1x-3d", device="cpu")
-    with pytest.raises(UserError, match="takes one picture"):
+    with pytest.raises(UserError, match="takes one image"):
         single({"front": chair(), "right": chair()})
     several = Pipeline.from_model(made / "hunyuan3d-2mv", device="cpu")
     with pytest.raises(UserError, match="view 'top'"):
         several({"front": chair(), "top": chair()})
-    with pytest.raises(UserError, match="no picture"):
+    with pytest.raises(UserError, match="no image"):
         several({})

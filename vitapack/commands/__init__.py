@@ -1,6 +1,6 @@
 """One module per command: HELP, EXAMPLE, `add_options(parser)` and `run(options)`.
 
-A module's name is the command's. Its imports at the top are light, `run` imports the packages that
-do the work, so that `vitapack --help` and `vitapack inspect` need no torch. A new command is one
-more file here and one more entry in `vitapack.cli.COMMANDS`.
+A module has its command's name. Its top-level imports are light; `run` imports the packages that do
+the work, so that `vitapack --help` and `vitapack inspect` need no torch. To add a command, add a
+module here and an entry in `vitapack.cli.COMMANDS`.
 """

@@ -24,8 +24,8 @@ def add_options(parser: ArgumentParser) -> None:
     add("--steps", type=COUNT)
     add("--guidance", type=float)
     add("--seed", type=SEED)
-    add("--limit", type=COUNT, help="use only the first so many images")
-    add("--jobs", type=COUNT, help="worker processes; on a GPU 1")
+    add("--limit", type=COUNT, help="use only the first N images")
+    add("--jobs", type=COUNT, help="worker processes; use 1 on a GPU")
     add("--resume", action="store_true", help="continue an interrupted analysis from its journal")
     add("--device", default="cpu")
 
@@ -38,8 +38,8 @@ def run(options: Namespace) -> None:
 
     settings = filled(AnalyzeOptions, options)
     destination(options.out)
-    places = find_images([options.images])[: options.limit]
-    images = [(path.stem, load_image(path)) for path in places]
+    paths = find_images([options.images])[: options.limit]
+    images = [(path.stem, load_image(path)) for path in paths]
     pipeline = Pipeline.from_model(options.model, device=options.device)
     with watched(options.quiet) as control:
         result = analyze(pipeline, images, options.out, settings, control=control)

@@ -24,14 +24,18 @@ def add_options(parser: ArgumentParser) -> None:
     add("--compute", choices=COMPUTES)
     add("--repeats", type=COUNT)
     add("--cond-tokens", type=COUNT, help="number of condition tokens")
-    add("--steps", type=COUNT, help="denoising steps of the one generation")
+    add("--steps", type=COUNT, help="denoising steps of the generation")
     add(
         "--no-pass",
         action="store_false",
         dest="whole_pass",
-        help="time the network's steps only, without a generation",
+        help="time denoising steps only, without a generation",
     )
-    add("--cuda-graphs", action="store_true", help="on a GPU: run the network as CUDA graphs")
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="on a GPU: capture network evaluations as CUDA graphs",
+    )
     add("--resolution", type=COUNT, help="cells per side of the decoded grid")
 
 

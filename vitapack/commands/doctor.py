@@ -11,11 +11,11 @@ EXAMPLE = "doctor"
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """It has none of its own."""
+    """Adds no options."""
 
 
 def run(options: Namespace) -> None:
     from vitapack.runtime.tools.doctor import examine
 
-    found = examine()
-    say(options, found, "\n".join(f"{key:12} {value}" for key, value in found.items()))
+    report = examine()
+    say(options, report, "\n".join(f"{key:12} {value}" for key, value in report.items()))

@@ -15,7 +15,7 @@ EXAMPLE = "finetune furniture model.safetensors --images photos -o tuned.safeten
 
 def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help="the original that the packed file was made from")
+    add("model", help="the packed file's original")
     add("packed", type=Path)
     add("--images", type=Path, required=True, metavar="DIR")
     add("-o", "--out", type=Path, required=True)
@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
     add(
         "--iterations",
         type=COUNT,
-        help="optimizer steps; the paper takes 20,000 to 30,000 (default 1000)",
+        help="optimizer steps; the paper uses 20,000 to 30,000 (default 1000)",
     )
     add("--batch", type=COUNT, help="trajectory points per step (default 16)")
     add("--lr", type=float, help="learning rate of Adam, decayed linearly to 0")
@@ -36,7 +36,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--steps", type=COUNT, help="sampling steps of the teacher (default: as in the packed file)"
     )
     add("--guidance", type=float)
-    add("--limit", type=COUNT, help="use only the first so many images")
+    add("--limit", type=COUNT, help="use only the first N images")
     add("--device")
 
 

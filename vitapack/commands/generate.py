@@ -34,7 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="keep meshes that are there already: whole, no older than their images, and with the "
+        help="keep existing meshes that are complete, no older than their images, and have the "
         "same model, seed, sampler, steps, guidance and resolution in their metadata",
     )
     add("--steps", type=COUNT)
@@ -48,13 +48,13 @@ def add_options(parser: ArgumentParser) -> None:
     add(
         "--one-batch",
         action="store_true",
-        help="guidance as one batch of two; by default two passes, of which the "
-        "unconditional one needs a single token and gives the same result",
+        help="guidance as one batch of two; the default is two passes, of which the "
+        "unconditional one needs a single token, with the same result",
     )
     add(
         "--cuda-graphs",
         action="store_true",
-        help="on a GPU: capture the network's calls once, then replay them",
+        help="on a GPU: capture network evaluations once, then replay them",
     )
     add("--resolution", type=COUNT, help="cells per side of the decoded grid")
     add("--format", choices=MESH_FORMATS)
@@ -85,29 +85,29 @@ def run(options: Namespace) -> None:
                 raise outcome.error
             else:
                 failed.append(str(outcome.error))
-    rows = {"written": [made.to_json() for made in written], "failed": failed}
-    lines = [f"{file}  kept" for file in kept] + [made.describe() for made in written]
+    rows = {"written": [generated.to_json() for generated in written], "failed": failed}
+    lines = [f"{file}  kept" for file in kept] + [generated.describe() for generated in written]
     say(options, rows | ({"kept": kept} if options.resume else {}), "\n".join(lines))
     if failed:
         for line in failed:
             print(f"vitapack: {line}", file=sys.stderr)
-        raise UserError(f"{len(failed)} of {len(jobs)} pictures gave no mesh (named above)")
+        raise UserError(f"{len(failed)} of {len(jobs)} images gave no mesh (named above)")
 
 
 def jobs_from(options: Namespace) -> list[Job]:
-    """One job for each image, or a single one of all views."""
+    """One job per image, or a single job of all views. Raises UserError if both are given."""
     from vitapack.runtime.pipeline.batch import job_of_views, jobs_of
 
     views = {view: getattr(options, view) for view in VIEWS if getattr(options, view)}
     if views and options.images:
         raise UserError(
-            f"--{next(iter(views))} gives views of one object, {options.images[0]} is a picture of "
-            "its own; give one or the other"
+            f"--{next(iter(views))} gives views of one object, {options.images[0]} is another "
+            "object; give one or the other"
         )
     return [job_of_views(views)] if views else jobs_of(options.images)
 
 
 def predicted(peaks: dict[str, int]) -> str:
-    """The peak memory of each phase, before the run."""
-    parts = (f"{phase} {count / 2**30:.2f} GiB" for phase, count in peaks.items())
-    return f"memory: predicted peaks: {', '.join(parts)}"
+    """The predicted peak memory of each phase as text."""
+    phases = (f"{phase} {count / 2**30:.2f} GiB" for phase, count in peaks.items())
+    return f"memory: predicted peaks: {', '.join(phases)}"

@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="thresholds from the measured pruning curve (the default)",
     )
-    add("--max-distance", type=float, help="auto: largest EMD to the original's output")
+    add("--max-distance", type=float, help="with --auto: largest EMD to the original's output")
     add(
         "--target-size",
         type=SIZE,
@@ -48,6 +48,6 @@ def run(options: Namespace) -> None:
 
 
 def by_kind(options: Namespace, name: str) -> dict[str, float]:
-    """The thresholds that were given."""
+    """The given thresholds by block kind."""
     values = {kind: getattr(options, f"{name}_{kind}") for kind in KINDS}
     return {kind: value for kind, value in values.items() if value is not None}

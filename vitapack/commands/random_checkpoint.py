@@ -20,7 +20,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--parts",
         type=names,
         default=list(NETWORKS),
-        help=f"some of {','.join(NETWORKS)}; all by default",
+        help=f"networks to write, from {','.join(NETWORKS)} (default: all)",
     )
     add("--seed", type=SEED, default=0)
 
@@ -32,5 +32,5 @@ def run(options: Namespace) -> None:
         files = write(
             options.name, options.out, parts=options.parts, seed=options.seed, control=control
         )
-    written = [str(options.out / place) for place in (*files.texts, *files.tensors)]
+    written = [str(options.out / name) for name in (*files.texts, *files.tensors)]
     say(options, {"written": written, "bytes": files.nbytes}, "\n".join(written))

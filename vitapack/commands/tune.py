@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="numbers of latent and condition tokens, e.g. 512,1370",
     )
     add("--device", default="cuda:0")
-    add("--again", action="store_true", help="measure again what is in the cache")
+    add("--again", action="store_true", help="measure cached sizes again")
 
 
 def run(options: Namespace) -> None:

@@ -293,7 +293,7 @@ def test_views():
     assert view_embedding(3, 4).tolist() == pytest.approx(
         [np.sin(3), np.sin(0.03), np.cos(3), np.cos(0.03)], abs=1e-6
     )
-    with pytest.raises(UserError, match="takes one picture, not 2 views"):
+    with pytest.raises(UserError, match="takes one image, not 2 views"):
         one({"front": chair(), "back": flipped}, "two")
     with pytest.raises(UserError, match="no view 'top'"):
         several({"top": chair()}, "x")

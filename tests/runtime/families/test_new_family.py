@@ -163,7 +163,7 @@ def test_other_tools_know_it(folder: Path) -> None:
 def test_options_that_it_lacks_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="shapes of toy have one grid only"):
         Pipeline.open(folder, device="cpu", resolution=32)
-    with pytest.raises(UserError, match="view 'left': toy-1 takes one picture, no views"):
+    with pytest.raises(UserError, match="view 'left': toy-1 takes one image, no views"):
         Pipeline.open(folder, device="cpu").check_views({"front": image(), "left": image()})
 
 

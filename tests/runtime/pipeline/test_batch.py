@@ -108,11 +108,11 @@ def test_mistakes_are_found_before_the_work(pipeline, photos, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         run_batch(pipeline, jobs, out=tmp_path / "file")
-    with pytest.raises(UserError, match="an STL file has no room"):
+    with pytest.raises(UserError, match="an STL file cannot hold the settings"):
         run_batch(pipeline, jobs, out=tmp_path / "out", format="stl", resume=True)
     with pytest.raises(UserError, match="no mesh format 'fbx'"):
         run_batch(pipeline, jobs, out=tmp_path / "out", format="fbx")
-    with pytest.raises(UserError, match="view 'left': tiny takes one picture"):
+    with pytest.raises(UserError, match="view 'left': tiny takes one image"):
         run_batch(pipeline, [job_of_views({"left": photos / "a.png"})])
     assert pipeline.made == []
     assert not (tmp_path / "out").exists()
@@ -195,11 +195,11 @@ def test_jobs(photos, tmp_path):
     assert (job.name, job.label) == ("b", str(photos / "b.png"))
     assert len(job.images()) == 2
     for mistake, words in (
-        (lambda: jobs_of([]), "no picture"),
-        (lambda: jobs_of([photos, photos / "a.png"]), "two pictures are called 'a'"),
+        (lambda: jobs_of([]), "no image: name images or folders"),
+        (lambda: jobs_of([photos, photos / "a.png"]), "two images are called 'a'"),
         (lambda: jobs_of([tmp_path / "none"]), "no such file"),
-        (lambda: job_of_views({"front": photos}), "expected one picture"),
-        (lambda: job_of_views(dict.fromkeys(("front", "left"), photos / "a.png")), "same picture"),
+        (lambda: job_of_views({"front": photos}), "expected one image"),
+        (lambda: job_of_views(dict.fromkeys(("front", "left"), photos / "a.png")), "same image"),
     ):
         with pytest.raises(UserError, match=words):
             mistake()

@@ -63,7 +63,7 @@ def test_cancelled_anywhere_it_makes_the_same_mesh_afterwards(opened, memory):
         assert pipeline.decoder.resolution == resolution
         assert not pipeline._turn.locked()
         if memory == "lean":
-            assert not any(part.loaded for part in pipeline._parts().values())
+            assert not any(part.loaded for part in pipeline._components().values())
     assert ended >= {"condition", "decode"}
     mesh = pipeline(chair(), options)
     assert np.array_equal(mesh.vertices, expected.vertices)

@@ -42,7 +42,7 @@ def test_file_without_config(name, prefix, golden, tmp_path):
     assert checkpoint.scale_factor is None
     with pytest.raises(UserError, match="holds no shape decoder"):
         load_shape_decoder(checkpoint)
-    with pytest.raises(UserError, match="furniture has no shape decoder that is loaded by itself"):
+    with pytest.raises(UserError, match="furniture has no shape decoder network of its own"):
         load_shape_decoder(open_checkpoint("furniture"))
 
 

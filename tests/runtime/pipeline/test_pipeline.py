@@ -139,7 +139,7 @@ def test_torch_s_default_dtype_changes_nothing(compute, packed_path, default_bfl
 def test_an_original_takes_nothing_of_a_packed_file(tmp_path) -> None:
     with pytest.raises(UserError, match="furniture is not packed, so it cannot compute in a8"):
         Pipeline.open("furniture", device="cpu", compute="a8")
-    with pytest.raises(UserError, match="has its own parts: leave --parts out"):
+    with pytest.raises(UserError, match="has its own components: leave --parts out"):
         Pipeline.open("furniture", device="cpu", parts=tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_an_original_belongs_to_its_packed_file(made, tmp_path):
     other = tiny_released("trellis-ss", tmp_path)
     with pytest.raises(UserError, match="is not the original of"):
         bench(out, original=other, device="cpu")
-    with pytest.raises(UserError, match="goes with a packed file"):
+    with pytest.raises(UserError, match="needs a packed file"):
         bench(folder, original=folder, device="cpu")
 
 
