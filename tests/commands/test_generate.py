@@ -82,7 +82,7 @@ def test_an_interrupted_folder_is_resumed(packed: Path, tmp_path: Path, capsys) 
     run("generate", packed, photos, *words, "--resume", "--json", "--seed", "1")
     assert len(json.loads(capsys.readouterr().out)["written"]) == 2
     line = complaint(capsys, "generate", packed, photos, *words, "--resume", "--format", "stl")
-    assert "--resume: an STL file has no room" in line
+    assert "--resume: an STL file cannot hold the settings" in line
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
@@ -115,8 +115,8 @@ def test_wrong_combinations_are_one_line(made, tmp_path, capsys):
     out = ["-o", tmp_path / "out", *FAST]
     for words, expected in (
         ([front, "--left", left], "one or the other"),
-        (["--front", front, "--left", front], "the same picture for two views"),
-        (["--front", made], "expected one picture"),
+        (["--front", front, "--left", front], "the same image for two views"),
+        (["--front", made], "expected one image"),
         (["--front", made / "none.png"], "no such file"),
         ([], "no image: name images"),
     ):
@@ -133,5 +133,5 @@ def test_from_python(made):
     several = Pipeline.from_model(made / "hunyuan3d-2mv", device="cpu")
     with pytest.raises(UserError, match="view 'top'"):
         several({"front": chair(), "top": chair()})
-    with pytest.raises(UserError, match="no image"):
+    with pytest.raises(UserError, match="no image was given"):
         several({})
