@@ -257,7 +257,7 @@ def test_a_failure_inside_is_500_and_the_server_goes_on(server: Served, model: P
     finally:
         away.rename(model)
     assert status == 500
-    assert complaint(body) == "an error inside the server; its log says more"
+    assert complaint(body) == "an error inside the server; see its log"
     assert "Traceback" in server.log.read_text().removeprefix(before)
     assert server.ask("/mesh?steps=2")[0] == 200
 
