@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.safetensors", whole.name]
 
 
-@pytest.mark.parametrize("phase", ["conditions", "paths"])
+@pytest.mark.parametrize("phase", ["conditions", "trajectories"])
 def test_cancelled_before_the_training_it_goes_on_there(
     packed: Path, tmp_path: Path, phase: str
 ) -> None:
