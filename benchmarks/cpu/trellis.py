@@ -20,6 +20,7 @@ from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.planning.paper import plan_paper
 from vitapack.compressor.tools.random_checkpoint import write
 from vitapack.runtime.families.open import open_checkpoint
+from vitapack.runtime.networks.blocks import Condition
 from vitapack.runtime.networks.flow import FlowTransformer
 from vitapack.runtime.pipeline.load import load_dit
 
@@ -76,10 +77,13 @@ def measure(
     def run(name: str, call: Callable[[], torch.Tensor]) -> Callable[[], None]:
         return lambda: found.update({name: call().float()})
 
+    def readable_blocks() -> torch.Tensor:
+        return FlowTransformer.evaluate(eight, x, eight.step_modulation(t), Condition(cond))
+
     runs = {
         "fp32": run("fp32", lambda: full(x, t, cond)),
         "bf16": run("bf16", lambda: half(x.bfloat16(), t, cond.bfloat16())),
-        "linears": run("linears", lambda: FlowTransformer.forward(eight, x, t, cond)),  # type: ignore[arg-type]
+        "linears": run("linears", readable_blocks),
         "w8a8": run("w8a8", lambda: eight(x, t, cond)),
         "mixed": run("mixed", lambda: mixed(x, t, cond)),
         "peak": dots,

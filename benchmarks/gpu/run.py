@@ -331,7 +331,7 @@ def random_network(config: Any, layout: WeightLayout, device: Any) -> Any:
 
 
 def plain_step(dit: Any, x: Any, when: Any, cond: Any) -> Any:
-    """`DiT.forward` after its time embedding."""
+    """`DiT.evaluate`, in plain PyTorch."""
     import torch
 
     x, y = dit.latent_in(x), dit.cond_in(cond)

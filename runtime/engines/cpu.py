@@ -13,12 +13,11 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitapack.kernels.linear.support import cpu_engine
 from vitapack.runtime.engines.cpu_linear import CpuLinear
-from vitapack.runtime.networks.blocks import Condition
+from vitapack.runtime.networks.blocks import Condition, needs_gradients
 from vitapack.runtime.networks.modulation import StepModulation
 
 ROWS = 192  # rows that a thread computes at a time (csrc/int8/blocks.h)
@@ -61,12 +60,10 @@ class Scratch:
         return Scratch, ()
 
 
-def runs_fused(x: Tensor, cond: Tensor | Condition) -> bool:
+def runs_fused(x: Tensor, condition: Condition) -> bool:
     """Whether a call can run on the engine: on a CPU, without gradients, and compiled."""
-    needs_gradients = torch.is_grad_enabled() and (
-        x.requires_grad or Condition.of(cond).tokens.requires_grad
-    )
-    return x.device.type == "cpu" and not needs_gradients and cpu_engine("int8 a8 DiT")
+    on_cpu = x.device.type == "cpu"
+    return on_cpu and not needs_gradients(x, condition) and cpu_engine("int8 a8 DiT")
 
 
 def takes(linears: Iterable[nn.Module]) -> bool:

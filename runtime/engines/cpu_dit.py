@@ -32,17 +32,11 @@ class CpuDiT(DiT):
         super().__init__(config)
         self.scratch = Scratch()
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | StepModulation,
-        cond: Tensor | Condition,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        if not runs_fused(x, cond):
-            return super().forward(x, t, cond, guidance)
+    def evaluate(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
+        if not runs_fused(x, condition):
+            return super().evaluate(x, step, condition)
         with torch.no_grad(), self.scratch.lock:
-            return self._fused(x, self.step_modulation(t, guidance), Condition.of(cond))
+            return self._fused(x, step, condition)
 
     def _fused(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
         from vitapack.kernels.linear.cpu_plans import DitPlan, StreamWeights

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitapack.kernels.linear import attention, dispatch, gpu_ops, support
 from vitapack.kernels.linear.epilogue import Epilogue
 from vitapack.runtime.format.architecture import DiTConfig
-from vitapack.runtime.networks.blocks import Condition, clipped, repeated_key_bias
+from vitapack.runtime.networks.blocks import Condition, clipped, needs_gradients, repeated_key_bias
 from vitapack.runtime.networks.dit import (
     DiT,
     DoubleBlock,
@@ -37,19 +37,12 @@ ops = gpu_ops.ops
 class GpuDiT(DiT):
     """A `DiT` whose blocks run fused on CUDA devices."""
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | StepModulation,
-        cond: Tensor | Condition,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        condition = Condition.of(cond)
-        gradients = torch.is_grad_enabled() and (x.requires_grad or condition.tokens.requires_grad)
+    def evaluate(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
+        gradients = needs_gradients(x, condition)
         if x.device.type != "cuda" or gradients or not support.gpu_kernels("DiT", x.device):
-            return super().forward(x, t, cond, guidance)
+            return super().evaluate(x, step, condition)
         with torch.no_grad():
-            return self.velocity(x, self.step_modulation(t, guidance), cond)
+            return self.velocity(x, step, condition)
 
     def velocity(self, x: Tensor, step: StepModulation, cond: Tensor | Condition) -> Tensor:
         """x (B, L, C) and condition tokens (B, N, D) to (B, L, C), without host synchronisation."""

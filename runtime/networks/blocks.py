@@ -41,6 +41,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return out.transpose(1, 2).flatten(2)
 
 
+def needs_gradients(x: Tensor, condition: Condition) -> bool:
+    """Whether a call must be differentiable, which no fused form is."""
+    return torch.is_grad_enabled() and (x.requires_grad or condition.tokens.requires_grad)
+
+
 def repeated_key_bias(condition: Condition, img: Tensor) -> Tensor | None:
     """Attention bias (1, C + L) that counts each condition key `condition.repeats` times.
 

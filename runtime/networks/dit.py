@@ -152,14 +152,7 @@ class DiT(Network):
         )
         self.final_layer = FinalLayer(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | StepModulation,
-        cond: Tensor | Condition,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        step, condition = self.step_modulation(t, guidance), Condition.of(cond)
+    def evaluate(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
         img, txt = self.latent_in(x), self.cond_in(condition.tokens)
         bias = repeated_key_bias(condition, img)
         for block in self.double_blocks.values():

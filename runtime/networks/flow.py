@@ -150,15 +150,8 @@ class FlowTransformer(Network):
         if config.has_edges:
             self.final_layer = OutLayer(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | StepModulation,
-        cond: Tensor | Condition,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        step, tokens = self.step_modulation(t, guidance), Condition.of(cond).tokens
-        config = self.config
+    def evaluate(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
+        config, tokens = self.config, condition.tokens
         if config.has_edges:
             side = config.resolution // config.patch
             x = self.latent_in(patches(x, config.patch))

@@ -32,7 +32,7 @@ class CallShape:
 class Network(nn.Module):
     """A velocity network: network(x, t, cond, guidance=None) has x's shape.
 
-    Subclasses implement `forward` and keep blocks in a ModuleDict per block kind, under the names
+    Subclasses implement `evaluate` and keep blocks in a ModuleDict per block kind, under the names
     of `BLOCK_FIELDS` and keyed by original index.
     """
 
@@ -73,6 +73,10 @@ class Network(nn.Module):
         cond: Tensor | Condition,
         guidance: Tensor | None = None,
     ) -> Tensor:
+        return self.evaluate(x, self.step_modulation(t, guidance), Condition.of(cond))
+
+    def evaluate(self, x: Tensor, step: StepModulation, condition: Condition) -> Tensor:
+        """The velocity at a step's modulation input, with x's shape."""
         raise NotImplementedError
 
     def without(self: Net, *blocks: tuple[str, int]) -> Net:

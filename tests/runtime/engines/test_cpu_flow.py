@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from alive_tensors import peak
+from readable import readable
 
 from vitapack.compressor.packing.compress import compress
 from vitapack.compressor.tools.random_checkpoint import Sizes, write
@@ -86,12 +87,12 @@ def test_fused_is_as_near_as_the_readable_form(isa, paths, engine):
     for condition in (131, 1):
         args = inputs(engine, condition, batch=1)
         reference = exact(*args)
-        readable = FlowTransformer.forward(engine, *args)
+        readable_form = readable(FlowTransformer, engine, *args)
         ours = engine(*args)
         assert ours.dtype == reference.dtype
         assert ours.shape == reference.shape
         # The readable form quantizes activations, but not attention.
-        assert error(ours, reference) <= 2 * error(readable, reference) + 1e-3
+        assert error(ours, reference) <= 2 * error(readable_form, reference) + 1e-3
 
 
 def test_eight_bits_are_as_near_as_bf16(case, paths, engine):
@@ -196,7 +197,7 @@ def test_gradients_take_the_readable_form(paths):
     engine = load(paths[1], compute="a8")
     x, t, cond = inputs(engine)
     x.requires_grad_()
-    assert torch.equal(engine(x, t, cond), FlowTransformer.forward(engine, x, t, cond))
+    assert torch.equal(engine(x, t, cond), readable(FlowTransformer, engine, x, t, cond))
 
 
 def test_refusals(engine):

@@ -26,7 +26,7 @@ from vitapack.runtime.format.layermap import BlockEntry, LayerMap
 from vitapack.runtime.format.schedules import SamplerDefaults
 from vitapack.runtime.loading.checkpoint_files import open_weights
 from vitapack.runtime.loading.packed import load_packed_dit
-from vitapack.runtime.networks.blocks import Condition, layer_norm
+from vitapack.runtime.networks.blocks import layer_norm
 from vitapack.runtime.networks.modulation import Modulation, TimeMLP
 from vitapack.runtime.networks.network import CallShape, Network
 
@@ -77,9 +77,8 @@ class PoolNetwork(Network):
         self.blocks = nn.ModuleDict({str(index): PoolBlock(config) for index in config.blocks})
         self.out = nn.Linear(config.hidden, config.in_channels)
 
-    def forward(self, x, t, cond, guidance=None):
-        step = self.step_modulation(t, guidance)
-        pooled = self.cond_in(Condition.of(cond).tokens).mean(1, keepdim=True)
+    def evaluate(self, x, step, condition):
+        pooled = self.cond_in(condition.tokens).mean(1, keepdim=True)
         x = self.latent_in(x)
         for block in self.blocks.values():
             x = block(x, pooled, step)
