@@ -26,7 +26,7 @@ from vitapack.compressor.packing.quantizers import (
     QUANTIZERS,
     Quantizer,
     check_finite,
-    one_thread_each,
+    one_thread,
 )
 from vitapack.compressor.packing.resumable import partial_file
 from vitapack.kernels.linear.layouts import LAYOUTS, W8, W16, WeightLayout
@@ -103,7 +103,7 @@ def compress(
     quantizer.prepare(checkpoint, None)
     jobs = list(_jobs(checkpoint, plan, quantizer))
     total, done = sum(job.weights for job in jobs), 0
-    with one_thread_each(), partial_file(out, plan.layout) as file:
+    with one_thread(), partial_file(out, plan.layout) as file:
         for job in jobs:
             control.step("compress", done, total)
             if not file.kept.issuperset(job.names):

@@ -161,7 +161,7 @@ def _by_rows(w: Tensor, search: Callable[[Tensor], PackedWeight]) -> PackedWeigh
     """Runs `search` on blocks of rows in parallel, as rows are independent; joins the results."""
     rows = max(1, BLOCK_WEIGHTS // max(1, w.shape[1]))
     blocks = w.split(rows) if len(w) else (w,)
-    with one_thread_each():
+    with one_thread():
         if len(blocks) == 1:
             return search(blocks[0])
         with ThreadPoolExecutor(max_workers=min(len(blocks), CORES)) as pool:
@@ -176,7 +176,7 @@ def _stacked(weights: Sequence[PackedWeight]) -> PackedWeight:
 
 
 @contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Limits torch to one thread: on blocks this small its threads mostly wait for each other
     (15 ms instead of 0.01 ms to round 10,000 values while another process uses the cores).
     """

@@ -23,6 +23,7 @@ from PIL import Image
 import vitapack
 from vitapack.compressor.evaluate.metrics import evaluate_folders, grid_iou
 from vitapack.compressor.packing.compress import compress
+from vitapack.compressor.packing.quantizers import one_thread
 from vitapack.compressor.planning.automatic import plan_auto
 from vitapack.compressor.planning.files import describe as describe_plan
 from vitapack.compressor.planning.files import resolve_plan
@@ -132,6 +133,7 @@ def run_demo(
     original = Pipeline.from_model(model, device="cpu")
     # A journal belongs to one model, so the file name holds the model's digest.
     table = out / f"vitality-{original.source_sha256[:8]}.json"
+    # The analysis runs one process per core; more threads would compete.
     with timed("analyze"), one_thread():
         vitality = analyze(
             original, [(p.name, Image.open(p.image_path)) for p in studied], table,
@@ -204,17 +206,6 @@ def run_demo(
         report_data(shown, columns, vitality, auto, checkpoint, sizes, fp16, data),
     )
     return Figures(data, summary(out, data, describe_plan(auto)))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread: the analysis runs one process per core, and more threads would compete."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def random_pruning(

@@ -83,7 +83,6 @@ class Architecture:
     kind: ClassVar[str]
     block_kinds: ClassVar[tuple[str, ...]]  # in the order in which they run
     CHECKS: ClassVar[Mapping[str, Check]]  # by field, in addition to those common to all
-    modulated: ClassVar[bool] = True  # by adaLN: tables can replace its weights
 
     in_channels: int
     cond_channels: int

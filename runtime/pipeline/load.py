@@ -20,6 +20,7 @@ from vitapack.runtime.families.open import FAMILIES, open_checkpoint, resolve
 from vitapack.runtime.format.header import PackedHeader
 from vitapack.runtime.loading.checkpoint_files import is_packed
 from vitapack.runtime.loading.fill import fill
+from vitapack.runtime.loading.packed import load_packed_dit
 from vitapack.runtime.networks.network import Network
 
 
@@ -39,8 +40,6 @@ def load_dit(
     check_choice("compute mode", compute, COMPUTES)
     packed = _packed_file(resolve(path))
     if packed is not None:
-        from vitapack.runtime.loading.packed import load_packed_dit
-
         return load_packed_dit(packed, device=device, compute=compute, dtype=dtype)
     expect_floats(path, compute)
     return dit_of(open_checkpoint(path), dtype, device)
