@@ -96,7 +96,7 @@ METRICS = {
         "EMD",
         False,
         "Earth mover's distance: mean distance under the best one-to-one pairing of the samples of "
-        "both surfaces. It never falls below the floor beside it.",
+        "both surfaces. It never falls below the EMD floor.",
         lambda pair: _emd(pair, pair.candidate, 1),
         floor="emd_floor",
     ),

@@ -19,12 +19,12 @@ def plan_target_size(
     vitality: Vitality,
     size: int,
     *,
-    beside: int = 0,
+    embedded_bytes: int = 0,
     schedules: Sequence[SamplerDefaults] | None = None,
     modulation: str = "table",
     group: int = 32,
 ) -> LayerMap:
-    """Plans a file of at most `size` bytes, `beside` of them for embedded components.
+    """Plans a file of at most `size` bytes, `embedded_bytes` of them for embedded components.
 
     All blocks start in 8 bits. Moves (a block to 4 bits, or a 4-bit block pruned) are made in order
     of harm per byte saved; harm is the debiased vitality, or 1/16 of it for 4 bits. The order does
@@ -36,7 +36,7 @@ def plan_target_size(
 
     def total(step: int) -> int:
         return (
-            beside
+            embedded_bytes
             + predict_size(vitality, ladder[step], schedules=schedules, modulation=modulation).total
         )
 
